@@ -1,0 +1,87 @@
+"""The bricks of E, D and eps_theta: normalisation, ResBlock, down- and upsampling, timestep embedding.
+
+Paper:   Sec. 3.1 and App. E.2.1; the released code's model.py (E, D) and openaimodel.py (eps_theta).
+Symbols: h features (B, C, H, W); emb the timestep's features (B, D).
+Reads:   nothing of ours.
+"""
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def group_norm(c: int, groups: int = 32, eps: float = 1e-6) -> nn.GroupNorm:
+    """GroupNorm over (B, c, H, W). The paper's nets have 32 groups; a narrow net wants fewer, because
+    c groups of one channel are an instance norm, which wipes out the timestep's offset of a channel."""
+    return nn.GroupNorm(groups, c, eps=eps)
+
+
+def zero_(module: nn.Module) -> nn.Module:
+    """Zero a module's weights: a residual branch that ends in it begins as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sinusoidal features [cos | sin] of t (B,), t in 0..T-1, -> (B, dim), zero-padded if dim is odd.
+
+    Frequencies fall from 1 to almost 1/10000, geometrically (openaimodel's util.py).
+    """
+    half = dim // 2
+    freq = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+    angle = t[:, None].float() * freq
+    return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, dim % 2))
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv, twice, plus the input; between the two the timestep's offset, if there is one.
+
+    d_emb is None in E and D; in eps_theta it is emb's width, the last conv begins at zero and eps is 1e-5.
+    x (B, c_in, H, W), emb (B, d_emb) -> (B, c_out, H, W)
+    """
+
+    def __init__(self, c_in: int, c_out: int, d_emb: int | None = None, groups: int = 32):
+        super().__init__()
+        eps = 1e-6 if d_emb is None else 1e-5
+        self.norm1 = group_norm(c_in, groups, eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(d_emb, c_out) if d_emb else None
+        self.norm2 = group_norm(c_out, groups, eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        if d_emb:
+            zero_(self.conv2)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor | None = None) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.emb is not None:
+            h = h + self.emb(F.silu(emb))[:, :, None, None]
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Downsample(nn.Module):
+    """3x3 conv of stride 2: (B, C, H, W) -> (B, C, H/2, W/2).
+
+    NB: the released autoencoder pads only right and bottom, its U-Net all four sides; the paper is silent.
+    """
+
+    def __init__(self, c: int, asymmetric: bool = False):
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 conv: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))

@@ -1,0 +1,120 @@
+"""eps_theta: the time-conditional U-Net, with a transformer at chosen resolutions.
+
+Paper:   Sec. 3.2 and 3.3, App. E.2.1, Tables 12-15; the released openaimodel.py.
+Symbols: z_t (B, c_in, h, w); t (B,) in 0..T-1; ctx = tau(y) (B, M, d_ctx); emb (B, 4 ch).
+Reads:   layers.py, attention.py
+
+The topology is two lists, `down` and `up`, of stages; each stage is a short list of layers.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tinyldm.attention import SelfAttention2d, SpatialTransformer
+from tinyldm.layers import Downsample, ResBlock, Upsample, group_norm, timestep_embedding, zero_
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """What shapes eps_theta; the names of Tables 12-15 in brackets."""
+    c_in: int = 3                       # latent channels, plus those of concatenated conditions
+    c_out: int = 3                      # latent channels
+    side: int = 64                      # of the latent grid it is built for; others work too
+    ch: int = 224                       # [Channels]
+    ch_mult: tuple[int, ...] = (1, 2, 3, 4)     # [Channel Multiplier]
+    n_res: int = 2                      # [Depth] ResBlocks a level on the way down; one more up
+    attn_res: tuple[int, ...] = (32, 16, 8)     # [Attention resolutions] sides of the grid that attend
+    d_head: int = 32                    # [Head Channels]
+    d_ctx: int | None = None            # [CA embedding dim]; None: no condition, plain self-attention
+    depth: int = 1                      # [Transformer depth] blocks in each SpatialTransformer
+    groups: int = 32                    # of GroupNorm
+
+    @property
+    def factor(self) -> int:
+        """The latent's sides must be multiples of it."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+class UNet(nn.Module):
+    """eps_theta(z_t, t, ctx): z_t (B, c_in, h, w), t (B,), ctx (B, M, d_ctx) -> (B, c_out, h, w).
+
+    h and w must be divisible by 2^(levels - 1). Raises ValueError when a needed ctx is missing.
+    """
+
+    def __init__(self, cfg: UNetConfig):
+        super().__init__()
+        self.cfg, self.ckpt_grad = cfg, False
+        d_emb, g = 4 * cfg.ch, cfg.groups
+
+        def res(c_in, c_out):
+            return ResBlock(c_in, c_out, d_emb, g)
+
+        def attn(c):
+            if cfg.d_ctx is None:
+                block = SelfAttention2d(c, c // cfg.d_head, g, eps=1e-5)
+                zero_(block.proj_out)
+                return block
+            return SpatialTransformer(c, cfg.d_ctx, c // cfg.d_head, cfg.d_head, cfg.depth, g)
+
+        self.time = nn.Sequential(nn.Linear(cfg.ch, d_emb), nn.SiLU(), nn.Linear(d_emb, d_emb))
+        c, side = cfg.ch, cfg.side
+        down, skips = [[nn.Conv2d(cfg.c_in, c, 3, padding=1)]], [c]
+        for level, mult in enumerate(cfg.ch_mult):
+            for _ in range(cfg.n_res):
+                down.append([res(c, cfg.ch * mult)])
+                c = cfg.ch * mult
+                if side in cfg.attn_res:
+                    down[-1].append(attn(c))
+                skips.append(c)
+            if level < len(cfg.ch_mult) - 1:
+                down.append([Downsample(c)])
+                skips.append(c)
+                side //= 2
+        middle = [res(c, c), attn(c), res(c, c)]
+        up = []
+        for level, mult in reversed(list(enumerate(cfg.ch_mult))):
+            for i in range(cfg.n_res + 1):
+                up.append([res(c + skips.pop(), cfg.ch * mult)])
+                c = cfg.ch * mult
+                if side in cfg.attn_res:
+                    up[-1].append(attn(c))
+                if level > 0 and i == cfg.n_res:
+                    up[-1].append(Upsample(c))
+                    side *= 2
+        self.down = nn.ModuleList(map(nn.ModuleList, down))
+        self.middle = nn.ModuleList(middle)
+        self.up = nn.ModuleList(map(nn.ModuleList, up))
+        self.norm_out = group_norm(c, g, eps=1e-5)
+        self.conv_out = zero_(nn.Conv2d(c, cfg.c_out, 3, padding=1))
+
+    def forward(self, z_t: torch.Tensor, t: torch.Tensor, ctx: torch.Tensor | None = None) -> torch.Tensor:
+        emb = self.time(timestep_embedding(t, self.cfg.ch))                     # (B, 4 ch)
+        h, skips = z_t, []
+        run = run_lean if self.ckpt_grad and torch.is_grad_enabled() else run_stage
+        for stage in self.down:
+            h = run(stage, h, emb, ctx)
+            skips.append(h)
+        h = run(self.middle, h, emb, ctx)
+        for stage in self.up:
+            h = run(stage, torch.cat([h, skips.pop()], dim=1), emb, ctx)
+        return self.conv_out(F.silu(self.norm_out(h)))                          # (B, c_out, h, w)
+
+
+def run_stage(stage: nn.ModuleList, h: torch.Tensor, emb: torch.Tensor, ctx: torch.Tensor | None):
+    """Apply a stage's layers in turn, giving each what it takes."""
+    for layer in stage:
+        if isinstance(layer, ResBlock):
+            h = layer(h, emb)
+        elif isinstance(layer, SpatialTransformer):
+            h = layer(h, ctx)
+        else:
+            h = layer(h)
+    return h
+
+
+def run_lean(*args):
+    """run_stage, keeping only its input: backward runs it again (gradient checkpointing)."""
+    return checkpoint(run_stage, *args, use_reentrant=False)
