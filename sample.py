@@ -1,10 +1,10 @@
 """Draw pictures of prompts with a trained model.
 
-    python sample.py "a red circle above a blue square"                     # the bundled toy model
+    python sample.py "a red circle above a blue square"             # the bundled toy model
     python sample.py --ckpt out/ldm/ckpt.pt --n 16 --scale 4 "a small green cross"
-    python sample.py --prompts prompts.txt --out pictures/                  # one file a picture
+    python sample.py --prompts prompts.txt --out pictures/          # one file a picture
 
-Writes one grid (--out FILE.png, a row a prompt) or, if --out has no .png ending, a folder of pictures.
+Writes one grid (--out FILE.png, a row a prompt) or, where --out does not end in .png, a folder.
 """
 import argparse
 from argparse import BooleanOptionalAction
@@ -19,14 +19,15 @@ from tqdm import tqdm
 from tinyldm import BadInput, samplers, shapes
 from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder
+from tinyldm.checkpoint import load_checkpoint
 from tinyldm.conditioning import TextConfig, TextTransformer
 from tinyldm.data import save_grid, to_uint8
-from tinyldm.diffusion import cumulative, sqrt_linear_betas
+from tinyldm.diffusion import SCHEDULES, cumulative
 from tinyldm.guidance import guided
 from tinyldm.tokens import encode
 from tinyldm.unet import UNet, UNetConfig
 
-BUNDLED = Path(__file__).parent / "tinyldm" / "toy.pt"
+BUNDLED = Path(samplers.__file__).with_name("toy.pt")
 
 
 class Model(NamedTuple):
@@ -38,125 +39,129 @@ class Model(NamedTuple):
     abar: torch.Tensor          # (T,) float64
 
 
-def load_model(path: str | Path, ema: bool, device: torch.device) -> tuple[Model, dict]:
-    """The model in a checkpoint of stage two, and the checkpoint. Raises BadInput."""
-    ckpt = tr.load_checkpoint(path, "ldm", "--ckpt")
-    if not ema and "nets" not in ckpt:
-        raise BadInput(f"--no-ema: {path} holds averaged weights only; sample from the run's ckpt.pt instead")
-    config, nets = ckpt["config"], ckpt["ema" if ema else "nets"]
-    built = (Autoencoder(AEConfig(**config["autoencoder"])), UNet(UNetConfig(**config["unet"])),
-             TextTransformer(TextConfig(**config["tau"])))
-    for net, state in zip(built, (ckpt["ae"], nets["unet"], nets["tau"])):
-        net.load_state_dict(state)
-        net.to(device).eval().requires_grad_(False)
-    abar = cumulative(sqrt_linear_betas(**config["schedule"])).to(device)
-    return Model(*built, Tokenizer.from_str(ckpt["tokenizer"]), abar), ckpt
-
-
-@torch.no_grad()
-def draw(m: Model, prompts: list[str], args, first: int = 0, tick=None) -> torch.Tensor:
-    """One picture a prompt, (n, 3, size, size) in [-1, 1]; args as parse_args makes them.
-
-    Picture j has the noise of (args.seed, first + j). tick() is called after each step.
-    """
-    device = m.abar.device
-    generators = [tr.generator(args.seed, first + j) for j in range(len(prompts))]
-    side = args.size // m.ae.cfg.f
-
-    def randn():
-        return torch.stack([torch.randn(m.ae.cfg.c_z, side, side, generator=g) for g in generators]).to(device)
-
-    def eps_theta(z_t, t, ctx):
-        if tick:
-            tick()
-        return m.unet(z_t, t, ctx).float()
-
-    ctx, ctx_null = (m.tau(encode(m.tokenizer, p, m.tau.cfg.n_token).to(device)) for p in (prompts, [""]))
-    ts = samplers.timesteps(len(m.abar), args.steps)
-    model = guided(eps_theta, ctx_null, args.scale)
-    if args.sampler == "ddpm":
-        z = samplers.ddpm(model, randn(), ctx, m.abar, ts, randn)
-    else:
-        z = samplers.ddim(model, randn(), ctx, m.abar, ts, randn, args.eta)
-    return m.ae.decode(z).float().clamp(-1, 1).cpu()
-
-
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("prompt", nargs="*", help="one or more prompts, each in quotes")
     p.add_argument("--prompts", type=Path, help="a file with one prompt a line")
     p.add_argument("--ckpt", type=Path, default=BUNDLED, help="default: the bundled toy model")
-    p.add_argument("--ema", action=BooleanOptionalAction, default=True, help="averaged or raw weights")
-    p.add_argument("--n", type=int, default=8, help="pictures a prompt")
+    p.add_argument("--ema", action=BooleanOptionalAction, default=True, help="averaged weights")
+    p.add_argument("--n", type=int, help="pictures a prompt (16; 1 where there are many prompts)")
     p.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim")
     p.add_argument("--steps", type=int, default=50, help="1..T calls of the U-Net")
-    p.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as much as DDPM")
+    p.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as DDPM")
     p.add_argument("--scale", type=float, default=3.0, help="guidance s; 1 is none")
     p.add_argument("--seed", type=int, default=0, help="same seed, same pictures")
     p.add_argument("--size", type=int, help="px; default: as trained")
     p.add_argument("--batch", type=int, default=64, help="pictures at a time")
-    p.add_argument("--score", action="store_true", help="print the share of prompts followed in full (built-in world)")
-    p.add_argument("--out", type=Path, default=Path("out/samples.png"), help="FILE.png for a grid, or a folder")
+    p.add_argument("--score", action="store_true",
+                   help="print the share of prompts followed in full (built-in world only)")
+    p.add_argument("--out", type=Path, default=Path("out/samples.png"), help="FILE.png or a folder")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
     return p.parse_args(argv)
 
 
+def load_model(path: Path, ema: bool, device: torch.device) -> tuple[Model, int]:
+    """The model in a checkpoint of stage two, and the size it was trained at. Raises BadInput."""
+    ckpt = load_checkpoint(path, "ldm", "--ckpt")
+    if not ema and "nets" not in ckpt:
+        raise BadInput(f"--no-ema: {path} holds averaged weights only; take the run's ckpt.pt")
+    config, nets = ckpt["config"], ckpt["ema" if ema else "nets"]
+    built = (Autoencoder(AEConfig(**config["autoencoder"])), UNet(UNetConfig(**config["unet"])),
+             TextTransformer(TextConfig(**config["tau"])))
+    for net, state in zip(built, (ckpt["ae"], nets["unet"], nets["tau"])):
+        net.load_state_dict(state)
+        net.to(device).eval().requires_grad_(False)
+    abar = cumulative(SCHEDULES[config["schedule"]["name"]](config["schedule"]["T"]))
+    return Model(*built, Tokenizer.from_str(ckpt["tokenizer"]), abar.to(device)), ckpt["size"]
+
+
+@torch.no_grad()
+def draw(m: Model, prompts: list[str], args, first: int = 0, tick=lambda: None) -> torch.Tensor:
+    """One picture a prompt, (n, 3, size, size) in [-1, 1]; args as parse_args makes them.
+
+    Picture j has the noise of (args.seed, first + j). tick() is called at each call of the U-Net.
+    """
+    device, side = m.abar.device, args.size // m.ae.cfg.f
+    generators = [tr.generator(args.seed, first + j) for j in range(len(prompts))]
+
+    def randn():
+        shape = (m.ae.cfg.c_z, side, side)
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+    def eps_theta(z_t, t, ctx):
+        tick()
+        return m.unet(z_t, t, ctx).float()
+
+    ctx, ctx_null = (m.tau(encode(m.tokenizer, p, m.tau.cfg.n_token).to(device))
+                     for p in (prompts, [""]))
+    eps = guided(eps_theta, ctx_null, args.scale)
+    ts = samplers.timesteps(len(m.abar), args.steps)
+    if args.sampler == "ddpm":
+        z = samplers.ddpm(eps, randn(), ctx, m.abar, ts, randn)
+    else:
+        z = samplers.ddim(eps, randn(), ctx, m.abar, ts, randn, args.eta)
+    return m.ae.decode(z).float().clamp(-1, 1).cpu()
+
+
 def check(args, m: Model, trained: int) -> list[str]:
-    """Fill in --size, and return the prompts. Raises BadInput."""
+    """Fill in --size and --n, and return one prompt a picture. Raises BadInput."""
     prompts = list(args.prompt)
     if args.prompts:
         try:
-            prompts += [line.strip() for line in args.prompts.read_text("utf8").splitlines() if line.strip()]
+            prompts += args.prompts.read_text("utf8").splitlines()
         except (OSError, UnicodeDecodeError) as e:
             raise BadInput(f"--prompts {args.prompts}: cannot be read: {e}") from e
+    prompts = [p.strip() for p in prompts if p.strip()]
     if not prompts:
-        raise BadInput('no prompt: give one, like "a red circle above a blue square", or --prompts FILE')
+        raise BadInput('no prompt: give one, like "a red circle above a blue square", or --prompts')
     if not 1 <= args.steps <= len(m.abar):
         raise BadInput(f"--steps {args.steps}: must be 1..{len(m.abar)}")
+    args.n = 16 // min(len(prompts), 16) if args.n is None else args.n
     for flag in ("n", "batch"):
         if getattr(args, flag) < 1:
             raise BadInput(f"--{flag} {getattr(args, flag)}: must be at least 1")
     factor = m.ae.cfg.f * m.unet.cfg.factor
-    args.size = args.size or trained
+    args.size = trained if args.size is None else args.size
     if args.size < factor or args.size % factor:
-        raise BadInput(f"--size {args.size}: must be a multiple of {factor}, the autoencoder's f times the U-Net's factor")
+        raise BadInput(f"--size {args.size}: must be a multiple of {factor}, the autoencoder's f "
+                       "times the U-Net's factor")
     if args.score:
         for p in prompts:
             shapes.parse_prompt(p)
-    return prompts
+    return [p for p in prompts for _ in range(args.n)]
 
 
-def main(args):
-    device, autocast, _, _ = tr.setup(args.device, args.dtype)
-    m, ckpt = load_model(args.ckpt, args.ema, device)
-    prompts = check(args, m, ckpt["size"])
-    grid = args.out.suffix == ".png"
+def write(images: torch.Tensor, args) -> None:
+    """A grid, or one file a picture. Raises BadInput."""
     try:
-        (args.out.parent if grid else args.out).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"--out {args.out}: cannot be written: {e.strerror or e}") from e
-    each = [p for p in prompts for _ in range(args.n)]
-    images = []
-    chunks = range(0, len(each), args.batch)
-    with tqdm(total=len(chunks) * args.steps, unit="step", dynamic_ncols=True) as bar, autocast():
-        for i in chunks:
-            images.append(draw(m, each[i:i + args.batch], args, i, bar.update))
-    images = torch.cat(images)
-    try:
-        if grid:
-            save_grid(images, args.out, args.n if len(prompts) > 1 else min(args.n, 8))
+        if args.out.suffix == ".png":
+            save_grid(images, args.out, args.n if args.n < len(images) else min(args.n, 8))
         else:
+            args.out.mkdir(parents=True, exist_ok=True)
             for i, x in enumerate(images):
                 Image.fromarray(to_uint8(x)).save(args.out / f"{i:06d}.png")
     except OSError as e:
         raise BadInput(f"--out {args.out}: cannot be written: {e.strerror or e}") from e
+
+
+def main(args):
+    device, autocast, _, _ = tr.setup(args.device, args.dtype)
+    m, trained = load_model(args.ckpt, args.ema, device)
+    prompts = check(args, m, trained)
+    write(torch.zeros(0, 3, 1, 1), argparse.Namespace(**vars(args) | {"out": args.out.parent}))
+    chunks = range(0, len(prompts), args.batch)
+    with tqdm(total=len(chunks) * args.steps, unit="step", dynamic_ncols=True) as bar, autocast():
+        images = torch.cat([draw(m, prompts[i:i + args.batch], args, i, bar.update)
+                            for i in chunks])
+    write(images, args)
     print(f"{len(images)} picture(s) -> {args.out}")
     if args.score:
-        print(f"followed in full: {shapes.score(images, each, args.size / ckpt['size'] * ckpt['size'] / 32):.1%} of "
-              f"{len(images)} (s = {args.scale:g}, {args.steps} {args.sampler.upper()} steps)")
+        share = shapes.score(images, prompts, trained / 32)
+        print(f"{share:.1%} of {len(images)} prompts followed in full (s = {args.scale:g}, "
+              f"{args.steps} {args.sampler.upper()} steps)")
 
 
 if __name__ == "__main__":
-    tr.run(main, parse_args())
+    tr.run(main, parse_args)

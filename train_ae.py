@@ -1,14 +1,13 @@
 """Stage one: train the autoencoder (perceptual + adversarial + KL) on pictures alone.
 
-    python train_ae.py                                          # toy: built-in world, CPU, about a minute
-    python train_ae.py --data photos/ --size 256 --ch 128 --ch-mult 1 2 4 --n-res 2 --c-z 3 --groups 32 ...
-    torchrun --nproc-per-node 8 train_ae.py --data ...          # the same run, its batch shared by 8 processes
+    python train_ae.py                                      # toy: built-in world, CPU, a minute
+    python train_ae.py --data photos/ --size 64 --steps 5000                # a folder or .zip
+    torchrun --nproc-per-node 8 train_ae.py --data photos/  # the same run, each batch shared by 8
 
-Writes OUT/ckpt.pt (all that resuming needs), OUT/log.jsonl and OUT/recon_*.png (pictures above their
-reconstructions). The same command again goes on where it stopped.
+Writes OUT/ckpt.pt (all that resuming needs), OUT/log.jsonl and OUT/recon_*.png (pictures, each row
+above its reconstructions). The same command again goes on where it stopped.
 """
 import argparse
-from argparse import BooleanOptionalAction
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,9 +17,16 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tinyldm import BadInput, presets
 from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder
+from tinyldm.checkpoint import load_checkpoint, same_config, save_checkpoint
 from tinyldm.data import BatchOrder, data_flags, loader, open_data, save_grid
 from tinyldm.metrics import psnr
-from tinyldm.patchgan import Discriminator, adaptive_weight, generator_loss, hinge_loss, vanilla_loss
+from tinyldm.patchgan import (
+    Discriminator,
+    adaptive_weight,
+    generator_loss,
+    hinge_loss,
+    vanilla_loss,
+)
 from tinyldm.perceptual import Perceptual
 
 
@@ -28,9 +34,9 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("run")
-    g.add_argument("--out", default="out/ae", type=Path, help="folder of the checkpoint, log and pictures")
+    g.add_argument("--out", default="out/ae", type=Path, help="folder of what is written")
     g.add_argument("--steps", type=int)
-    g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and picture grids")
+    g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     data_flags(p)
     g = p.add_argument_group("model")
     g.add_argument("--ch", type=int, help="width at full resolution")
@@ -39,22 +45,17 @@ def parse_args(argv=None):
     g.add_argument("--c-z", type=int, help="latent channels")
     g.add_argument("--groups", type=int, help="of GroupNorm")
     g = p.add_argument_group("loss")
+    g.add_argument("--pixel-loss", choices=["l1", "l2"], help="the paper's code has l1")
     g.add_argument("--perceptual", choices=["vgg16", "random", "none"])
-    g.add_argument("--perceptual-weight", type=float, default=1.0)
+    g.add_argument("--perceptual-weight", type=float)
     g.add_argument("--vgg-weights", help="torchvision's vgg16-397923af.pth; default: fetched once")
-    g.add_argument("--kl-weight", type=float, default=1e-6, help="the paper's; of the KL summed over z, per pixel value")
-    g.add_argument("--disc-weight", type=float, default=0.5, help="of the adversarial term, times lam; 0 for none")
-    g.add_argument("--disc-start", type=int, help="step from which D_psi is trained and used")
+    g.add_argument("--kl-weight", type=float, help="of the KL summed over z, a pixel value")
+    g.add_argument("--disc-weight", type=float, help="of the adversarial term, times lam; 0: none")
+    g.add_argument("--disc-start", type=int, help="step after which D_psi is trained and used")
     g.add_argument("--disc-loss", choices=["hinge", "vanilla"], default="hinge")
     g.add_argument("--disc-ch", type=int, help="width of D_psi")
-    g.add_argument("--disc-layers", type=int, help="strided layers of D_psi; 3 sees 70x70 pixels")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--batch", type=int, help="pictures a step, of all processes together")
-    g.add_argument("--micro-batch", type=int, help="pictures at a time in one process; default: all")
-    g.add_argument("--lr", type=float, help="of the whole batch (no scaling behind your back)")
-    g.add_argument("--warmup", type=int, help="steps")
-    g.add_argument("--cosine", action=BooleanOptionalAction, default=True, help="let the lr fall to 0; --no-cosine keeps it")
-    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    g.add_argument("--disc-layers", type=int, help="strided layers of D_psi; 3 see 70x70 pixels")
+    tr.optimisation_flags(p)
     tr.system_flags(p)
     return tr.parse(p, presets.AE, argv)
 
@@ -62,86 +63,92 @@ def parse_args(argv=None):
 def main(args):
     # ---- setup
     device, autocast, rank, world = tr.setup(args.device, args.dtype)
-    cfg = AEConfig(3, args.ch, tuple(args.ch_mult), args.n_res, args.c_z, args.groups)
     micro = tr.check_batch(args, world)
+    cfg = AEConfig(3, args.ch, tuple(args.ch_mult), args.n_res, args.c_z, args.groups)
     if args.size % cfg.f:
-        raise BadInput(f"--size {args.size} is not divisible by f = {cfg.f} (--ch-mult has {len(cfg.ch_mult)} levels)")
+        raise BadInput(f"--size {args.size} is not divisible by f = {cfg.f}, which --ch-mult sets")
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
         ae, disc = Autoencoder(cfg), Discriminator(3, args.disc_ch, args.disc_layers)
+    side = args.size // cfg.f
     if rank == 0:
-        print(f"autoencoder {tr.n_params(ae):,} parameters | discriminator {tr.n_params(disc):,} | f = {cfg.f} | "
-              f"z ({cfg.c_z}, {args.size // cfg.f}, {args.size // cfg.f}) | {device}, {world} process(es)")
+        print(f"autoencoder {tr.n_params(ae):,} parameters | discriminator {tr.n_params(disc):,} | "
+              f"f = {cfg.f}, z ({cfg.c_z}, {side}, {side}) | {device}, {world} process(es)")
     if args.dry_run:
         return tr.dry_run(args, ae, disc)
 
     # ---- data
     data, held_out = open_data(args), open_data(args, "held-out", 256)
-    val = torch.stack([held_out[i]["image"] for i in range(min(len(held_out), 256))]) if len(held_out) else None
+    val = [held_out[i]["image"] for i in range(min(len(held_out), 256))]
 
     # ---- model
     ae, disc = (net.to(device, memory_format=torch.channels_last) for net in (ae, disc))
-    perceptual = None if args.perceptual == "none" else Perceptual(args.perceptual, args.vgg_weights).to(device)
+    perceptual = None
+    if args.perceptual != "none":
+        perceptual = Perceptual(args.perceptual, args.vgg_weights).to(device)
     disc_loss = {"hinge": hinge_loss, "vanilla": vanilla_loss}[args.disc_loss]
     run_ae, run_disc = (torch.compile(net) if args.compile else net for net in (ae, disc))
-    if world > 1:
+    if world > 1:                           # D_psi's BatchNorm sees its own process only
         run_ae, run_disc = DDP(run_ae), DDP(run_disc, broadcast_buffers=False)
 
     # ---- optimiser
-    opts = [torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.5, 0.9), fused=True) for net in (ae, disc)]
+    opts = [torch.optim.Adam(net.parameters(), betas=args.betas, fused=True) for net in (ae, disc)]
 
     # ---- resume
     path, step = args.out / "ckpt.pt", 0
-    config = {"autoencoder": asdict(cfg), "discriminator": {"ch": args.disc_ch, "n_layers": args.disc_layers}}
+    config = {"autoencoder": asdict(cfg),
+              "discriminator": {"ch": args.disc_ch, "n_layers": args.disc_layers}}
     if path.exists():
-        ckpt = tr.load_checkpoint(path, "autoencoder", "--out")
-        tr.same_config(ckpt["config"], config, path)
+        ckpt = load_checkpoint(path, "autoencoder", "--out")
+        same_config(ckpt["config"], config, path)
         step = ckpt["step"]
         for net, opt, name in zip((ae, disc), opts, ("ae", "disc")):
             net.load_state_dict(ckpt["nets"][name])
             opt.load_state_dict(ckpt["opts"][name])
-        print(f"{path}: {step} of {args.steps} steps are done")
 
     def save():
-        if rank == 0:
-            tr.save_checkpoint({"kind": "tinyldm autoencoder", "step": step, "config": config, "args": tr.plain(args),
-                                "nets": {"ae": ae.state_dict(), "disc": disc.state_dict()},
-                                "opts": {"ae": opts[0].state_dict(), "disc": opts[1].state_dict()}}, path)
-            if val is not None:
-                with torch.no_grad(), autocast():
-                    parts = [ae.decode(ae.encode(x.to(device)).mean).float().cpu() for x in val.split(64)]
-                log.write(step, held_out_psnr=psnr(val, torch.cat(parts)).mean().item())
-                rows = [r for i in range(0, min(len(val), 30), 10) for r in (val[i:i + 10], torch.cat(parts)[i:i + 10])]
-                save_grid(torch.cat(rows), args.out / f"recon_{step:06d}.png", min(10, len(val)))
+        save_checkpoint({"kind": "tinyldm autoencoder", "step": step, "config": config,
+                         "args": tr.plain(args),
+                         "nets": {"ae": ae.state_dict(), "disc": disc.state_dict()},
+                         "opts": {"ae": opts[0].state_dict(), "disc": opts[1].state_dict()}}, path)
+        if val:
+            x = torch.stack(val)
+            with torch.no_grad(), autocast():
+                x_rec = torch.cat([ae.decode(ae.encode(v.to(device)).mean).float().cpu()
+                                   for v in x.split(64)])
+            log.write(step, held_out_psnr=psnr(x, x_rec).mean().item())
+            rows = [v[i:i + 10] for i in range(0, min(len(x), 30), 10) for v in (x, x_rec)]
+            save_grid(torch.cat(rows), args.out / f"recon_{step:06d}.png", min(10, len(x)))
 
     # ---- loop
-    log = tr.Log(args.out, step, args.steps, args.batch, device, rank, args.log_every)
-    log.note("healthy: rec and perceptual fall; kl 2..8 nats a latent value; z_std 1..4; once D is on, lam stays "
-             "below 10 and d_real a little above d_fake")
-    stop = tr.Stop()
+    log = tr.Log(args, step, device, rank)
+    log.note("healthy: rec and perceptual fall; kl 1..9 nats a latent value; z_std 0.5..4; with "
+             "D_psi, lam stays below 10 and d_real a little above d_fake")
+    stop = tr.Stop(device)
     order = BatchOrder(len(data), args.batch, step, args.steps, args.seed, rank, world)
     for batch in loader(data, order, args.workers, device.type == "cuda"):
         step += 1
         gan = args.disc_weight > 0 and step > args.disc_start
-        lr = tr.lr_at(step, args.lr, args.warmup, args.steps, args.cosine)
+        lr = tr.lr_at(step, args)
         for opt in opts:
             opt.param_groups[0]["lr"] = lr
             opt.zero_grad()
-        x_all = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
-        noise = torch.randn(args.batch, cfg.c_z, *(s // cfg.f for s in x_all.shape[2:]),
+        x = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
+        noise = torch.randn(args.batch, cfg.c_z, side, side,
                             generator=tr.generator(args.seed, step))
-        noise = tr.rows(noise, rank, world).to(device)
-        parts = list(zip(x_all.split(micro), noise.split(micro)))
+        parts = list(zip(x.split(micro), tr.rows(noise, rank, world).to(device).split(micro)))
         values, recs = {}, []
         for i, (x, n) in enumerate(parts):                                      # E and D
             with tr.sync_last(run_ae, i == len(parts) - 1), autocast():
                 x_rec, q = run_ae(x, n)
-                loss_l1 = (x - x_rec.float()).abs().mean()
-                loss_p = perceptual(x, x_rec).mean() if perceptual else torch.zeros((), device=device)
-                loss_rec = loss_l1 + args.perceptual_weight * loss_p
+                d = x - x_rec.float()
+                loss_pixel = d.abs().mean() if args.pixel_loss == "l1" else d.square().mean()
+                loss_p = perceptual(x, x_rec).mean() if perceptual else 0 * loss_pixel
+                loss_rec = loss_pixel + args.perceptual_weight * loss_p
                 loss_reg = q.kl().mean()                                        # nats a picture
                 loss = loss_rec + args.kl_weight * loss_reg / x[0].numel()
-                v = dict(rec=loss_l1, perceptual=loss_p, kl=loss_reg / q.mean[0].numel(), z_std=q.std())
+                v = dict(rec=loss_pixel, perceptual=loss_p, kl=loss_reg / q.mean[0].numel(),
+                         z_std=q.std())
                 if gan:
                     loss_adv = generator_loss(disc, x_rec)
                     lam = adaptive_weight(loss_rec, loss_adv, ae.last_layer)
@@ -156,20 +163,22 @@ def main(args):
         for i, ((x, _), x_rec) in enumerate(zip(parts, recs) if gan else ()):   # D_psi
             with tr.sync_last(run_disc, i == len(parts) - 1), autocast():
                 real, fake = run_disc(x), run_disc(x_rec)
-                loss_d = disc_loss(real.float(), fake.float())
-                (loss_d / len(parts)).backward()
-            tr.add(values, dict(disc=loss_d, d_real=real.mean(), d_fake=fake.mean()), 1 / len(parts))
+                loss_disc = disc_loss(real.float(), fake.float())
+                (loss_disc / len(parts)).backward()
+            tr.check_finite(loss_disc, step, path)
+            v = dict(disc=loss_disc, d_real=real.mean(), d_fake=fake.mean())
+            tr.add(values, v, 1 / len(parts))
         if gan:
-            tr.check_finite(loss_d, step, path)
             opts[1].step()
         log.step(step, **values, lr=lr, gnorm=gnorm)
-        if step % args.save_every == 0 or step == args.steps or stop.asked:
+        stopping = stop.asked()
+        if rank == 0 and (step % args.save_every == 0 or step == args.steps or stopping):
             with log.aside():
                 save()
-        if stop.asked:
+        if stopping:
             break
-    log.bar.close()
+    log.close()
 
 
 if __name__ == "__main__":
-    tr.run(main, parse_args())
+    tr.run(main, parse_args)

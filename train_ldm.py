@@ -1,11 +1,12 @@
-"""Stage two: train the latent diffusion model, eps_theta and tau together, on the frozen autoencoder's latents.
+"""Stage two: train the latent diffusion model, eps_theta with tau, on the frozen encoder's latents.
 
-    python train_ldm.py                                         # toy, after train_ae.py: CPU, minutes
-    python train_ldm.py --ae out/photos/ckpt.pt --data photos/ --size 256 --ch 224 ...
-    torchrun --nproc-per-node 8 train_ldm.py --data ...         # the same run, its batch shared by 8 processes
+    python train_ldm.py                                     # toy, after train_ae.py: CPU, minutes
+    python train_ldm.py --ae out/photos-ae/ckpt.pt --data photos/ --size 64 --n-token 24
+    torchrun --nproc-per-node 8 train_ldm.py --data ...     # the same run, each batch shared by 8
 
-Writes OUT/ckpt.pt (everything, for resuming and sampling), OUT/model.pt (at the end: only what sampling
-needs, EMA weights in fp16), OUT/log.jsonl and OUT/samples_*.png. The same command goes on where it stopped.
+Writes OUT/ckpt.pt (everything, for resuming and sampling), OUT/log.jsonl, OUT/samples_*.png and at
+the end OUT/model.pt (only what sampling needs: averaged weights in fp16). The same command again
+goes on where it stopped.
 """
 import argparse
 from argparse import BooleanOptionalAction
@@ -19,9 +20,10 @@ import sample
 from tinyldm import BadInput, presets, shapes
 from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder, Posterior
+from tinyldm.checkpoint import half, load_checkpoint, same_config, save_checkpoint
 from tinyldm.conditioning import TextConfig, TextTransformer
 from tinyldm.data import BatchOrder, data_flags, encode_set, loader, open_data, save_grid
-from tinyldm.diffusion import cumulative, ldm_loss, sqrt_linear_betas
+from tinyldm.diffusion import SCHEDULES, cumulative, ldm_loss
 from tinyldm.guidance import drop_condition
 from tinyldm.tokens import encode, train_tokenizer
 from tinyldm.unet import UNet, UNetConfig
@@ -31,17 +33,18 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("run")
-    g.add_argument("--out", default="out/ldm", type=Path, help="folder of the checkpoint, log and pictures")
+    g.add_argument("--out", default="out/ldm", type=Path, help="folder of what is written")
     g.add_argument("--ae", default="out/ae/ckpt.pt", type=Path, help="stage one's checkpoint")
     g.add_argument("--steps", type=int)
-    g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and sample grids")
+    g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     data_flags(p)
-    g.add_argument("--cache-latents", action=BooleanOptionalAction, default=True, help="encode the set once, keep it in memory")
+    p.add_argument("--cache-latents", action=BooleanOptionalAction, default=True,
+                   help="encode the set once and keep it in memory")
     g = p.add_argument_group("model")
     g.add_argument("--ch", type=int, help="width of the U-Net")
     g.add_argument("--ch-mult", type=int, nargs="+", help="width of each level")
     g.add_argument("--n-res", type=int, help="ResBlocks a level")
-    g.add_argument("--attn-res", type=int, nargs="*", help="sides of the latent grid that have attention")
+    g.add_argument("--attn-res", type=int, nargs="*", help="sides of the latent grid that attend")
     g.add_argument("--d-head", type=int)
     g.add_argument("--depth", type=int, help="transformer blocks at each place that attends")
     g.add_argument("--groups", type=int, help="of GroupNorm")
@@ -51,19 +54,13 @@ def parse_args(argv=None):
     g.add_argument("--vocab-size", type=int, default=8192, help="at most so many pieces of words")
     g = p.add_argument_group("diffusion")
     g.add_argument("--loss", choices=["l1", "l2"], default="l2")
+    g.add_argument("--schedule", choices=SCHEDULES, default="sqrt-linear")
     g.add_argument("--T", type=int, default=1000)
-    g.add_argument("--beta-start", type=float, default=0.0015)
-    g.add_argument("--beta-end", type=float, default=0.0195)
-    g.add_argument("--p-drop", type=float, default=0.1, help="share of captions dropped, for guidance")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--batch", type=int, help="pictures a step, of all processes together")
-    g.add_argument("--micro-batch", type=int, help="pictures at a time in one process; default: all")
-    g.add_argument("--lr", type=float, help="of the whole batch (no scaling behind your back)")
-    g.add_argument("--warmup", type=int, help="steps")
-    g.add_argument("--cosine", action=BooleanOptionalAction, default=True, help="let the lr fall to 0; --no-cosine keeps it")
-    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    g.add_argument("--ema", type=float, help="decay of the averaged weights")
-    g.add_argument("--ckpt-grad", action=BooleanOptionalAction, default=False, help="compute activations twice to save memory")
+    g.add_argument("--p-drop", type=float, default=0.1, help="share of captions dropped")
+    tr.optimisation_flags(p)
+    p.add_argument("--ema", type=float, help="decay of the averaged weights")
+    p.add_argument("--ckpt-grad", action=BooleanOptionalAction, default=False,
+                   help="keep fewer activations and compute them twice")
     tr.system_flags(p)
     return tr.parse(p, presets.LDM, argv)
 
@@ -72,59 +69,59 @@ def main(args):
     # ---- setup
     device, autocast, rank, world = tr.setup(args.device, args.dtype)
     micro = tr.check_batch(args, world)
-    stage_one = tr.load_checkpoint(args.ae, "autoencoder", "--ae")
+    stage_one = load_checkpoint(args.ae, "autoencoder", "--ae")
     ae = Autoencoder(AEConfig(**stage_one["config"]["autoencoder"]))
     ae.load_state_dict(stage_one["nets"]["ae"])
     ae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     # ---- data
-    data, held_out = open_data(args), open_data(args, "held-out", 256)
+    data, held_out = open_data(args), open_data(args, "held-out")
     tokenizer = train_tokenizer(data.captions(), args.vocab_size)
     toy = args.data == "shapes"
     prompts = shapes.prompts(64) if toy else (held_out.captions() or data.captions())[:16]
 
     # ---- model
     side = args.size // ae.cfg.f
-    cfg = UNetConfig(ae.cfg.c_z, ae.cfg.c_z, side, args.ch, tuple(args.ch_mult), args.n_res, tuple(args.attn_res),
-                     args.d_head, args.d_text, args.depth, args.groups)
+    cfg = UNetConfig(ae.cfg.c_z, ae.cfg.c_z, side, args.ch, tuple(args.ch_mult), args.n_res,
+                     tuple(args.attn_res), args.d_head, args.d_text, args.depth, args.groups)
     cfg_tau = TextConfig(tokenizer.get_vocab_size(), args.n_token, args.d_text, args.text_depth,
                          args.d_text // args.d_head, args.d_head)
     if args.size % (ae.cfg.f * cfg.factor):
-        raise BadInput(f"--size {args.size} is not a multiple of {ae.cfg.f * cfg.factor}, the autoencoder's f times the "
-                       f"U-Net's factor ({ae.cfg.f} x {cfg.factor})")
+        raise BadInput(f"--size {args.size} is not a multiple of {ae.cfg.f * cfg.factor}, the "
+                       f"autoencoder's f = {ae.cfg.f} times the U-Net's factor {cfg.factor}")
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
         unet, tau = UNet(cfg), TextTransformer(cfg_tau)
     if rank == 0:
-        print(f"U-Net {tr.n_params(unet):,} parameters | tau {tr.n_params(tau):,}, {cfg_tau.n_vocab} pieces of words | "
-              f"z ({cfg.c_in}, {side}, {side}) | {len(data):,} pictures | {device}, {world} process(es)")
+        print(f"U-Net {tr.n_params(unet):,} parameters | tau {tr.n_params(tau):,}, vocabulary "
+              f"{cfg_tau.n_vocab} | z ({cfg.c_in}, {side}, {side}) | {len(data):,} pictures")
     if args.dry_run:
         return tr.dry_run(args, unet, tau)
     unet, tau = unet.to(device, memory_format=torch.channels_last), tau.to(device)
     unet.ckpt_grad = args.ckpt_grad
-    schedule = {"T": args.T, "start": args.beta_start, "end": args.beta_end}
-    abar = cumulative(sqrt_linear_betas(**schedule)).to(device)
+    schedule = {"name": args.schedule, "T": args.T}
+    abar = cumulative(SCHEDULES[args.schedule](args.T)).to(device)
     run_unet, run_tau = (torch.compile(net) if args.compile else net for net in (unet, tau))
     if world > 1:
         run_unet, run_tau = DDP(run_unet), DDP(run_tau)
 
     # ---- optimiser
     params = [*unet.parameters(), *tau.parameters()]
-    opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.99), fused=True)
+    opt = torch.optim.AdamW(params, betas=args.betas, fused=True)
     ema = tr.EMA({"unet": unet, "tau": tau}, args.ema)
 
     # ---- resume
     path, step = args.out / "ckpt.pt", 0
-    config = {"autoencoder": asdict(ae.cfg), "unet": asdict(cfg), "tau": asdict(cfg_tau), "schedule": schedule}
+    config = {"autoencoder": asdict(ae.cfg), "unet": asdict(cfg), "tau": asdict(cfg_tau),
+              "schedule": schedule}
     if path.exists():
-        ckpt = tr.load_checkpoint(path, "ldm", "--out")
-        tr.same_config(ckpt["config"], config, path)
+        ckpt = load_checkpoint(path, "ldm", "--out")
+        same_config(ckpt["config"], config, path)
         step, ema.shadow, ema.n = ckpt["step"], ckpt["ema"], ckpt["ema_n"]
         unet.load_state_dict(ckpt["nets"]["unet"])
         tau.load_state_dict(ckpt["nets"]["tau"])
         opt.load_state_dict(ckpt["opt"])
         ae.load_state_dict(ckpt["ae"])
-        print(f"{path}: {step} of {args.steps} steps are done")
 
     # ---- latents
     n = len(data) * (2 if args.flip else 1) if args.cache_latents else min(len(data), 4096)
@@ -139,41 +136,45 @@ def main(args):
     def batches():
         """q(z | x) and y of this process's pictures, step by step."""
         if args.cache_latents:
-            for idx in order:
-                k = torch.tensor(idx) % n
-                yield Posterior(cache.mean[k], cache.logvar[k]), y_cache[k]
+            for k in map(torch.tensor, order):
+                yield Posterior(cache.mean[k % n], cache.logvar[k % n]), y_cache[k % n]
         else:
             for b in loader(data, order, args.workers, device.type == "cuda"):
                 with torch.no_grad(), autocast():
-                    yield ae.encode(b["image"].to(device)), encode(tokenizer, b["caption"], args.n_token)
+                    q = ae.encode(b["image"].to(device))
+                yield q, encode(tokenizer, b["caption"], args.n_token)
 
     def save():
-        if rank > 0:
-            return
-        tr.save_checkpoint({"kind": "tinyldm ldm", "step": step, "config": config, "size": args.size,
-                            "args": tr.plain(args), "ae": ae.state_dict(), "tokenizer": tokenizer.to_str(),
-                            "nets": {"unet": unet.state_dict(), "tau": tau.state_dict()}, "ema": ema.shadow,
-                            "ema_n": ema.n, "opt": opt.state_dict()}, path)
-        how = sample.parse_args(["", "--steps", "25", "--scale", "3", "--size", str(args.size)])
+        out = {"kind": "tinyldm ldm", "step": step, "config": config, "size": args.size,
+               "args": tr.plain(args), "tokenizer": tokenizer.to_str()}
+        nets = {"unet": unet.state_dict(), "tau": tau.state_dict()}
+        save_checkpoint({**out, "ae": ae.state_dict(), "nets": nets, "ema": ema.shadow,
+                         "ema_n": ema.n, "opt": opt.state_dict()}, path)
+        if step == args.steps:
+            save_checkpoint(out | half({"ae": ae.state_dict(), "ema": ema.shadow}),
+                            args.out / "model.pt")
+        how = sample.parse_args(["", "--steps", "25", "--size", str(args.size)])
         with ema.swapped(), autocast():
-            images = sample.draw(sample.Model(ae, unet, tau, tokenizer, abar), prompts, how)
+            model = sample.Model(ae, unet, tau, tokenizer, abar)
+            images = sample.draw(model, prompts, how)
         save_grid(images[:16], args.out / f"samples_{step:06d}.png", 8)
         if toy:
             log.write(step, prompts_followed=shapes.score(images, prompts))
 
     # ---- loop
-    log = tr.Log(args.out, step, args.steps, args.batch, device, rank, args.log_every)
-    log.note("healthy: loss falls from 1 towards 0.1-0.3 and then slowly; gnorm below 1; z_std 1; the sample grids show\n  "
-             + "\n  ".join(prompts[:16]))
-    stop = tr.Stop()
+    log = tr.Log(args, step, device, rank)
+    log.note("healthy: loss falls fast from 1 to 0.1, then slowly; gnorm below 1; z_std 1; each "
+             "grid shows\n  " + "\n  ".join(prompts[:16]))
+    stop = tr.Stop(device)
     for q, y in batches():
         step += 1
         g = tr.generator(args.seed, step)
-        opt.param_groups[0]["lr"] = lr = tr.lr_at(step, args.lr, args.warmup, args.steps, args.cosine)
+        opt.param_groups[0]["lr"] = lr = tr.lr_at(step, args)
         opt.zero_grad()
         shape = (args.batch, *q.mean.shape[1:])
         noise, eps = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
-        t = ((torch.randperm(args.batch, generator=g) + torch.rand(args.batch, generator=g)) * args.T / args.batch).long()
+        u = torch.randperm(args.batch, generator=g) + torch.rand(args.batch, generator=g)
+        t = (u / args.batch * args.T).long()            # uniform, spread evenly over the batch
         drop = torch.rand(args.batch, generator=g) < args.p_drop
         noise, eps, t, drop = (tr.rows(v, rank, world).to(device) for v in (noise, eps, t, drop))
         z = Posterior(q.mean.to(device), q.logvar.to(device)).sample(noise)
@@ -183,25 +184,23 @@ def main(args):
         for i, (z_i, t_i, eps_i, y_i) in enumerate(parts):
             last = i == len(parts) - 1
             with tr.sync_last(run_unet, last), tr.sync_last(run_tau, last), autocast():
-                loss = ldm_loss(run_unet, z_i, t_i, eps_i, abar, run_tau(y_i), args.loss).mean()
-                (loss / len(parts)).backward()
-            tr.add(values, dict(loss=loss), 1 / len(parts))
+                ctx = run_tau(y_i)
+                loss = ldm_loss(run_unet, z_i, t_i, eps_i, abar, ctx, args.loss).mean() / len(parts)
+                loss.backward()
+            tr.add(values, dict(loss=loss), 1.0)
         gnorm = torch.nn.utils.clip_grad_norm_(params, args.clip)
-        tr.check_finite(loss + gnorm, step, path)
+        tr.check_finite(values["loss"] + gnorm, step, path)
         opt.step()
         ema.update()
         log.step(step, **values, lr=lr, gnorm=gnorm, z_std=z.std())
-        if step % args.save_every == 0 or step == args.steps or stop.asked:
+        stopping = stop.asked()
+        if rank == 0 and (step % args.save_every == 0 or step == args.steps or stopping):
             with log.aside():
                 save()
-        if stop.asked:
+        if stopping:
             break
-    log.bar.close()
-    if rank == 0 and step == args.steps:
-        tr.save_checkpoint({"kind": "tinyldm ldm", "step": step, "config": config, "size": args.size,
-                            "args": tr.plain(args), "tokenizer": tokenizer.to_str(),
-                            **tr.half({"ae": ae.state_dict(), "ema": ema.shadow})}, args.out / "model.pt")
+    log.close()
 
 
 if __name__ == "__main__":
-    tr.run(main, parse_args())
+    tr.run(main, parse_args)

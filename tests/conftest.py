@@ -10,15 +10,16 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-TINY_AE = ["--ch", "8", "--ch-mult", "1", "2", "--groups", "4", "--batch", "4", "--perceptual", "none",
-           "--disc-ch", "4", "--disc-layers", "1", "--disc-start", "1", "--log-every", "1"]
-TINY_LDM = ["--ch", "16", "--d-text", "32", "--d-head", "16", "--text-depth", "1", "--groups", "4", "--batch", "4",
-            "--log-every", "1"]
+TINY_AE = ["--ch", "8", "--ch-mult", "1", "2", "--groups", "4", "--batch", "4",
+           "--perceptual", "none", "--disc-ch", "4", "--disc-layers", "1", "--disc-start", "1",
+           "--log-every", "1"]
+TINY_LDM = ["--ch", "16", "--d-text", "32", "--d-head", "16", "--text-depth", "1",
+            "--groups", "4", "--batch", "4", "--log-every", "1"]
 
 
 @pytest.fixture
 def cli():
-    """Run one of the scripts as a user would: cli("sample.py", "--n", 3, code=2) -> its stdout and stderr."""
+    """Run a script as a user would: cli("sample.py", "--n", 3, code=2) -> its stdout and stderr."""
     def run(script, *flags, code=0, cwd=ROOT):
         env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         p = subprocess.run([sys.executable, ROOT / script, *map(str, flags)], cwd=cwd, env=env,

@@ -1,4 +1,4 @@
-"""data.py: the folder contract, the order of batches, the latent cache, and what strangers' folders may hold."""
+"""data.py: the folder contract, the order of batches, the latent cache, strangers' folders."""
 import json
 import shutil
 import struct
@@ -13,8 +13,15 @@ from torch.testing import assert_close
 
 from tinyldm import BadInput
 from tinyldm.autoencoder import AEConfig, Autoencoder
-from tinyldm.data import (BatchOrder, Folder, batch_indices, encode_set, load_rgb, loader,
-                          save_grid, to_uint8)
+from tinyldm.data import (
+    BatchOrder,
+    Folder,
+    encode_set,
+    load_rgb,
+    loader,
+    save_grid,
+    to_uint8,
+)
 
 
 def all_items(path, size=32, **kw):
@@ -34,7 +41,8 @@ def test_metadata_fields_become_the_item(tmp_path, folder):
         assert item["caption"].startswith("picture") and item["label"] == 0
         assert (item["segmentation"] == 7).all() and item["segmentation"].shape == (32, 32)
         # 40x48 -> 32x38.4 -> rows 3..35: x 10..30 of 40, y (14..24 * .8 - 3.2) of 32
-        assert_close(item["boxes"], torch.tensor([[1, 10 / 40, 8 / 32, 30 / 40, 16 / 32]]), rtol=0, atol=1e-2)
+        want = torch.tensor([[1, 10 / 40, 8 / 32, 30 / 40, 16 / 32]])
+        assert_close(item["boxes"], want, rtol=0, atol=1e-2)
 
 
 def test_labels_from_sub_folders_and_captions_from_txt(tmp_path):
@@ -52,7 +60,8 @@ def test_a_zip_reads_like_its_folder(tmp_path, folder):
     path = folder(12)
     shutil.make_archive(str(tmp_path / "pics"), "zip", path)
     a, b = all_items(path), all_items(tmp_path / "pics.zip")
-    assert all((x["image"] == y["image"]).all() and x["caption"] == y["caption"] for x, y in zip(a, b)) and len(b) == 12
+    assert len(b) == 12 and all((x["image"] == y["image"]).all() and x["caption"] == y["caption"]
+                                for x, y in zip(a, b))
     data = Folder(str(tmp_path / "pics.zip"), 32)
     batches = list(loader(data, BatchOrder(len(data), 4, 0, 4, 0), workers=2))
     assert [b["image"].shape for b in batches] == [(4, 3, 32, 32)] * 4
@@ -100,7 +109,7 @@ def test_flipped_epochs_mirror_pictures_boxes_and_maps(folder):
 
 @pytest.mark.parametrize("n,batch", [(10, 3), (10, 10), (3, 8)])
 def test_each_epoch_shows_each_picture_once_in_a_new_order(n, batch):
-    flat = [i for s in range(60) for i in batch_indices(n, batch, s, seed=1)]
+    flat = [i for items in BatchOrder(n, batch, 0, 60, seed=1) for i in items]
     epochs = [flat[e * n:(e + 1) * n] for e in range(len(flat) // n)]
     assert all(sorted(e) == list(range(k * n, (k + 1) * n)) for k, e in enumerate(epochs))
     assert len({tuple(i % n for i in e) for e in epochs}) > 1
@@ -140,9 +149,9 @@ def test_unreadable_pictures_are_skipped_with_a_warning_and_a_count(folder):
     (path / names[1]).write_bytes((path / names[1]).read_bytes()[:500])
     data = Folder(str(path), 32)
     with pytest.warns(UserWarning, match="skipped") as w:
-        items = [data[i] for i in range(3)]
+        a, _, b = [data[i] for i in range(3)]
     assert len(w) == 2 and "(2 so far)" in str(w[1].message)
-    assert (items[0]["image"] == items[2]["image"]).all() and items[0]["caption"] == items[2]["caption"]
+    assert (a["image"] == b["image"]).all() and a["caption"] == b["caption"]
 
 
 def test_a_folder_of_bad_pictures_is_bad_input(folder):
@@ -156,9 +165,11 @@ def test_a_folder_of_bad_pictures_is_bad_input(folder):
 def bomb() -> bytes:
     """A png of a few bytes that claims 60,000 x 60,000 pixels."""
     def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        crc = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + crc
     head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0"))
+            + chunk(b"IEND", b""))
 
 
 def test_a_decompression_bomb_is_refused():
@@ -166,10 +177,11 @@ def test_a_decompression_bomb_is_refused():
         load_rgb(bomb())
 
 
-@pytest.mark.parametrize("line,say", [("{oops", "line 3.*not JSON"), ('{"file_name": "gone.png"}', "line 3.*gone.png"),
-                                      ('{"text": "a"}', "line 3.*file_name"), ("[1]", "line 3.*file_name"),
-                                      ('{"file_name": "0.png", "mask": "m.png"}', "line 3.*m.png"),
-                                      ('{"file_name": "../../etc/passwd"}', "line 3.*not in the folder")])
+@pytest.mark.parametrize("line,say", [
+    ("{oops", "line 3.*not JSON"), ('{"file_name": "gone.png"}', "line 3.*gone.png"),
+    ('{"text": "a"}', "line 3.*file_name"), ("[1]", "line 3.*file_name"),
+    ('{"file_name": "0.png", "mask": "m.png"}', "line 3.*m.png"),
+    ('{"file_name": "../../etc/passwd"}', "line 3.*not in the folder")])
 def test_bad_metadata_names_the_line(folder, line, say):
     path = folder(2)
     with open(path / "metadata.jsonl", "a") as f:
@@ -183,7 +195,8 @@ def test_empty_missing_and_broken_folders_are_bad_input(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK not a zip")
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as z:
         z.writestr("readme.md", "no pictures")
-    for name, say in (("empty", "no pictures"), ("gone", "no such folder"), ("a.zip", "cannot be read"), ("b.zip", "no pictures")):
+    for name, say in (("empty", "no pictures"), ("gone", "no such folder"),
+                      ("a.zip", "cannot be read"), ("b.zip", "no pictures")):
         with pytest.raises(BadInput, match=say):
             Folder(str(tmp_path / name), 32)
 

@@ -34,7 +34,7 @@ def test_cosine_follows_the_cosine_until_the_clamp():
 
 @pytest.mark.parametrize("betas", BETAS)
 def test_ddpm_eq_4_q_sample_equals_the_chain_of_eq_2(betas):
-    """Mean and variance of z_t | z by running z_t = sqrt(1 - beta) z_{t-1} + sqrt(beta) eps step by step."""
+    """Mean and variance of z_t | z by steps z_t = sqrt(1 - beta) z_{t-1} + sqrt(beta) eps."""
     abar, mean, var = d.cumulative(betas), 1.0, 0.0
     for t, b in enumerate(betas.tolist()):
         mean, var = math.sqrt(1 - b) * mean, (1 - b) * var + b
@@ -74,7 +74,7 @@ def test_predict_z_0_undoes_q_sample():
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_ldm_eq_2_loss(norm):
-    """Zero for the true eps, and by hand for a constant error; one number a sample; gets z_t, t and ctx."""
+    """Zero for true eps, by hand for a constant error; one number a sample; gets z_t, t, ctx."""
     abar, z, eps = d.cumulative(BETAS[0]), torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
     t, ctx, seen = torch.tensor([1, 50, 900]), torch.randn(3, 5, 8), []
     off = torch.tensor([0.0, 0.5, -2.0]).view(3, 1, 1, 1)
@@ -90,6 +90,6 @@ def test_ldm_eq_2_loss(norm):
 
 def test_a_net_that_knows_nothing_has_loss_1():
     z = torch.randn(64, 4, 16, 16)
-    loss = d.ldm_loss(lambda z_t, t, c: 0 * z_t, z, torch.randint(0, 1000, (64,)), torch.randn_like(z),
-                      d.cumulative(BETAS[0]))
+    t, eps = torch.randint(0, 1000, (64,)), torch.randn_like(z)
+    loss = d.ldm_loss(lambda z_t, t, c: 0 * z_t, z, t, eps, d.cumulative(BETAS[0]))
     assert abs(loss.mean() - 1) < 0.02

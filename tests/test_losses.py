@@ -1,4 +1,4 @@
-"""perceptual.py and patchgan.py: closed forms, autograd as oracle, and the mistakes that others made."""
+"""perceptual.py and patchgan.py: closed forms, autograd as oracle, mistakes that others made."""
 import math
 
 import pytest
@@ -9,8 +9,13 @@ from torch.testing import assert_close
 
 from tinyldm import BadInput
 from tinyldm.metrics import psnr
-from tinyldm.patchgan import (Discriminator, adaptive_weight, generator_loss, hinge_loss,
-                              vanilla_loss)
+from tinyldm.patchgan import (
+    Discriminator,
+    adaptive_weight,
+    generator_loss,
+    hinge_loss,
+    vanilla_loss,
+)
 from tinyldm.perceptual import STAGES, Perceptual
 
 
@@ -28,7 +33,7 @@ def test_perceptual_is_zero_for_equal_pictures_and_symmetric():
 
 
 def test_perceptual_compares_five_layers_of_unit_vectors():
-    """By hand: relu1_2 ... relu5_3 through F.conv2d, distances of unit vectors, mean over places."""
+    """By hand: relu1_2 ... relu5_3 by F.conv2d, distances of unit vectors, mean over places."""
     p, x, y = Perceptual("random"), pictures(), pictures().flip(3)
     convs = iter([m for m in p.features if isinstance(m, nn.Conv2d)])
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -67,7 +72,7 @@ def test_vgg16_reads_torchvisions_layout(tmp_path):
     for i, stage in enumerate(STAGES):
         index += i > 0
         for width in stage:
-            state |= {f"features.{index}.weight": torch.randn(width, c, 3, 3) * (2 / (9 * c)) ** 0.5,
+            state |= {f"features.{index}.weight": torch.randn(width, c, 3, 3) * (2 / (9 * c)) ** .5,
                       f"features.{index}.bias": torch.zeros(width)}
             c, index = width, index + 2
     assert max(int(k.split(".")[1]) for k in state if k.startswith("features")) == 28
@@ -78,7 +83,8 @@ def test_vgg16_reads_torchvisions_layout(tmp_path):
     assert sum(w.numel() for w in p.parameters()) == 14_714_688
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint", {"features.0.weight": torch.zeros(1)}])
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint",
+                                     {"features.0.weight": torch.zeros(1)}])
 def test_missing_or_wrong_vgg_weights_are_bad_input(tmp_path, content):
     path = tmp_path / "vgg.pth"
     if isinstance(content, dict):
@@ -91,7 +97,7 @@ def test_missing_or_wrong_vgg_weights_are_bad_input(tmp_path, content):
 
 @pytest.mark.parametrize("n_layers,field,n_params", [(3, 70, 2_765_633), (2, 34, 663_361)])
 def test_discriminator_sees_patches_and_has_the_official_size(n_layers, field, n_params):
-    """A pixel beyond the receptive field leaves a logit as it is; the last one inside changes it."""
+    """A pixel beyond the receptive field leaves a logit as it is; the last inside changes it."""
     d = Discriminator(3, 64, n_layers).eval()
     assert sum(p.numel() for p in d.parameters()) == n_params
     x = torch.zeros(1, 3, 192, 192, requires_grad=True)
@@ -110,7 +116,8 @@ def test_256_px_give_30x30_logits():
 def test_discriminator_losses_by_hand():
     real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.0, 0.5])
     assert_close(hinge_loss(real, fake).item(), 0.5 * ((0 + 0.5 + 2) / 3 + (0 + 1 + 1.5) / 3))
-    want = sum(math.log(1 + math.exp(-v)) for v in (2, .5, -1)) + sum(math.log(1 + math.exp(v)) for v in (-3, 0, .5))
+    want = (sum(math.log(1 + math.exp(-v)) for v in (2, .5, -1))
+            + sum(math.log(1 + math.exp(v)) for v in (-3, 0, .5)))
     assert_close(vanilla_loss(real, fake).item(), want / 6)
     assert hinge_loss(torch.zeros(3), torch.zeros(3)) == 1
     assert_close(vanilla_loss(torch.zeros(3), torch.zeros(3)).item(), math.log(2))
@@ -122,7 +129,7 @@ def test_the_generators_step_leaves_the_discriminator_alone():
     loss = generator_loss(d, x_rec)
     loss.backward()
     assert x_rec.grad.abs().sum() > 0
-    assert all(p.grad is None for p in d.parameters()) and all(p.requires_grad for p in d.parameters())
+    assert all(p.grad is None and p.requires_grad for p in d.parameters())
     d.eval()
     assert_close(generator_loss(d, x_rec), -d(x_rec).mean())
 

@@ -1,4 +1,4 @@
-"""layers.py, attention.py, autoencoder.py, unet.py, conditioning.py: shapes, oracles, what must matter."""
+"""layers, attention, autoencoder, unet, conditioning: shapes, oracles, what must matter."""
 import math
 
 import pytest
@@ -6,14 +6,14 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tinyldm.attention import Attention, GEGLU, SelfAttention2d, SpatialTransformer
+from tinyldm.attention import GEGLU, Attention, SelfAttention2d, SpatialTransformer
 from tinyldm.autoencoder import AEConfig, Autoencoder, Posterior
 from tinyldm.conditioning import TextConfig, TextTransformer
 from tinyldm.layers import Downsample, ResBlock, Upsample, timestep_embedding
 from tinyldm.unet import UNet, UNetConfig
 
-CFG = UNetConfig(c_in=4, c_out=4, side=8, ch=32, ch_mult=(1, 2), n_res=1, attn_res=(8, 4), d_head=16, d_ctx=24,
-                 groups=8)
+CFG = UNetConfig(c_in=4, c_out=4, side=8, ch=32, ch_mult=(1, 2), n_res=1, attn_res=(8, 4),
+                 d_head=16, d_ctx=24, groups=8)
 
 
 def wake(net):
@@ -29,7 +29,8 @@ def test_timestep_embedding_is_cos_then_sin():
     e = timestep_embedding(torch.tensor([0, 7, 999]), 6)
     freq = [1, 10000 ** (-1 / 3), 10000 ** (-2 / 3)]
     for row, t in zip(e.tolist(), (0, 7, 999)):
-        assert_close(row, [math.cos(t * f) for f in freq] + [math.sin(t * f) for f in freq], rtol=0, atol=1e-4)
+        want = [math.cos(t * f) for f in freq] + [math.sin(t * f) for f in freq]
+        assert_close(row, want, rtol=0, atol=1e-4)
     assert timestep_embedding(torch.tensor([3]), 7)[0, -1] == 0
 
 
@@ -71,9 +72,10 @@ def test_missing_context_raises_and_never_becomes_self_attention():
 
 
 def test_autoencoder_downsampling_pads_right_and_bottom_only():
-    """A kernel that reads its first tap sees pixel (0, 0) at the corner; the U-Net's sees the padding."""
+    """A kernel that reads its first tap sees pixel (0, 0) at the corner; the U-Net's, padding."""
     x = torch.randn(1, 1, 6, 6)
-    for asymmetric, want in ((True, x[:, :, ::2, ::2]), (False, F.pad(x, (1, 1, 1, 1))[:, :, 0:6:2, 0:6:2])):
+    padded = F.pad(x, (1, 1, 1, 1))
+    for asymmetric, want in ((True, x[:, :, ::2, ::2]), (False, padded[:, :, 0:6:2, 0:6:2])):
         d = Downsample(1, asymmetric)
         d.conv.weight.data.zero_()[0, 0, 0, 0] = 1
         d.conv.bias.data.zero_()
@@ -87,28 +89,29 @@ def test_upsample_repeats_each_pixel_fourfold_before_its_conv():
 
 def test_resblock_adds_the_timestep_between_the_convs():
     net, x, emb = wake(ResBlock(16, 24, 8, groups=4)), torch.randn(2, 16, 5, 5), torch.randn(2, 8)
-    h = F.conv2d(F.silu(F.group_norm(x, 4, net.norm1.weight, net.norm1.bias, 1e-5)), net.conv1.weight,
-                 net.conv1.bias, padding=1)
+    h = F.conv2d(F.silu(F.group_norm(x, 4, net.norm1.weight, net.norm1.bias, 1e-5)),
+                 net.conv1.weight, net.conv1.bias, padding=1)
     h = h + (F.silu(emb) @ net.emb.weight.T + net.emb.bias)[..., None, None]
-    h = F.conv2d(F.silu(F.group_norm(h, 4, net.norm2.weight, net.norm2.bias, 1e-5)), net.conv2.weight,
-                 net.conv2.bias, padding=1)
+    h = F.conv2d(F.silu(F.group_norm(h, 4, net.norm2.weight, net.norm2.bias, 1e-5)),
+                 net.conv2.weight, net.conv2.bias, padding=1)
     assert_close(net(x, emb), net.skip(x) + h)
 
 
-@pytest.mark.parametrize("mult", [(1,), (1, 2), (1, 2, 2), (1, 1, 2, 2), (1, 1, 1, 2, 2), (1, 1, 1, 1, 2, 2)])
+@pytest.mark.parametrize("mult", [(1,), (1, 2), (1, 2, 2), (1, 1, 2, 2), (1, 1, 1, 2, 2),
+                                  (1, 1, 1, 1, 2, 2)])
 def test_autoencoder_shapes_for_every_f(mult):
     cfg = AEConfig(3, 8, mult, 1, c_z=5, groups=4)
     ae, x = Autoencoder(cfg), torch.randn(2, 3, 64, 32)
     x_rec, q = ae(x, torch.zeros(2, 5, 64 // cfg.f, 32 // cfg.f))
-    assert cfg.f == 2 ** (len(mult) - 1)
-    assert q.mean.shape == q.logvar.shape == (2, 5, 64 // cfg.f, 32 // cfg.f) and x_rec.shape == x.shape
+    assert cfg.f == 2 ** (len(mult) - 1) and x_rec.shape == x.shape
+    assert q.mean.shape == q.logvar.shape == (2, 5, 64 // cfg.f, 32 // cfg.f)
 
 
 def test_posterior_kl_equals_torchs():
     q = Posterior(torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4))
-    want = torch.distributions.kl_divergence(torch.distributions.Normal(q.mean, (q.logvar / 2).exp()),
-                                             torch.distributions.Normal(0., 1.)).sum((1, 2, 3))
-    assert_close(q.kl(), want)
+    normal = torch.distributions.Normal(q.mean, (q.logvar / 2).exp())
+    want = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0., 1.))
+    assert_close(q.kl(), want.sum((1, 2, 3)))
 
 
 def test_posterior_samples_and_their_std():
@@ -142,8 +145,8 @@ def test_kl_f8_has_the_official_number_of_parameters():
 def test_stable_diffusions_u_net_has_the_official_number_of_parameters_but_for_its_head_rule():
     """The released cin256 (f = 8): 394,984,196 with d_head 32, ctx 512, attention at 32, 16, 8."""
     with torch.device("meta"):
-        net = UNet(UNetConfig(c_in=4, c_out=4, side=32, ch=256, ch_mult=(1, 2, 4), attn_res=(32, 16, 8), d_head=32,
-                              d_ctx=512))
+        net = UNet(UNetConfig(c_in=4, c_out=4, side=32, ch=256, ch_mult=(1, 2, 4),
+                              attn_res=(32, 16, 8), d_head=32, d_ctx=512))
     assert sum(p.numel() for p in net.parameters()) == 394_984_196
 
 
@@ -185,7 +188,7 @@ def test_checkpointing_gradients_changes_nothing():
 
 
 def test_text_transformer_tells_orders_apart():
-    """Positions must reach the output as strongly as words: swapping two words moves ctx by as much as a new word."""
+    """Positions must reach the output as words do: a swap moves ctx as much as a new word."""
     torch.manual_seed(0)
     tau = TextTransformer(TextConfig(50, 12, 64, 2, 4, 16))
     y = torch.randint(2, 50, (1, 12))
@@ -201,7 +204,8 @@ def test_text_transformer_tells_orders_apart():
 def test_one_batch_overfits():
     torch.manual_seed(0)
     net = UNet(CFG)
-    z, t, ctx, eps = torch.randn(4, 4, 8, 8), torch.tensor([1, 300, 600, 999]), torch.randn(4, 5, 24), torch.randn(4, 4, 8, 8)
+    z, t, ctx = torch.randn(4, 4, 8, 8), torch.tensor([1, 300, 600, 999]), torch.randn(4, 5, 24)
+    eps = torch.randn(4, 4, 8, 8)
     opt = torch.optim.Adam(net.parameters(), 3e-3)
     for _ in range(60):
         loss = (net(z, t, ctx) - eps).square().mean()

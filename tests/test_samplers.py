@@ -1,4 +1,4 @@
-"""samplers.py and guidance.py: an oracle (Gaussian data, whose best eps_theta is known) and closed forms."""
+"""samplers.py and guidance.py: an oracle (Gaussian data, best eps_theta known) and closed forms."""
 import pytest
 import torch
 from torch.testing import assert_close
@@ -26,7 +26,8 @@ def noise():
 def test_any_number_of_steps_is_exactly_that_many_from_T_minus_1(T):
     for n in range(1, T + 1):
         ts = timesteps(T, n)
-        assert len(ts) == n and ts[0] == T - 1 and ts[-1] >= 0 and all(a > b for a, b in zip(ts, ts[1:]))
+        assert len(ts) == n and ts[0] == T - 1 and ts[-1] >= 0
+        assert all(a > b for a, b in zip(ts, ts[1:]))
     assert timesteps(T, T) == list(range(T - 1, -1, -1))
 
 
@@ -37,10 +38,10 @@ def test_steps_outside_1_to_T_raise(n):
 
 
 @pytest.mark.parametrize("sampler,steps,kw,tol", [
-    (ddpm, 1000, {}, .01), (ddim, 1000, {}, .01), (ddim, 1000, {"eta": 1.0}, .01), (ddim, 100, {}, .035),
-    (ddim, 200, {"eta": 0.5}, .025)])
+    (ddpm, 1000, {}, .01), (ddim, 1000, {}, .01), (ddim, 1000, {"eta": 1.0}, .01),
+    (ddim, 100, {}, .035), (ddim, 200, {"eta": 0.5}, .025)])
 def test_samplers_return_the_data_distribution_untrained(sampler, steps, kw, tol):
-    """DDPM Alg. 2 and DDIM Eq. (12) with the oracle give N(M, S^2), but for the error of finite steps."""
+    """DDPM Alg. 2 and DDIM Eq. (12) with the oracle give N(M, S^2), but for finite steps' error."""
     z_T, randn = noise()
     z = sampler(oracle, z_T, None, ABAR, timesteps(1000, steps), randn, **kw)
     assert abs(z.mean() - M) < 0.01
@@ -64,7 +65,7 @@ def test_ddim_eq_12_one_step_by_hand():
 
 
 def test_the_last_step_lands_on_z_0_itself():
-    """With the true eps, one step from any t gives the data exactly, and no noise is added at the end."""
+    """With true eps, one step from any t gives the data exactly; no noise is added at the end."""
     z, eps = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     for t in (0, 19, 700):
         z_t = ABAR[t].sqrt() * z + (1 - ABAR[t]).sqrt() * eps

@@ -1,4 +1,4 @@
-"""The three scripts end to end: both stages train, resume, sample, and refuse bad input in one line."""
+"""The three scripts end to end: both stages train, resume, sample, refuse bad input in one line."""
 import json
 import os
 import signal
@@ -11,17 +11,18 @@ import torch
 from conftest import ROOT, TINY_AE, TINY_LDM
 from PIL import Image
 
-from tinyldm import training as tr
+from tinyldm.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a tiny autoencoder and LDM, 2 steps each, in ae/ and ldm/."""
     out = tmp_path_factory.mktemp("out")
-    for script, flags in (("train_ae.py", TINY_AE), ("train_ldm.py", [*TINY_LDM, "--ae", str(out / "ae/ckpt.pt")])):
+    for script, flags in (("train_ae.py", TINY_AE),
+                          ("train_ldm.py", [*TINY_LDM, "--ae", str(out / "ae/ckpt.pt")])):
         name = script[6:-3]
-        p = subprocess.run([sys.executable, ROOT / script, *flags, "--steps", "2", "--out", out / name, "--size", "16"],
-                           capture_output=True, text=True)
+        p = subprocess.run([sys.executable, ROOT / script, *flags, "--steps", "2", "--size", "16",
+                            "--out", out / name], capture_output=True, text=True)
         assert p.returncode == 0, p.stderr
     return out
 
@@ -41,57 +42,65 @@ def test_both_stages_write_what_they_promise(trained):
         assert Image.open(trained / stage / picture).width > 100
         assert [x["step"] for x in lines(trained / stage)][:2] == [1, 2]
         assert not list((trained / stage).glob("*.part"))
-    assert {"rec", "perceptual", "kl", "z_std", "lam", "disc", "d_real", "d_fake", "gnorm"} <= lines(trained / "ae")[1].keys()
+    told = {"rec", "perceptual", "kl", "z_std", "lam", "disc", "d_real", "d_fake", "gnorm"}
+    assert told <= lines(trained / "ae")[1].keys()
     assert any("held_out_psnr" in x for x in lines(trained / "ae"))
     assert any("prompts_followed" in x for x in lines(trained / "ldm"))
-    ckpt = tr.load_checkpoint(trained / "ldm/ckpt.pt", "ldm", "--ckpt")
+    ckpt = load_checkpoint(trained / "ldm/ckpt.pt", "ldm", "--ckpt")
     assert {"ae", "nets", "ema", "tokenizer", "config", "opt"} <= ckpt.keys()
     assert abs(lines(trained / "ldm")[0]["z_std"] - 1) < 0.3
 
 
 @pytest.mark.parametrize("stage", ["ae", "ldm"])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(trained, tmp_path, cli, stage):
-    flags = TINY_AE if stage == "ae" else [*TINY_LDM, "--ae", trained / "ae/ckpt.pt", "--no-cache-latents"]
-    flags = [*flags, "--size", 16, "--no-cosine", "--save-every", 2]
+    ldm = [*TINY_LDM, "--ae", trained / "ae/ckpt.pt", "--no-cache-latents"]
+    flags = [*(TINY_AE if stage == "ae" else ldm), "--size", 16, "--no-cosine", "--save-every", 2]
     cli(f"train_{stage}.py", *flags, "--steps", 4, "--out", tmp_path / "whole")
     cli(f"train_{stage}.py", *flags, "--steps", 2, "--out", tmp_path / "parts")
     said = cli(f"train_{stage}.py", *flags, "--steps", 4, "--out", tmp_path / "parts")
     assert "2 of 4 steps are done" in said
-    torch.testing.assert_close(states(tmp_path / "whole"), states(tmp_path / "parts"), rtol=0, atol=0)
+    torch.testing.assert_close(states(tmp_path / "whole"), states(tmp_path / "parts"),
+                               rtol=0, atol=0)
     whole, parts = ([x["step"] for x in lines(tmp_path / k)] for k in ("whole", "parts"))
     assert whole == parts
 
 
 def test_sigterm_saves_before_leaving(tmp_path, cli):
-    flags = [*TINY_AE, "--size", 16, "--steps", 100_000, "--out", tmp_path / "ae", "--save-every", 100_000]
-    p = subprocess.Popen([sys.executable, ROOT / "train_ae.py", *map(str, flags)], stderr=subprocess.PIPE, text=True)
+    run = [sys.executable, ROOT / "train_ae.py", *TINY_AE, "--size", "16", "--steps", "100000",
+           "--save-every", "100000", "--out", tmp_path / "ae"]
+    p = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "ae/log.jsonl").exists() or len(lines(tmp_path / "ae")) < 2:
         assert p.poll() is None
         time.sleep(0.1)
     p.send_signal(signal.SIGTERM)
     p.communicate(timeout=60)
     assert p.returncode == 0
-    step = tr.load_checkpoint(tmp_path / "ae/ckpt.pt", "autoencoder", "--out")["step"]
+    step = load_checkpoint(tmp_path / "ae/ckpt.pt", "autoencoder", "--out")["step"]
     assert 2 <= step < 100_000 and lines(tmp_path / "ae")[-1]["step"] == step
 
 
 def test_two_processes_train_together(tmp_path):
-    """torchrun with gloo: both stages run, and their weights stay the same on all ranks (one is saved)."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
+    """torchrun with gloo: both stages run, their weights stay equal on all ranks (one is saved)."""
+    run = [sys.executable, "-m", "torch.distributed.run",
+           "--nproc-per-node", "2", "--master-port", "29533"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for script, flags in (("train_ae.py", TINY_AE), ("train_ldm.py", [*TINY_LDM, "--ae", tmp_path / "ae/ckpt.pt"])):
-        p = subprocess.run([*run, ROOT / script, *map(str, flags), "--size", "16", "--steps", "2", "--micro-batch", "1",
-                            "--out", tmp_path / script[6:-3]], env=env, capture_output=True, text=True)
+    for script, flags in (("train_ae.py", TINY_AE),
+                          ("train_ldm.py", [*TINY_LDM, "--ae", tmp_path / "ae/ckpt.pt"])):
+        p = subprocess.run([*run, ROOT / script, *map(str, flags), "--size", "16", "--steps", "2",
+                            "--micro-batch", "1", "--out", tmp_path / script[6:-3]],
+                           env=env, capture_output=True, text=True)
         assert p.returncode == 0, p.stderr
-    assert tr.load_checkpoint(tmp_path / "ldm/ckpt.pt", "ldm", "--ckpt")["step"] == 2
+    assert load_checkpoint(tmp_path / "ldm/ckpt.pt", "ldm", "--ckpt")["step"] == 2
 
 
 def test_a_real_folder_goes_the_whole_road(tmp_path, folder, cli):
     path = folder(40)
-    cli("train_ae.py", *TINY_AE, "--data", path, "--size", 16, "--steps", 2, "--out", tmp_path / "ae", "--flip", "--workers", 1)
-    cli("train_ldm.py", *TINY_LDM, "--data", path, "--size", 16, "--steps", 2, "--ae", tmp_path / "ae/ckpt.pt",
-        "--out", tmp_path / "ldm", "--flip")
-    said = cli("sample.py", "--ckpt", tmp_path / "ldm/model.pt", "--n", 2, "--steps", 3, "--out", tmp_path / "o.png", "picture 2 dog")
+    cli("train_ae.py", *TINY_AE, "--data", path, "--size", 16, "--steps", 2,
+        "--out", tmp_path / "ae", "--flip", "--workers", 1)
+    cli("train_ldm.py", *TINY_LDM, "--data", path, "--size", 16, "--steps", 2,
+        "--ae", tmp_path / "ae/ckpt.pt", "--out", tmp_path / "ldm", "--flip")
+    said = cli("sample.py", "--ckpt", tmp_path / "ldm/model.pt", "--n", 2, "--steps", 3,
+               "--out", tmp_path / "o.png", "picture 2 dog")
     assert "'dog'" in said and Image.open(tmp_path / "o.png").width > 100
 
 
@@ -99,37 +108,45 @@ def test_same_seed_same_picture_whatever_the_batch(trained, tmp_path, cli):
     prompts = tmp_path / "p.txt"
     prompts.write_text("a red circle\n\na blue square\n")
     for name, batch, flags in (("a", 64, []), ("b", 1, []), ("c", 64, ["--seed", 1])):
-        cli("sample.py", "--ckpt", trained / "ldm/ckpt.pt", "--prompts", prompts, "--n", 2, "--steps", 3, "--eta", 1,
-            "--out", tmp_path / name, "--batch", batch, *flags)
-    pictures = {k: [list(Image.open(p).convert("RGB").tobytes()) for p in sorted((tmp_path / k).glob("*.png"))] for k in "abc"}
+        cli("sample.py", "--ckpt", trained / "ldm/ckpt.pt", "--prompts", prompts, "--n", 2,
+            "--steps", 3, "--eta", 1, "--out", tmp_path / name, "--batch", batch, *flags)
+    pictures = {k: [list(Image.open(p).convert("RGB").tobytes())
+                    for p in sorted((tmp_path / k).glob("*.png"))] for k in "abc"}
     assert len(pictures["a"]) == 4
     for a, b, c in zip(*pictures.values()):
-        assert max(abs(x - y) for x, y in zip(a, b)) <= 1 and max(abs(x - y) for x, y in zip(a, c)) > 8
+        assert max(abs(x - y) for x, y in zip(a, b)) <= 1
+        assert max(abs(x - y) for x, y in zip(a, c)) > 8
 
 
-@pytest.mark.parametrize("flags", [["--sampler", "ddpm"], ["--no-ema"], ["--size", "32", "--scale", "1"]])
+@pytest.mark.parametrize("flags", [["--sampler", "ddpm"], ["--no-ema"],
+                                   ["--size", "32", "--scale", "1"]])
 def test_sampling_flags(trained, tmp_path, cli, flags):
-    cli("sample.py", "--ckpt", trained / "ldm/ckpt.pt", "--n", 1, "--steps", 2, "--out", tmp_path / "x", *flags, "a red circle")
+    cli("sample.py", "--ckpt", trained / "ldm/ckpt.pt", "--n", 1, "--steps", 2,
+        "--out", tmp_path / "x", *flags, "a red circle")
     side = Image.open(tmp_path / "x/000000.png").width
     assert side == (32 if "--size" in flags else 16)
 
 
 def test_dry_run_prints_sizes_and_trains_nothing(tmp_path, trained, cli):
-    said = cli("train_ae.py", "--dry-run", "--out", tmp_path / "ae", "--ch", 128, "--ch-mult", 1, 2, 4, 4, "--n-res", 2,
-               "--groups", 32, "--size", 256)
+    said = cli("train_ae.py", "--dry-run", "--out", tmp_path / "ae", "--ch", 128,
+               "--ch-mult", 1, 2, 4, 4, "--n-res", 2, "--groups", 32, "--size", 256)
     assert "83,653,863" in said and "z (4, 32, 32)" in said and not (tmp_path / "ae").exists()
-    assert "parameters" in cli("train_ldm.py", "--dry-run", "--ae", trained / "ae/ckpt.pt", "--size", 16)
+    said = cli("train_ldm.py", "--dry-run", "--ae", trained / "ae/ckpt.pt", "--size", 16)
+    assert "parameters" in said
 
 
 def test_bad_input_is_one_line_and_exit_code_2(trained, tmp_path, cli):
-    ae, ldm, tiny = trained / "ae/ckpt.pt", trained / "ldm/ckpt.pt", ["--size", 16, "--out", tmp_path / "out"]
+    ae, ldm = trained / "ae/ckpt.pt", trained / "ldm/ckpt.pt"
+    tiny = ["--size", 16, "--out", tmp_path / "out"]
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "empty").mkdir()
     (tmp_path / "none.txt").write_text("\n")
-    cases = [("train_ae.py", [*TINY_AE, "--size", 17, "--out", tmp_path], "--size 17 is not divisible by f = 2"),
+    cases = [("train_ae.py", [*TINY_AE, "--size", 17, "--out", tmp_path],
+              "--size 17 is not divisible by f = 2"),
              ("train_ae.py", [*TINY_AE, *tiny, "--data", tmp_path / "empty"], "no pictures"),
              ("train_ae.py", [*TINY_AE, "--size", 16, "--out", tmp_path / "file/x"], "file/x"),
-             ("train_ae.py", [*TINY_AE, "--size", 16, "--out", trained / "ae", "--c-z", 3], "autoencoder c_z = 4, now it is 3"),
+             ("train_ae.py", [*TINY_AE, "--size", 16, "--out", trained / "ae", "--c-z", 3],
+              "autoencoder c_z = 4, now it is 3"),
              ("train_ae.py", [*TINY_AE, *tiny, "--device", "cuda"], "no CUDA"),
              ("train_ae.py", [*TINY_AE, *tiny, "--lr", "1e30", "--steps", 30], "training stops"),
              ("train_ae.py", ["--no-such-flag"], "--no-such-flag"),
@@ -138,11 +155,14 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, tmp_path, cli):
              ("train_ldm.py", [*TINY_LDM, "--ae", ae, "--size", 18], "not a multiple of 4"),
              ("sample.py", ["--ckpt", ldm], "no prompt"),
              ("sample.py", ["--ckpt", ldm, "--prompts", tmp_path / "none.txt"], "no prompt"),
-             ("sample.py", ["--ckpt", ldm, "--steps", 1001, "a red circle"], "--steps 1001: must be 1..1000"),
+             ("sample.py", ["--ckpt", ldm, "--steps", 1001, "a red circle"],
+              "--steps 1001: must be 1..1000"),
              ("sample.py", ["--ckpt", ldm, "--size", 18, "a red circle"], "--size 18"),
              ("sample.py", ["--ckpt", ae, "a red circle"], "holds"),
-             ("sample.py", ["--ckpt", trained / "ldm/model.pt", "--no-ema", "a red circle"], "--no-ema"),
-             ("sample.py", ["--ckpt", ldm, "--out", tmp_path / "file/x.png", "a red circle"], "cannot be written"),
+             ("sample.py", ["--ckpt", trained / "ldm/model.pt", "--no-ema", "a red circle"],
+              "--no-ema"),
+             ("sample.py", ["--ckpt", ldm, "--out", tmp_path / "file/x.png", "a red circle"],
+              "cannot be written"),
              ("sample.py", ["--ckpt", ldm, "--score", "a dog"], "built-in world")]
     for script, flags, say in cases:
         said = cli(script, *flags, code=2)

@@ -1,2 +1,28 @@
+"""tinyldm: High-Resolution Image Synthesis with Latent Diffusion Models, to read beside the paper.
+
+Reading order
+    layers, attention           the bricks
+    autoencoder                 stage one: E, D, q(z | x)                       Sec. 3.1, App. G
+    perceptual, patchgan        stage one's losses                              Sec. 3.1, App. G
+    diffusion, samplers         the process, its loss, and how to run it back   Eq. (1)-(3)
+    guidance                    classifier-free guidance                        Table 10
+    unet                        eps_theta                                       Sec. 3.2, E.2.1
+    tokens, conditioning        from words to ctx = tau(y)                      Sec. 3.3
+    shapes, data                the built-in world; image folders, latent cache
+    metrics, presets, training, checkpoint          what the scripts share
+    ../train_ae.py, ../train_ldm.py, ../sample.py   where it all comes together
+
+Symbols (ASCII for the paper's)
+    x, x_rec          image, reconstruction, in [-1, 1]   f, c_z      downsampling, latent channels
+    z, z_t, z_0, z_T  latent, noised, its end and start   z_std       sigma-hat, the latents' std
+    t, T              timestep 0..T-1, their number       beta, alpha, abar  abar_t = prod alpha
+    eps, eps_theta    noise, the U-Net's estimate of it   sigma, eta  DDIM's noise and its share
+    y, tau, ctx       condition, its encoder, tau(y)      s, p_drop   guidance, share of y dropped
+    disc, lam         D_psi, the adaptive weight          q           queries, or q(z | x)
+Dims: B batch; C, H, W image or features; c, h, w latent; N places; M tokens; D width.
+"""
+
+
 class BadInput(Exception):
-    pass
+    """Something that the user gave is wrong. The message is one line that names the file or flag
+    and what to do; the scripts print it and leave with exit code 2."""

@@ -4,8 +4,8 @@ Paper:   Sec. 3.3, softmax(Q K^T / sqrt(d)) V with Q from the U-Net and K, V fro
 Symbols: N = h*w places (queries), M context tokens, D width, n_head heads of d_head.
 Reads:   layers.py
 
-NB: Table 16 orders a block LayerNorm, self-attention, MLP, cross-attention. The released code, and so the
-released weights, have self-attention, cross-attention, MLP, each behind a LayerNorm. We follow the code.
+NB: Table 16 orders a block LayerNorm, self-attention, MLP, cross-attention. The released code, and
+so its weights, have self-attention, cross-attention, MLP, each behind a LayerNorm. We follow it.
 NB: Sec. 3.3 prints W_Q with tau's width and W_V with the U-Net's; they are the other way round.
 """
 import torch
@@ -16,9 +16,10 @@ from tinyldm.layers import group_norm, zero_
 
 
 class Attention(nn.Module):
-    """Multi-head attention, x (B, N, d_x), ctx (B, M, d_ctx) -> (B, N, d_x); self-attention is ctx = x.
+    """Multi-head attention, x (B, N, d_x), ctx (B, M, d_ctx) -> (B, N, d_x).
 
-    No mask: like the released code, pictures also attend to padding tokens ("unmasked", App. E.2.1).
+    Self-attention is ctx = x. No mask: like the released code, pictures also attend to padding
+    tokens ("unmasked", App. E.2.1).
     """
 
     def __init__(self, d_x: int, d_ctx: int, n_head: int, d_head: int):
@@ -30,10 +31,10 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(n_head * d_head, d_x)
 
     def forward(self, x: torch.Tensor, ctx: torch.Tensor) -> torch.Tensor:
-        q, k, v = (a.unflatten(2, (self.n_head, -1)).transpose(1, 2)            # (B, n_head, N|M, d_head)
+        q, k, v = (a.unflatten(2, (self.n_head, -1)).transpose(1, 2)    # (B, n_head, N|M, d_head)
                    for a in (self.to_q(x), self.to_k(ctx), self.to_v(ctx)))
-        h = F.scaled_dot_product_attention(q, k, v)                             # scale 1 / sqrt(d_head)
-        return self.to_out(h.transpose(1, 2).flatten(2))                        # (B, N, d_x)
+        h = F.scaled_dot_product_attention(q, k, v)                     # scale 1 / sqrt(d_head)
+        return self.to_out(h.transpose(1, 2).flatten(2))                # (B, N, d_x)
 
 
 class GEGLU(nn.Module):
@@ -45,8 +46,9 @@ class GEGLU(nn.Module):
         self.out = nn.Linear(4 * d, d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return self.out(value * F.gelu(gate))
+        # Chunking the weight and not the result saves a copy of the widest activation in backward.
+        (w_value, w_gate), (b_value, b_gate) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
+        return self.out(F.linear(x, w_value, b_value) * F.gelu(F.linear(x, w_gate, b_gate)))
 
 
 class TransformerBlock(nn.Module):
@@ -73,19 +75,22 @@ class SpatialTransformer(nn.Module):
     NB: the released code silently attends to x itself when the context is None.
     """
 
-    def __init__(self, c: int, d_ctx: int, n_head: int, d_head: int, depth: int = 1, groups: int = 32):
+    def __init__(self, c: int, d_ctx: int, n_head: int, d_head: int, depth: int = 1,
+                 groups: int = 32):
         super().__init__()
         d = n_head * d_head
         self.norm = group_norm(c, groups)
         self.proj_in = nn.Conv2d(c, d, 1)
-        self.blocks = nn.ModuleList(TransformerBlock(d, d_ctx, n_head, d_head) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(d, d_ctx, n_head, d_head)
+                                    for _ in range(depth))
         self.proj_out = zero_(nn.Conv2d(d, c, 1))
 
     def forward(self, x: torch.Tensor, ctx: torch.Tensor | None) -> torch.Tensor:
         if ctx is None:
-            raise ValueError("this U-Net attends to a condition: pass ctx (B, M, d_ctx), the null one if need be")
+            raise ValueError("this U-Net attends to a condition: pass ctx (B, M, d_ctx), "
+                             "the null one if need be")
         h = self.proj_in(self.norm(x))
-        tokens = h.flatten(2).transpose(1, 2)                                   # (B, N, D)
+        tokens = h.flatten(2).transpose(1, 2)                           # (B, N, D)
         for block in self.blocks:
             tokens = block(tokens, ctx)
         return x + self.proj_out(tokens.transpose(1, 2).unflatten(2, h.shape[2:]))
@@ -105,7 +110,7 @@ class SelfAttention2d(nn.Module):
         self.proj_out = nn.Conv2d(c, c, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv(self.norm(x)).flatten(2)                                 # (B, 3C, N)
+        qkv = self.qkv(self.norm(x)).flatten(2)                         # (B, 3C, N)
         q, k, v = qkv.unflatten(1, (3, self.n_head, -1)).transpose(3, 4).unbind(1)
-        h = F.scaled_dot_product_attention(q, k, v)                             # (B, n_head, N, C/n_head)
+        h = F.scaled_dot_product_attention(q, k, v)                     # (B, n_head, N, C/n_head)
         return x + self.proj_out(h.transpose(2, 3).reshape(x.shape))

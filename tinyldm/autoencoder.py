@@ -18,7 +18,7 @@ from tinyldm.layers import Downsample, ResBlock, Upsample, group_norm
 
 @dataclass(frozen=True)
 class AEConfig:
-    """What shapes E and D. kl-f8 of Table 8 is AEConfig(ch=128, ch_mult=(1, 2, 4, 4), n_res=2, c_z=4)."""
+    """What shapes E and D. kl-f8 of Table 8 has ch=128, ch_mult=(1, 2, 4, 4), n_res=2, c_z=4."""
     c_x: int = 3                        # image channels
     ch: int = 128                       # width at full resolution
     ch_mult: tuple[int, ...] = (1, 2, 4)        # width of each level; f = 2^(levels - 1)
@@ -99,7 +99,7 @@ class Posterior:
         return Posterior(self.mean / z_std, self.logvar - 2 * z_std.log())
 
     def std(self) -> torch.Tensor:
-        """Standard deviation of samples over everything: the paper's sigma-hat (App. G), one number.
+        """Standard deviation of samples over everything: the paper's sigma-hat (App. G), a number.
 
         NB: the paper's code takes the first batch only; give this one many pictures.
         """
@@ -131,7 +131,7 @@ class Autoencoder(nn.Module):
         return self.decoder(self.post_quant_conv(z * self.z_std))
 
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, Posterior]:
-        """x, noise (B, c_z, h, w) -> x_rec, q(z | x): stage one's pass, in one call for DDP and compile."""
+        """x, noise (B, c_z, h, w) -> x_rec, q(z | x): stage one in one call for DDP and compile."""
         q = self.encode(x)
         return self.decode(q.sample(noise)), q
 

@@ -42,16 +42,17 @@ class TextBlock(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """ids (B, M) -> ctx (B, M, D): token plus position embeddings, blocks, LayerNorm. No padding mask.
+    """ids (B, M) -> ctx (B, M, D): token + position embeddings, blocks, LayerNorm. No padding mask.
 
-    Tokens and positions begin at the same size. Were positions drawn at 0.02 beside unit-size tokens,
+    Tokens and positions begin at one size. Were positions drawn at 0.02 beside unit-size tokens,
     the first LayerNorm would all but hide them: a toy run then mixed up "left of" and "right of".
     """
 
     def __init__(self, cfg: TextConfig):
         super().__init__()
         self.cfg = cfg
-        self.token, self.position = nn.Embedding(cfg.n_vocab, cfg.d), nn.Embedding(cfg.n_token, cfg.d)
+        self.token = nn.Embedding(cfg.n_vocab, cfg.d)
+        self.position = nn.Embedding(cfg.n_token, cfg.d)
         self.blocks = nn.ModuleList(TextBlock(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.d)
 

@@ -1,13 +1,13 @@
 """Image folders, batches in a fixed order, the latent cache, and png grids.
 
-Paper:   App. E.2 (training data), Sec. 3.1 (E encodes the set once; stage two never sees a pixel again).
-Shapes:  an item is a dict: image float (3, H, W) in [-1, 1] and what the set has of caption str, label
-         int, boxes (K, 5) [class, x0, y0, x1, y1 in 0..1], segmentation int (H, W).
-Reads:   autoencoder.py (Posterior)
+Paper:   Sec. 3.1 and App. E.2: E encodes the set once; stage two never sees a pixel again.
+Shapes:  an item is a dict: image float (3, H, W) in [-1, 1], and what the set has of caption str,
+         label int, boxes (K, 5) [class, x0, y0, x1, y1 in 0..1], segmentation int (H, W).
+Reads:   autoencoder.py (Posterior), shapes.py
 
-A folder, or a .zip of one, holds pictures in any depth. What is known of them is in `metadata.jsonl`
-(file_name; text, label, boxes in pixels, mask = path of a label map), or else in a .txt beside each
-picture, and the names of the sub-folders are labels.
+A folder, or a .zip of one, holds pictures in any depth. What is known of them stands in
+`metadata.jsonl` (file_name; text, label, boxes in pixels, mask = path of a label map), or else in a
+.txt beside each picture, and the names of the sub-folders are labels.
 """
 import io
 import json
@@ -27,27 +27,31 @@ from tinyldm.autoencoder import Posterior
 from tinyldm.shapes import Shapes
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-Image.MAX_IMAGE_PIXELS = 64_000_000                  # twice that is refused as a decompression bomb
+UNREADABLE = (OSError, ValueError, SyntaxError, zipfile.BadZipFile, zlib.error,
+              Image.DecompressionBombError, Image.DecompressionBombWarning)
+Image.MAX_IMAGE_PIXELS = 64_000_000                     # more is refused as a decompression bomb
 
 
 class Folder(torch.utils.data.Dataset):
-    """The pictures of a folder or .zip as items of `size` px; split is `train` or `held-out` (one in 20).
+    """The pictures of a folder or .zip as items of `size` px; one in 20 is held out.
 
-    resize: the shorter side is scaled to `size` before the centre crop; without, the crop is cut as it is.
-    flip: every second epoch is mirrored (epoch e of picture k is item e * len + k); boxes and maps too.
-    Raises BadInput for an empty folder, bad metadata, or a picture smaller than the crop.
+    split: `train` or `held-out`. resize: the shorter side is scaled to `size` before the centre
+    crop; without, the crop is cut as it is. flip: every second epoch is mirrored, maps and boxes
+    too (picture k in epoch e is item e * len + k). Raises BadInput for an empty folder, bad
+    metadata, or a picture smaller than the crop.
     """
 
-    def __init__(self, path: str, size: int, split: str = "train", resize: bool = True, flip: bool = False):
-        self.path, self.size, self.resize, self.flip, self.zip = Path(path), size, resize, flip, None
-        names = self._names()
-        rows = self._metadata(names)
-        rows = [r for r in rows if (zlib.crc32(r["file_name"].encode()) % 20 == 0) == (split == "held-out")]
-        if not rows and split == "train":
+    def __init__(self, path: str, size: int, split: str = "train", resize: bool = True,
+                 flip: bool = False):
+        self.path, self.size, self.resize, self.flip = Path(path), size, resize, flip
+        self.zip, self.bad = None, set()
+        rows = self._rows(self._names())
+        kinds = {r["label"] for r in rows if "label" in r}
+        self.classes = sorted(map(str, kinds | {b[0] for r in rows for b in r.get("boxes", [])}))
+        self.rows = [r for r in rows if (zlib.crc32(r["file_name"].encode()) % 20 == 0)
+                     == (split == "held-out")]
+        if not self.rows and split == "train":
             raise BadInput(f"--data {path}: no pictures in it ({', '.join(PICTURES)})")
-        self.rows, self.bad = rows, set()
-        kinds = {r["label"] for r in rows if "label" in r} | {b[0] for r in rows for b in r.get("boxes", [])}
-        self.classes = sorted(map(str, kinds))
 
     def __len__(self):
         return len(self.rows)
@@ -56,8 +60,8 @@ class Folder(torch.utils.data.Dataset):
         """A caption a picture, in order. Raises BadInput for a picture without."""
         for row in self.rows:
             if not isinstance(row.get("text"), str):
-                raise BadInput(f"--data {self.path}: {row['file_name']} has no caption; give it a .txt beside it, or a "
-                               '"text" in metadata.jsonl')
+                raise BadInput(f"--data {self.path}: {row['file_name']} has no caption; give it a "
+                               '.txt beside it, or a "text" in metadata.jsonl')
         return [row["text"] for row in self.rows]
 
     def _names(self) -> list[str]:
@@ -67,31 +71,33 @@ class Folder(torch.utils.data.Dataset):
                     return sorted(n for n in z.namelist() if not n.endswith("/"))
             if not self.path.is_dir():
                 raise FileNotFoundError("no such folder")
-            return sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
+            return sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob("*")
+                          if p.is_file())
         except (OSError, zipfile.BadZipFile) as e:
             raise BadInput(f"--data {self.path}: cannot be read: {e}") from e
 
-    def _metadata(self, names: list[str]) -> list[dict]:
-        """One dict a picture, from metadata.jsonl or from names and .txt files."""
-        have = set(names)
+    def _rows(self, names: list[str]) -> list[dict]:
+        """What is known of each picture, from metadata.jsonl or from names and .txt files."""
+        have, rows = set(names), []
         if "metadata.jsonl" not in have:
-            rows = []
-            for n in names:
-                if n.lower().endswith(PICTURES):
-                    folder, text = PurePosixPath(n).parent, str(PurePosixPath(n).with_suffix(".txt"))
-                    row = {"file_name": n} | ({"label": str(folder)} if str(folder) != "." else {})
-                    rows.append(row | ({"text": self.read(text).decode("utf8", "replace").strip()}
-                                       if text in have else {}))
+            for path in map(PurePosixPath, names):
+                if path.suffix.lower() in PICTURES:
+                    row, text = {"file_name": str(path)}, str(path.with_suffix(".txt"))
+                    if path.parent.name:
+                        row["label"] = str(path.parent)
+                    if text in have:
+                        row["text"] = self.read(text).decode("utf8", "replace").strip()
+                    rows.append(row)
             return rows
-        rows = []
-        for i, line in enumerate(self.read("metadata.jsonl").decode("utf8", "replace").splitlines(), 1):
+        lines = self.read("metadata.jsonl").decode("utf8", "replace").splitlines()
+        for i, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             where = f"--data {self.path}: metadata.jsonl line {i}:"
             try:
-                row = json.loads(line) if line.strip() else None
-            except ValueError as e:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as e:
                 raise BadInput(f"{where} not JSON ({e})") from None
-            if row is None:
-                continue
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 raise BadInput(f'{where} needs an object with a "file_name"')
             for key in ("file_name", "mask"):
@@ -103,41 +109,18 @@ class Folder(torch.utils.data.Dataset):
     def read(self, name: str) -> bytes:
         if self.path.suffix != ".zip":
             return (self.path / name).read_bytes()
-        if self.zip is None:                                    # opened once in each worker process
+        if self.zip is None:                            # opened once in each worker process
             self.zip = zipfile.ZipFile(self.path)
         return self.zip.read(name)
 
     def __getstate__(self):
         return self.__dict__ | {"zip": None}
 
-    def _fit(self, image: Image.Image, name: str, mirror: bool, how=Image.Resampling.LANCZOS) -> Image.Image:
-        s, short = self.size, min(image.size)
-        if self.resize and short != s:
-            image = image.resize([max(s, round(v * s / short)) for v in image.size], how)
-        elif short < s:
-            raise BadInput(f"--data: {name} is {image.width}x{image.height}, smaller than the crop of {s}; "
-                           "drop --no-resize or take a smaller --size")
-        x, y = (image.width - s) // 2, (image.height - s) // 2
-        image = image.crop((x, y, x + s, y + s))
-        return ImageOps.mirror(image) if mirror else image
-
     def __getitem__(self, i: int) -> dict:
         epoch, k = divmod(i, len(self.rows))
         mirror = self.flip and epoch % 2 == 1
-        for step in range(len(self.rows)):                      # an unreadable picture: the next one instead
-            row = self.rows[(k + step) % len(self.rows)]
-            if row["file_name"] in self.bad:
-                continue
-            try:
-                whole = load_rgb(self.read(row["file_name"]))
-                break
-            except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError,
-                    Image.DecompressionBombWarning) as e:
-                self.bad.add(row["file_name"])
-                warnings.warn(f"{row['file_name']} is skipped: {e} ({len(self.bad)} so far)", stacklevel=2)
-        else:
-            raise BadInput(f"--data {self.path}: none of its {len(self.rows)} pictures can be read")
-        image = self._fit(whole, row["file_name"], mirror)
+        row, whole = self._readable(k)
+        image = self._fit(whole, row["file_name"], mirror, Image.Resampling.LANCZOS)
         item = {"image": torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1}
         if isinstance(row.get("text"), str):
             item["caption"] = row["text"]
@@ -146,25 +129,49 @@ class Folder(torch.utils.data.Dataset):
         if "boxes" in row:
             item["boxes"] = self._boxes(row["boxes"], whole.size, mirror)
         if row.get("mask"):
-            m = self._fit(Image.open(io.BytesIO(self.read(row["mask"]))), row["mask"], mirror, Image.Resampling.NEAREST)
+            m = Image.open(io.BytesIO(self.read(row["mask"])))
+            m = self._fit(m, row["mask"], mirror, Image.Resampling.NEAREST)
             item["segmentation"] = torch.from_numpy(np.array(m).astype(np.int64))
         return item
 
+    def _readable(self, k: int) -> tuple[dict, Image.Image]:
+        """Row k and its picture; instead of an unreadable picture, the next readable one."""
+        for row in self.rows[k:] + self.rows[:k]:
+            if row["file_name"] not in self.bad:
+                try:
+                    return row, load_rgb(self.read(row["file_name"]))
+                except UNREADABLE as e:
+                    self.bad.add(row["file_name"])
+                    warnings.warn(f"{row['file_name']} cannot be read and is skipped: {e} "
+                                  f"({len(self.bad)} so far)", stacklevel=2)
+        raise BadInput(f"--data {self.path}: none of its {len(self.rows)} pictures can be read")
+
+    def _fit(self, image: Image.Image, name: str, mirror: bool, how) -> Image.Image:
+        """Scale and crop to size x size."""
+        s, short = self.size, min(image.size)
+        if self.resize and short != s:
+            image = image.resize([max(s, round(v * s / short)) for v in image.size], how)
+        elif short < s:
+            raise BadInput(f"--data: {name} is {image.width}x{image.height}, smaller than the crop "
+                           f"of {s}; drop --no-resize or take a smaller --size")
+        x, y = (image.width - s) // 2, (image.height - s) // 2
+        image = image.crop((x, y, x + s, y + s))
+        return ImageOps.mirror(image) if mirror else image
+
     def _boxes(self, boxes: list, whole: tuple[int, int], mirror: bool) -> torch.Tensor:
-        """[class, x0, y0, x1, y1] in the file's pixels -> (K, 5) with sides in 0..1 of the crop."""
-        w, h = whole
-        scale = self.size / min(w, h) if self.resize else 1.0
-        dx, dy = (w * scale - self.size) / 2, (h * scale - self.size) / 2
-        out = torch.tensor([[self.classes.index(str(b[0])), *((b[j] * scale - (dx, dy)[j % 2 == 0]) / self.size
-                             for j in (1, 2, 3, 4))] for b in boxes]).reshape(-1, 5)
-        out[:, 1:] = out[:, 1:].clamp(0, 1)
+        """[class, x0, y0, x1, y1] in the file's pixels -> (K, 5), sides in 0..1 of the crop."""
+        scale = self.size / min(whole) if self.resize else 1.0
+        out = torch.tensor([[float(self.classes.index(str(b[0]))), *b[1:5]] for b in boxes])
+        out = out.reshape(-1, 5)
+        margin = (torch.tensor([*whole, *whole]) * scale - self.size) / 2
+        out[:, 1:] = ((out[:, 1:] * scale - margin) / self.size).clamp(0, 1)
         if mirror:
             out[:, [1, 3]] = 1 - out[:, [3, 1]]
         return out[(out[:, 3] > out[:, 1]) & (out[:, 4] > out[:, 2])]
 
 
 def load_rgb(data: bytes) -> Image.Image:
-    """A picture file's bytes -> RGB, turned upright as its EXIF says, transparency laid on white."""
+    """A picture file's bytes -> RGB, upright as its EXIF says, transparency laid on white."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
@@ -174,50 +181,48 @@ def load_rgb(data: bytes) -> Image.Image:
         return image.convert("RGB")
 
 
-def batch_indices(n: int, batch: int, step: int, seed: int) -> list[int]:
-    """The items of training step `step` (0, 1, ...): a new shuffle each epoch, a function of (seed, step).
-
-    Item e * n + k is picture k in epoch e, so a data set may show it another way round.
-    """
-    out, place = [], step * batch
-    while len(out) < batch:
-        epoch, k = divmod(place + len(out), n)
-        order = np.random.default_rng([seed, epoch]).permutation(n)[k:k + batch - len(out)]
-        out += (order + epoch * n).tolist()
-    return out
-
-
 class BatchOrder:
-    """The index lists of steps start, start+1, ... for one of `world` processes: its slice of each batch."""
+    """The items of each training step: a new shuffle each epoch, a function of (seed, epoch).
 
-    def __init__(self, n: int, batch: int, start: int, steps: int, seed: int, rank: int = 0, world: int = 1):
-        self.args, self.start, self.steps, self.part = (n, batch), start, steps, batch // world
-        self.seed, self.rank = seed, rank
+    Yields a list of items for the steps after `done`, up to `steps`: this process's slice of the
+    batch. Picture k in epoch e is item e * n + k, so that a set may show it another way round.
+    """
+
+    def __init__(self, n: int, batch: int, done: int, steps: int, seed: int, rank: int = 0,
+                 world: int = 1):
+        self.n, self.batch, self.steps, self.seed = n, batch, range(done, steps), seed
+        self.slice = slice(rank * batch // world, (rank + 1) * batch // world)
 
     def __len__(self):
-        return self.steps - self.start
+        return len(self.steps)
 
     def __iter__(self):
-        for step in range(self.start, self.steps):
-            whole = batch_indices(*self.args, step, self.seed)
-            yield whole[self.rank * self.part:(self.rank + 1) * self.part]
-
-
-def collate(items: list[dict]) -> dict:
-    """image (B, 3, H, W); every other field that all items have as a list."""
-    common = set.intersection(*(set(i) for i in items))
-    return {k: torch.stack([i[k] for i in items]) if k == "image" else [i[k] for i in items] for k in common}
+        shuffled = (-1, None)
+        for step in self.steps:
+            out = []
+            while len(out) < self.batch:
+                epoch, k = divmod(step * self.batch + len(out), self.n)
+                if shuffled[0] != epoch:
+                    shuffled = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n)
+                out += (shuffled[1][k:k + self.batch - len(out)] + epoch * self.n).tolist()
+            yield out[self.slice]
 
 
 def loader(data: torch.utils.data.Dataset, order, workers: int, cuda: bool = False):
-    """Batches (dicts) in the order of the index lists that `order` yields."""
-    return torch.utils.data.DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=collate,
-                                       pin_memory=cuda, persistent_workers=workers > 0)
+    """Batches of items in the order of the lists that `order` yields: image (B, 3, H, W), and every
+    other field that all of them have as a list."""
+    def collate(items):
+        common = set.intersection(*(set(i) for i in items))
+        return {k: torch.stack([i[k] for i in items]) if k == "image" else [i[k] for i in items]
+                for k in common}
+    return torch.utils.data.DataLoader(data, batch_sampler=order, num_workers=workers,
+                                       collate_fn=collate, pin_memory=cuda)
 
 
 @torch.no_grad()
-def encode_set(ae: torch.nn.Module, data, n: int, workers: int, device, show: bool) -> tuple[Posterior, list[str]]:
-    """The latent cache: E's posterior for items 0..n-1 (beyond len: mirrored ones), and their captions.
+def encode_set(ae: torch.nn.Module, data, n: int, workers: int, device,
+               show: bool) -> tuple[Posterior, list[str]]:
+    """The latent cache: E's posterior for items 0..n-1 (from len on: mirrored), and their captions.
 
     Means and log-variances (n, c_z, h, w) stay on the CPU; z is still sampled anew at each step.
     """
@@ -227,37 +232,40 @@ def encode_set(ae: torch.nn.Module, data, n: int, workers: int, device, show: bo
         q = ae.encode(b["image"].to(device))
         parts.append((q.mean.float().cpu(), q.logvar.float().cpu()))
         captions += b["caption"]
-    return Posterior(torch.cat([m for m, _ in parts]), torch.cat([v for _, v in parts])), captions
+    return Posterior(*(torch.cat(v) for v in zip(*parts))), captions
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
     """(3, H, W) in [-1, 1] -> (H, W, 3) uint8, rounded to nearest."""
-    return ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    x = (x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
+    return x.round().byte().permute(1, 2, 0).numpy()
 
 
-def save_grid(images: torch.Tensor, path: Path, columns: int, least: int = 96) -> None:
-    """Write (n, 3, H, W) in [-1, 1] as one png, `columns` a row; small pictures are enlarged whole times."""
-    k = max(1, -(-least // images.shape[-1]))
-    tiles = [Image.fromarray(to_uint8(x)).resize((x.shape[2] * k, x.shape[1] * k), Image.Resampling.NEAREST)
-             for x in images]
-    (w, h), gap = tiles[0].size, 4
-    sheet = Image.new("RGB", (columns * (w + gap) + gap, -(-len(tiles) // columns) * (h + gap) + gap), "white")
-    for i, tile in enumerate(tiles):
+def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
+    """(n, 3, H, W) in [-1, 1] as one png, `columns` a row; enlarged to at least 96 px each."""
+    k, gap = -(-96 // images.shape[-1]), 4
+    w, h = images.shape[3] * k, images.shape[2] * k
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + gap) + gap), "white")
+    for i, x in enumerate(images):
+        tile = Image.fromarray(to_uint8(x)).resize((w, h), Image.Resampling.NEAREST)
         sheet.paste(tile, (gap + i % columns * (w + gap), gap + i // columns * (h + gap)))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
-
-
-def open_data(args, split: str = "train", n: int = 20_000) -> torch.utils.data.Dataset:
-    """--data: `shapes` (n pictures of the built-in world) or the path of a folder or .zip."""
-    if args.data == "shapes":
-        return Shapes(n, args.size, args.seed, split)
-    return Folder(args.data, args.size, split, args.resize, args.flip and split == "train")
 
 
 def data_flags(parser) -> None:
     g = parser.add_argument_group("data")
     g.add_argument("--data", help="shapes (the built-in world), or a folder or .zip of pictures")
     g.add_argument("--size", type=int, help="side of the square training pictures, px")
-    g.add_argument("--resize", action=BooleanOptionalAction, default=True, help="scale the shorter side to --size first")
-    g.add_argument("--flip", action=BooleanOptionalAction, default=False, help="mirror every second epoch")
+    g.add_argument("--resize", action=BooleanOptionalAction, default=True,
+                   help="scale the shorter side to --size before the crop")
+    g.add_argument("--flip", action=BooleanOptionalAction, default=False,
+                   help="mirror the pictures in every second epoch")
+
+
+def open_data(args, split: str = "train", n: int = 20_000) -> torch.utils.data.Dataset:
+    """The data set of the flags; n is the length of the built-in world."""
+    if args.data == "shapes":
+        return Shapes(n, args.size, args.seed, split)
+    return Folder(args.data, args.size, split, args.resize, args.flip and split == "train")

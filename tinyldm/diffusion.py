@@ -1,4 +1,4 @@
-"""The diffusion process: noise schedules, q_sample, the posterior, and the loss. It knows no network.
+"""The diffusion process: noise schedules, q_sample, posterior and loss. It knows no network.
 
 Paper:   Eq. (1)-(3) and App. B; DDPM (Ho et al. 2020) Eq. (4), (7), (14). t runs from 0 to T-1.
 Symbols: beta_t the step's noise variance, alpha_t = 1 - beta_t, abar_t = prod alpha (always DDPM's
@@ -20,11 +20,22 @@ def sqrt_linear_betas(T: int = 1000, start: float = 0.0015, end: float = 0.0195)
     return torch.linspace(start ** 0.5, end ** 0.5, T, dtype=torch.float64) ** 2
 
 
+def sd_betas(T: int = 1000) -> torch.Tensor:
+    """The same with the ends of the released text-to-image models (Stable Diffusion's too).
+
+    It destroys the picture later, and leaves more of it in z_T: sqrt(abar_T) = 0.068.
+    """
+    return sqrt_linear_betas(T, 0.00085, 0.012)
+
+
 def cosine_betas(T: int = 1000, offset: float = 0.008) -> torch.Tensor:
     """Nichol and Dhariwal 2021, Eq. (17): abar_t ~ cos^2, every beta at most 0.999."""
     u = (torch.arange(T + 1, dtype=torch.float64) / T + offset) / (1 + offset)
     abar = (u * math.pi / 2).cos() ** 2
     return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+
+
+SCHEDULES = {"sqrt-linear": sqrt_linear_betas, "sd": sd_betas, "cosine": cosine_betas}
 
 
 def cumulative(betas: torch.Tensor) -> torch.Tensor:
@@ -37,7 +48,8 @@ def at(abar: torch.Tensor, t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return abar[t].to(z.dtype).view(-1, 1, 1, 1)
 
 
-def q_sample(z: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, abar: torch.Tensor) -> torch.Tensor:
+def q_sample(z: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
+             abar: torch.Tensor) -> torch.Tensor:
     """DDPM Eq. (4): z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps."""
     a = at(abar, t, z)
     return a.sqrt() * z + (1 - a).sqrt() * eps
@@ -48,8 +60,9 @@ def predict_z_0(z_t: torch.Tensor, eps: torch.Tensor, abar_t: torch.Tensor) -> t
     return (z_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
 
 
-def posterior(z_0: torch.Tensor, z_t: torch.Tensor, abar_t: torch.Tensor, abar_s: torch.Tensor) -> tuple:
-    """q(z_s | z_t, z_0) for s < t: its mean and its variance (a number). DDPM Eq. (7) where s = t - 1.
+def posterior(z_0: torch.Tensor, z_t: torch.Tensor, abar_t: torch.Tensor,
+              abar_s: torch.Tensor) -> tuple:
+    """q(z_s | z_t, z_0) for s < t: its mean and variance (a number). DDPM Eq. (7) where s = t - 1.
 
     alpha = abar_t / abar_s, beta = 1 - alpha,
     mean = (sqrt(abar_s) beta z_0 + sqrt(alpha) (1 - abar_s) z_t) / (1 - abar_t),
@@ -61,12 +74,12 @@ def posterior(z_0: torch.Tensor, z_t: torch.Tensor, abar_t: torch.Tensor, abar_s
     return mean, beta * (1 - abar_s) / (1 - abar_t)
 
 
-def ldm_loss(eps_theta: Callable, z: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, abar: torch.Tensor,
-             ctx: torch.Tensor | None = None, norm: str = "l2") -> torch.Tensor:
-    """LDM Eq. (2), with ctx = tau(y) Eq. (3): |eps - eps_theta(z_t, t, ctx)|^2, mean over c, h, w -> (B,).
+def ldm_loss(eps_theta: Callable, z: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
+             abar: torch.Tensor, ctx: torch.Tensor | None = None, norm: str = "l2") -> torch.Tensor:
+    """Eq. (2), or (3) if ctx = tau(y): |eps - eps_theta(z_t, t, ctx)|^2, mean over c, h, w -> (B,).
 
     Eq. (1) is the same with z = x, the pixels. A net that knows nothing (eps_theta = 0) has loss 1.
-    NB: the paper writes L2; the configs of churches, inpainting, layout and semantic maps have "l1".
+    NB: the paper writes L2; the configs of churches, inpainting, layout, semantic maps have "l1".
     """
     d = eps - eps_theta(q_sample(z, t, eps, abar), t, ctx).float()
     return (d.abs() if norm == "l1" else d ** 2).flatten(1).mean(1)

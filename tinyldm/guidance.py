@@ -1,6 +1,6 @@
 """Classifier-free guidance: drop the condition in training, extrapolate away from none in sampling.
 
-Paper:   Sec. 4.3.1, Table 10; Ho and Salimans 2021, Eq. (6). s = 1 is no guidance (their w is s - 1).
+Paper:   Sec. 4.3.1, Table 10; Ho and Salimans 2021, Eq. (6). s = 1: no guidance (their w = s - 1).
 Shapes:  z_t (B, c, h, w), t (B,), ctx (B, M, d_ctx); y any tensor (B, ...) that tau takes.
 Reads:   nothing of ours.
 
@@ -17,7 +17,7 @@ def drop_condition(y: torch.Tensor, y_null: torch.Tensor, drop: torch.Tensor) ->
 
 
 def guided(eps_theta: Callable, ctx_null: torch.Tensor, s: float) -> Callable:
-    """eps(z_t, t, ctx) = eps_theta(null) + s (eps_theta(ctx) - eps_theta(null)), both in one batched call.
+    """eps(z_t, t, ctx) = eps_theta(null) + s (eps_theta(ctx) - eps_theta(null)), both in one call.
 
     ctx_null (1 or B, M, d_ctx).
     """

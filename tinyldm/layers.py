@@ -1,6 +1,6 @@
-"""The bricks of E, D and eps_theta: normalisation, ResBlock, down- and upsampling, timestep embedding.
+"""The bricks of E, D and eps_theta: normalisation, ResBlock, down-/upsampling, timestep embedding.
 
-Paper:   Sec. 3.1 and App. E.2.1; the released code's model.py (E, D) and openaimodel.py (eps_theta).
+Paper:   Sec. 3.1, App. E.2.1; the released code's model.py (E, D) and openaimodel.py (eps_theta).
 Symbols: h features (B, C, H, W); emb the timestep's features (B, D).
 Reads:   nothing of ours.
 """
@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 
 def group_norm(c: int, groups: int = 32, eps: float = 1e-6) -> nn.GroupNorm:
-    """GroupNorm over (B, c, H, W). The paper's nets have 32 groups; a narrow net wants fewer, because
-    c groups of one channel are an instance norm, which wipes out the timestep's offset of a channel."""
+    """GroupNorm over (B, c, H, W); the paper's nets have 32 groups, a narrow net wants fewer.
+
+    c groups of one channel are an instance norm: it wipes out the timestep's offset of a channel.
+    """
     return nn.GroupNorm(groups, c, eps=eps)
 
 
@@ -25,7 +27,7 @@ def zero_(module: nn.Module) -> nn.Module:
 
 
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sinusoidal features [cos | sin] of t (B,), t in 0..T-1, -> (B, dim), zero-padded if dim is odd.
+    """Sinusoidal features [cos | sin] of t (B,) in 0..T-1 -> (B, dim), zero-padded if dim is odd.
 
     Frequencies fall from 1 to almost 1/10000, geometrically (openaimodel's util.py).
     """
@@ -36,9 +38,9 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, twice, plus the input; between the two the timestep's offset, if there is one.
+    """norm, SiLU, conv, twice, plus the input; between the two the timestep's offset, if any.
 
-    d_emb is None in E and D; in eps_theta it is emb's width, the last conv begins at zero and eps is 1e-5.
+    d_emb is None in E and D; in eps_theta it is emb's width, conv2 begins at zero and eps is 1e-5.
     x (B, c_in, H, W), emb (B, d_emb) -> (B, c_out, H, W)
     """
 
@@ -64,7 +66,7 @@ class ResBlock(nn.Module):
 class Downsample(nn.Module):
     """3x3 conv of stride 2: (B, C, H, W) -> (B, C, H/2, W/2).
 
-    NB: the released autoencoder pads only right and bottom, its U-Net all four sides; the paper is silent.
+    NB: the released E pads only right and bottom, the U-Net all four sides; the paper is silent.
     """
 
     def __init__(self, c: int, asymmetric: bool = False):

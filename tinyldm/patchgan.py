@@ -2,8 +2,8 @@
 
 Paper:   Sec. 3.1, App. G, Eq. (25); VQGAN (Esser et al. 2021) Eq. (7) for lam; Isola et al. 2017.
 Symbols: disc is D_psi; logits > 0 mean real; lam the adaptive weight.
-Shapes:  x (B, 3, H, W) in [-1, 1] -> logits (B, 1, H', W'), one for each overlapping patch of 70 x 70
-         pixels (n_layers = 3; 34 for 2, 142 for 4).
+Shapes:  x (B, 3, H, W) in [-1, 1] -> logits (B, 1, H', W'), one for each overlapping patch of
+         70 x 70 pixels (n_layers = 3; 34 for 2, 142 for 4).
 Reads:   nothing of ours.
 
 NB: App. G prints log D_psi; the released code uses the hinge loss below.
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 class Discriminator(nn.Module):
-    """4x4 convs, stride 2 in the first n_layers, BatchNorm between, LeakyReLU 0.2; pix2pix's initialisation.
+    """4x4 convs, stride 2 in the first n_layers, BatchNorm between, LeakyReLU 0.2; pix2pix's init.
 
     x (B, c_x, H, W) -> (B, 1, H', W').
     """
@@ -42,23 +42,24 @@ def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 
 
 def vanilla_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """loss_disc = (-E log sigmoid(D(x)) - E log(1 - sigmoid(D(x_rec)))) / 2; log 2 when D knows nothing."""
-    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+    """loss_disc = (-E log sigmoid(D(x)) - E log(1 - sigmoid(D(x_rec)))) / 2."""
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())  # log 2 when D knows nothing
 
 
 def generator_loss(disc: nn.Module, x_rec: torch.Tensor) -> torch.Tensor:
-    """loss_adv = -E D(x_rec), with D_psi's weights frozen: the generator's step must not train D_psi."""
+    """loss_adv = -E D(x_rec), with D_psi frozen: the generator's step must not train D_psi."""
     disc.requires_grad_(False)
     loss = -disc(x_rec).mean()
     disc.requires_grad_(True)
     return loss
 
 
-def adaptive_weight(loss_rec: torch.Tensor, loss_adv: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
-    """VQGAN Eq. (7): lam = |d loss_rec / d last| / (|d loss_adv / d last| + 1e-4), in 0..1e4, detached.
+def adaptive_weight(loss_rec: torch.Tensor, loss_adv: torch.Tensor,
+                    last_layer: torch.Tensor) -> torch.Tensor:
+    """VQGAN Eq. (7): lam = |d loss_rec / d last| / (|d loss_adv / d last| + 1e-4), in 0..1e4.
 
-    It lets both terms pull equally hard on the decoder's last conv.
-    NB: the KL model's code sums loss_rec over pixels, so that its lam often sits at the clamp. Our losses
+    It is detached, and lets both terms pull equally hard on the decoder's last conv.
+    NB: the KL model's code sums loss_rec over pixels, so its lam is often at the clamp. Our losses
     are means, like its VQ model's; multiplied by 3HW they are the sums, and lam scales with them.
     """
     g_rec, = torch.autograd.grad(loss_rec, last_layer, retain_graph=True)

@@ -4,9 +4,9 @@ Paper:   Sec. 3.1, L_rec (Zhang et al. 2018); App. G.
 Shapes:  x, x_rec (B, 3, H, W) in [-1, 1] -> (B,), 0 = equal; sides of at least 16.
 Reads:   nothing of ours.
 
-NB: the paper weighs the channels by LPIPS's learned weights. Here all weigh the same (plain cosine-like
-distances), so nothing but torchvision's public VGG16 file is needed. `random` is the same network, four
-times narrower, with fixed random weights: it needs no file, and its early layers already compare
+NB: the paper weighs the channels by LPIPS's learned weights. Here all weigh the same (plain
+cosine-like distances), so nothing but torchvision's public VGG16 file is needed. `random` is the
+same network, eight times narrower, with fixed random weights: it needs no file, and it compares
 edges and local contrast rather than single pixels.
 """
 import torch
@@ -22,7 +22,7 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 class Perceptual(nn.Module):
     """kind: `vgg16`, from the file `weights` or fetched once into torch's hub cache; or `random`.
 
-    Frozen: gradients flow to x and x_rec, never into VGG. Raises BadInput if the weights cannot be had.
+    Frozen: gradients flow to x and x_rec, never into VGG. Raises BadInput if weights cannot be had.
     """
 
     def __init__(self, kind: str, weights: str | None = None):
@@ -34,12 +34,13 @@ class Perceptual(nn.Module):
                 width //= 8 if kind == "random" else 1
                 layers += [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()]
                 c = width
-            self.taps.append(len(layers) - 1)                   # relu1_2, 2_2, 3_3, 4_3, 5_3
-        self.features = nn.Sequential(*layers)                  # torchvision's names: features.0.weight ...
+            self.taps.append(len(layers) - 1)       # relu1_2, 2_2, 3_3, 4_3, 5_3
+        self.features = nn.Sequential(*layers)      # torchvision's names: features.0.weight ...
         if kind == "random":
             g = torch.Generator().manual_seed(0)
             for p in self.parameters():
-                p.data = torch.randn(p.shape, generator=g) * (2 / p[0].numel()) ** 0.5 if p.ndim > 1 else p * 0
+                p.data = (torch.randn(p.shape, generator=g) * (2 / p[0].numel()) ** 0.5
+                          if p.ndim > 1 else p * 0)
         else:
             self.load_vgg16(weights)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) * 2 - 1)
@@ -56,12 +57,12 @@ class Perceptual(nn.Module):
                 state = torch.load(path, map_location="cpu", weights_only=True)
             self.load_state_dict({k: v for k, v in state.items() if k.startswith("features.")})
         except Exception as e:
-            raise BadInput(f"--perceptual vgg16: no weights from {path or URL} ({type(e).__name__}); give "
-                           "torchvision's vgg16-397923af.pth by --vgg-weights, or choose --perceptual "
-                           "random") from e
+            raise BadInput(f"--perceptual vgg16: no weights from {path or URL} "
+                           f"({type(e).__name__}); give torchvision's vgg16-397923af.pth by "
+                           "--vgg-weights, or choose --perceptual random") from e
 
     def forward(self, x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
-        """Mean over the five layers and all places of |f/|f| - f_rec/|f_rec||^2, each in 0..4 -> (B,)."""
+        """Mean over five layers and all places of |f/|f| - f_rec/|f_rec||^2, in 0..4 -> (B,)."""
         h = (torch.cat([x, x_rec]) - self.mean) / self.std
         total = 0
         for i, layer in enumerate(self.features):

@@ -1,14 +1,20 @@
 """Rows of defaults, one for each model: `--preset NAME` sets them, and any flag wins over its row.
 
-The toy row is tuned for two CPU cores and minutes; the paper's rows (Tables 8, 12-15, 17) follow below it.
-lr is the effective learning rate, of the whole batch.
+Paper:   Tables 8, 12-15 and 17 for the rows of the paper's models.
+Reads:   nothing of ours.
+
+lr is the effective learning rate, of the whole batch. The toy rows are tuned for two CPU cores.
 """
 AE = {
-    "toy": dict(data="shapes", size=32, ch=16, ch_mult=(1, 2, 4), n_res=1, c_z=4, groups=8,
-                batch=16, steps=1400, lr=5e-3, warmup=50, perceptual="random", disc_start=900, disc_ch=16,
-                disc_layers=2),
+    "toy": dict(
+        data="shapes", size=32, ch=16, ch_mult=(1, 2, 4), n_res=1, c_z=4, groups=8, pixel_loss="l2",
+        perceptual="random", perceptual_weight=0.1, kl_weight=5e-4, disc_weight=0.5,
+        disc_start=1200, disc_ch=16, disc_layers=2, batch=16, lr=4e-3, betas=(0.9, 0.95), warmup=50,
+        cosine=True, steps=1300),
 }
 LDM = {
-    "toy": dict(data="shapes", size=32, ch=64, ch_mult=(1, 2), n_res=1, attn_res=(8, 4), d_head=32, depth=1, groups=16,
-                d_text=128, text_depth=2, n_token=12, batch=64, steps=2000, lr=2e-3, warmup=100, ema=0.99),
+    "toy": dict(
+        data="shapes", size=32, ch=64, ch_mult=(1, 2), n_res=1, attn_res=(8, 4), d_head=32, depth=1,
+        groups=16, d_text=128, text_depth=2, n_token=12, schedule="sd", batch=64, lr=2e-3,
+        betas=(0.9, 0.99), warmup=100, cosine=True, ema=0.99, steps=2000),
 }

@@ -1,16 +1,16 @@
-"""The built-in world: tiny pictures of coloured shapes that come with exact captions and an exact scorer.
+"""The built-in world: tiny pictures of coloured shapes with exact captions and an exact scorer.
 
-A picture has one or two objects (4 shapes, 7 colours, 2 sizes) on a plain ground with faint grain; its
-caption names colour, shape, size and relation ("a small red circle left of a big blue square").
-Everything follows from (seed, index) by + - * / and square roots, so it is the same on every machine.
+A picture has one or two objects (4 shapes, 7 colours, 2 sizes) on a plain ground with faint grain;
+its caption names colour, shape, size and relation ("a small red circle left of a big blue square").
+Everything follows from (seed, index) by + - * / and sqrt, so it is the same on every machine.
 `score` looks at pictures alone and tells which share of the prompts was followed in full.
 
-Shapes: image (3, H, W) in [-1, 1]; boxes (K, 5) [class, x0, y0, x1, y1 in 0..1]; segmentation (H, W),
-        0 = ground, 1 + class. A class is a colour-shape pair. World units: the side of a picture is 32.
+Shapes: image (3, H, W) in [-1, 1]; boxes (K, 5) [class, x0, y0, x1, y1 in 0..1]; segmentation
+        (H, W), 0 = ground, 1 + class. A class is a colour-shape pair. World unit: side / 32.
 Reads:  nothing of ours.
 
-    python -m tinyldm.shapes held-out 256 > prompts.txt      # prompts that no training caption says
-    python -m tinyldm.shapes unseen 256                      # ... with never-seen colour-shape pairs
+    python -m tinyldm.shapes held-out 256 > prompts.txt    # prompts that no training caption says
+    python -m tinyldm.shapes unseen 256                    # ... with never-seen colour-shape pairs
 """
 import itertools
 import re
@@ -27,15 +27,15 @@ SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {"red":  (.84, .10, .12), "orange": (.96, .52, .08), "yellow": (.97, .85, .10),
            "green": (.10, .58, .22), "cyan":  (.12, .74, .84), "blue":  (.12, .24, .78),
            "purple": (.58, .16, .66)}
-SIZES = {"small": (3.0, 3.4), "big": (4.6, 5.1)}    # radius of the disc of the same area, world units
+SIZES = {"small": (3.0, 3.4), "big": (4.6, 5.1)}  # radius of the disc of the same area, world units
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 UNSEEN = {("purple", "circle"), ("orange", "square"), ("cyan", "triangle"), ("yellow", "cross")}
 CLASSES = [f"{c} {s}" for c in COLOURS for s in SHAPES]
 PALETTE = np.array(list(COLOURS.values())) * 2 - 1
 # Half-extents (left/right, up, down) in radii. All shapes of a size have the same area and their
 # centroid in the middle, so the scorer gets size and place from sums over pixels alone.
-EXTENT = {"circle": (1., 1., 1.), "square": (.8862, .8862, .8862), "triangle": (1.3468, 1.5551, .7776),
-          "cross": (1.1890, 1.1890, 1.1890)}
+EXTENT = {"circle": (1., 1., 1.), "square": (.8862, .8862, .8862),
+          "triangle": (1.3468, 1.5551, .7776), "cross": (1.1890, 1.1890, 1.1890)}
 GAP, MARGIN = 2.0, 0.5                              # between objects; to the edge
 
 
@@ -49,7 +49,7 @@ class Thing(NamedTuple):
 
 
 def coverage(shape: str, r: float, x: float, y: float, h: int, w: int) -> np.ndarray:
-    """Share of each pixel that the shape covers, (h, w) in [0, 1], from its signed distance; in pixels."""
+    """Share of each pixel in the shape, (h, w) in [0, 1], from its signed distance; in pixels."""
     dx, dy = np.arange(w)[None, :] + .5 - x, np.arange(h)[:, None] + .5 - y
     ax, ay = np.abs(dx), np.abs(dy)
     if shape == "circle":
@@ -59,7 +59,8 @@ def coverage(shape: str, r: float, x: float, y: float, h: int, w: int) -> np.nda
     elif shape == "triangle":
         d = np.maximum(dy, ax * .8660 - dy * .5) - .7776 * r
     else:
-        d = np.minimum(np.maximum(ax - 1.189 * r, ay - .3963 * r), np.maximum(ax - .3963 * r, ay - 1.189 * r))
+        d = np.minimum(np.maximum(ax - 1.189 * r, ay - .3963 * r),
+                       np.maximum(ax - .3963 * r, ay - 1.189 * r))
     return np.clip(.5 - d, 0, 1)
 
 
@@ -71,8 +72,8 @@ def caption(things: list[Thing], relation: str | None, sizes: bool = True) -> st
 def _specs(split: str) -> tuple[list, list]:
     """All (things, relation) of one and of two objects that belong to a split.
 
-    `train`: no pair of UNSEEN, not held out. `held-out`: every eighth scene of two objects, told by a
-    hash that does not depend on which object is named first. `unseen`: scenes with a pair of UNSEEN.
+    `train`: no pair of UNSEEN, not held out. `held-out`: every eighth scene of two objects, by a
+    hash that ignores which object is named first. `unseen`: scenes with a pair of UNSEEN.
     """
     kinds = [Thing(s, c, z) for z in SIZES for c in COLOURS for s in SHAPES]
     def new(things):
@@ -82,31 +83,32 @@ def _specs(split: str) -> tuple[list, list]:
     for a, b, relation in itertools.product(kinds, kinds, ("left of", "above")):
         held = zlib.crc32(caption([a, b], relation).encode()) % 8 == 0
         if ("unseen" if new([a, b]) else "held-out" if held else "train") == split:
-            pairs += [([a, b], relation), ([b, a], {"left of": "right of", "above": "below"}[relation])]
+            pairs += [([a, b], relation),
+                      ([b, a], {"left of": "right of", "above": "below"}[relation])]
     return singles if split != "held-out" else [], pairs
 
 
 def _place(things: list[Thing], relation: str | None, rng: np.random.Generator) -> list[Thing]:
-    """Give every thing a radius and a place: inside the picture, apart, and the relation beyond doubt."""
+    """Give each thing a radius and a place: in the picture, apart, the relation beyond doubt."""
     r = [SIZES[t.size][0] + (SIZES[t.size][1] - SIZES[t.size][0]) * rng.random() for t in things]
-    ext = [[e * ri for e in EXTENT[t.shape]] for t, ri in zip(things, r)]       # sides, up, down
+    ext = [[e * ri for e in EXTENT[t.shape]] for t, ri in zip(things, r)]  # sides, up, down
     low = [(e[0] + MARGIN, e[1] + MARGIN) for e in ext]
     high = [(32 - e[0] - MARGIN, 32 - e[2] - MARGIN) for e in ext]
     at = [[lo[k] + (hi[k] - lo[k]) * rng.random() for k in (0, 1)] for lo, hi in zip(low, high)]
     if relation:
-        k = 0 if RELATIONS[relation][0] else 1                                  # axis of the relation
-        a, b = (0, 1) if sum(RELATIONS[relation]) < 0 else (1, 0)               # a before b on the axis
-        need = ext[a][k and 2] + ext[b][k] + GAP                                # centre to centre
+        k = 0 if RELATIONS[relation][0] else 1                             # axis of the relation
+        a, b = (0, 1) if sum(RELATIONS[relation]) < 0 else (1, 0)          # a before b on the axis
+        need = ext[a][k and 2] + ext[b][k] + GAP                           # centre to centre
         at[a][k] = low[a][k] + (high[b][k] - need - low[a][k]) * rng.random()
         at[b][k] = at[a][k] + need + (high[b][k] - need - at[a][k]) * rng.random()
-        reach = at[b][k] - at[a][k] - 3                                         # the other axis: less
+        reach = at[b][k] - at[a][k] - 3                                    # the other axis: less
         o = 1 - k
         at[b][o] = min(max(at[b][o], at[a][o] - reach, low[b][o]), at[a][o] + reach, high[b][o])
     return [t._replace(r=ri, x=p[0], y=p[1]) for t, ri, p in zip(things, r, at)]
 
 
 class Shapes(torch.utils.data.Dataset):
-    """`n` pictures of `size` px of a split (`train`, `held-out`, `unseen`); item i depends on (seed, i)."""
+    """`n` pictures of `size` px: `train`, `held-out` or `unseen`; item i depends on (seed, i)."""
     classes = CLASSES
 
     def __init__(self, n: int = 20_000, size: int = 32, seed: int = 0, split: str = "train"):
@@ -117,7 +119,7 @@ class Shapes(torch.utils.data.Dataset):
         return self.n
 
     def scene(self, i: int) -> tuple[list[Thing], str, np.random.Generator]:
-        """The placed things and the caption of item i. One in four has one object, one in five no sizes."""
+        """Item i's placed things and caption. One in four has one object, one in five no sizes."""
         rng = np.random.default_rng([*self.key, i])
         few, terse = rng.random() < .25, rng.random() < .2
         specs = self.singles if few and self.singles else self.pairs
@@ -130,7 +132,7 @@ class Shapes(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict:
         things, text, rng = self.scene(i)
         side, unit = self.size, self.size / 32
-        image = np.ones((side, side, 3)) * (.64 + .24 * rng.random())           # light grey ground
+        image = np.ones((side, side, 3)) * (.64 + .24 * rng.random())      # light grey ground
         segmentation = np.zeros((side, side), np.int64)
         boxes = []
         for t in things:
@@ -140,10 +142,10 @@ class Shapes(torch.utils.data.Dataset):
             segmentation[cover > .5] = 1 + kind
             e, up, down = (v * t.r for v in EXTENT[t.shape])
             boxes.append([kind, (t.x - e) / 32, (t.y - up) / 32, (t.x + e) / 32, (t.y + down) / 32])
-        image += .04 * (rng.random((side, side, 1)) - .5)                       # faint grain
+        image += .04 * (rng.random((side, side, 1)) - .5)                  # faint grain
         image = torch.from_numpy(image.clip(-1, 1).astype(np.float32)).permute(2, 0, 1)
-        return {"image": image, "caption": text, "label": int(boxes[0][0]), "boxes": torch.tensor(boxes),
-                "segmentation": torch.from_numpy(segmentation)}
+        return {"image": image, "caption": text, "label": int(boxes[0][0]),
+                "boxes": torch.tensor(boxes), "segmentation": torch.from_numpy(segmentation)}
 
 
 def prompts(n: int, split: str = "held-out", seed: int = 0) -> list[str]:
@@ -153,7 +155,7 @@ def prompts(n: int, split: str = "held-out", seed: int = 0) -> list[str]:
 
 
 def _components(mask: np.ndarray) -> np.ndarray:
-    """(H, W) bool -> (H, W) int: 0, or a number common to all pixels that touch, corners included."""
+    """(H, W) bool -> (H, W) int: 0, or one number for all pixels that touch, corners included."""
     label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while (label != (label := _spread(label, 1) * mask)).any():
         pass
@@ -170,9 +172,9 @@ def _spread(a: np.ndarray, k: int) -> np.ndarray:
 def find(image, unit: float | None = None) -> list[Thing]:
     """The things in one picture (3, H, W) in [-1, 1], from its pixels alone; places in pixels.
 
-    Each connected patch that differs from the ground (the median colour) is explained by the palette's
-    nearest colour and the shape whose drawing, with the patch's own area and centroid, errs least.
-    A patch that no shape explains (more than 40 % of its area wrong) has shape "blob".
+    Each connected patch that differs from the ground (the median colour) is explained by the
+    palette's nearest colour and the shape whose drawing, with the patch's own area and centroid,
+    errs least. A patch that no shape explains (more than 40 % of its area wrong) has shape "blob".
     unit: pixels a world unit; by default the picture's side / 32.
     """
     image = np.asarray(image, np.float64)
@@ -184,14 +186,15 @@ def find(image, unit: float | None = None) -> list[Thing]:
     found = []
     for k in np.unique(label)[1:]:
         core = (label == k) & (away > .8 * away[label == k].max())
-        ink = np.median(delta[:, core], axis=1)                                 # the object's own colour
+        ink = np.median(delta[:, core], axis=1)                            # the object's own colour
         near = _spread(label == k, 2) & ((label == k) | (label == 0))
         alpha = near * (np.tensordot(ink, delta, 1) / (ink @ ink)).clip(0, 1)
         alpha[alpha < .1] = 0
         area = alpha.sum()
         if area < 4 * unit ** 2:
-            continue                                                            # dust
-        x, y = (alpha * (np.arange(w) + .5)).sum() / area, (alpha.T * (np.arange(h) + .5)).sum() / area
+            continue                                                       # dust
+        x = (alpha * (np.arange(w) + .5)).sum() / area
+        y = (alpha.T * (np.arange(h) + .5)).sum() / area
         r = np.sqrt(area / np.pi)
         error = [np.abs(alpha - coverage(s, r, x, y, h, w)).sum() / area for s in SHAPES]
         shape = SHAPES[int(np.argmin(error))] if min(error) < .4 else "blob"
@@ -201,12 +204,12 @@ def find(image, unit: float | None = None) -> list[Thing]:
 
 
 def parse_prompt(prompt: str) -> tuple[list[Thing], str | None]:
-    """A sentence of this world -> its things (size "" where none is said) and their relation, or BadInput."""
+    """A sentence of this world -> its things (size "" if unsaid) and relation, or BadInput."""
     thing = rf"(?:a )?(?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
     m = re.fullmatch(rf"{thing}(?: ({'|'.join(RELATIONS)}) {thing})?", prompt.strip().lower())
     if not m:
-        raise BadInput(f"prompt {prompt!r} is not a sentence of the built-in world, so it cannot be scored; "
-                       'say it like "a small red circle left of a big blue square"')
+        raise BadInput(f"prompt {prompt!r} is not a sentence of the built-in world, so it cannot "
+                       'be scored; say it like "a small red circle left of a big blue square"')
     g = m.groups()
     return [Thing(s, c, z or "") for z, c, s in ((g[0:3], g[4:7]) if g[3] else (g[0:3],))], g[3]
 
@@ -230,7 +233,8 @@ def follows(things: list[Thing], prompt: str) -> bool:
 
 def score(images, prompts: list[str], unit: float | None = None) -> float:
     """The share of prompts followed in full; images (B, 3, H, W) in [-1, 1], one a prompt."""
-    return sum(follows(find(x, unit), p) for x, p in zip(images, prompts, strict=True)) / len(prompts)
+    done = [follows(find(x, unit), p) for x, p in zip(images, prompts, strict=True)]
+    return sum(done) / len(prompts)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,15 @@ PAD, UNK = "[PAD]", "[UNK]"
 
 
 def train_tokenizer(captions: list[str], vocab_size: int = 8192) -> Tokenizer:
-    """Learn at most vocab_size pieces from the captions, lower-cased; keep those that the captions use.
+    """Learn at most vocab_size pieces from the captions, lower-cased; keep those that they use.
 
     Dropping the unused pieces makes every word that training cannot teach an [UNK], which `encode`
     reports, where letters would spell it silently with embeddings that stay random.
     """
     def blank(vocab):
         t = Tokenizer(models.WordPiece(vocab, unk_token=UNK))
-        t.normalizer, t.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        t.normalizer = normalizers.BertNormalizer()
+        t.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         return t
     full = blank({UNK: 0})
     full.train_from_iterator(captions, trainers.WordPieceTrainer(
@@ -30,7 +31,7 @@ def train_tokenizer(captions: list[str], vocab_size: int = 8192) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, captions: list[str], M: int) -> torch.Tensor:
-    """ids (n, M), padded with 0. Warns of words that are cut off at M tokens and of unknown words."""
+    """ids (n, M), padded with 0. Warns of words cut off at M tokens and of unknown words."""
     rows = torch.zeros(len(captions), M, dtype=torch.int64)
     cut, unknown = {}, {}
     for row, text, e in zip(rows, captions, tokenizer.encode_batch(captions)):
@@ -39,13 +40,16 @@ def encode(tokenizer: Tokenizer, captions: list[str], M: int) -> torch.Tensor:
             cut[text[e.offsets[M][0]:]] = None
         unknown |= {text[a:b]: None for (a, b), piece in zip(e.offsets, e.tokens) if piece == UNK}
     if cut:
-        warnings.warn(f"prompts are limited to {M} tokens, so these words are ignored: " + brief(cut), stacklevel=2)
+        warnings.warn(f"prompts are limited to {M} tokens, so these words are ignored: "
+                      + brief(cut), stacklevel=2)
     if unknown:
-        warnings.warn("words that no training caption has are read as [UNK]: " + brief(unknown), stacklevel=2)
+        warnings.warn("words that no training caption has are read as [UNK]: " + brief(unknown),
+                      stacklevel=2)
     return rows
 
 
 def brief(words) -> str:
     """At most eight quoted words, and how many more there are."""
     words = list(words)
-    return ", ".join(map(repr, words[:8])) + (f" and {len(words) - 8} more" if len(words) > 8 else "")
+    more = f" and {len(words) - 8} more" if len(words) > 8 else ""
+    return ", ".join(map(repr, words[:8])) + more

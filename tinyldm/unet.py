@@ -26,9 +26,9 @@ class UNetConfig:
     ch: int = 224                       # [Channels]
     ch_mult: tuple[int, ...] = (1, 2, 3, 4)     # [Channel Multiplier]
     n_res: int = 2                      # [Depth] ResBlocks a level on the way down; one more up
-    attn_res: tuple[int, ...] = (32, 16, 8)     # [Attention resolutions] sides of the grid that attend
+    attn_res: tuple[int, ...] = (32, 16, 8)     # [Attention resolutions] sides of grids that attend
     d_head: int = 32                    # [Head Channels]
-    d_ctx: int | None = None            # [CA embedding dim]; None: no condition, plain self-attention
+    d_ctx: int | None = None            # [CA embedding dim]; None: no condition, self-attention
     depth: int = 1                      # [Transformer depth] blocks in each SpatialTransformer
     groups: int = 32                    # of GroupNorm
 
@@ -90,7 +90,8 @@ class UNet(nn.Module):
         self.norm_out = group_norm(c, g, eps=1e-5)
         self.conv_out = zero_(nn.Conv2d(c, cfg.c_out, 3, padding=1))
 
-    def forward(self, z_t: torch.Tensor, t: torch.Tensor, ctx: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, z_t: torch.Tensor, t: torch.Tensor,
+                ctx: torch.Tensor | None = None) -> torch.Tensor:
         emb = self.time(timestep_embedding(t, self.cfg.ch))                     # (B, 4 ch)
         h, skips = z_t, []
         run = run_lean if self.ckpt_grad and torch.is_grad_enabled() else run_stage
