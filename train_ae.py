@@ -78,7 +78,7 @@ def main(args):
         return tr.dry_run(args, ae, disc)
 
     # ---- data
-    data, held_out = open_data(args), open_data(args, "held-out", 256)
+    data, held_out = open_data(args), open_data(args, "held-out")
     val = [held_out[i]["image"] for i in range(min(len(held_out), 256))]
 
     # ---- model

@@ -53,8 +53,9 @@ def parse_args(argv=None):
     g.add_argument("--text-depth", type=int, help="blocks of tau")
     g.add_argument("--vocab-size", type=int, default=8192, help="at most so many pieces of words")
     g = p.add_argument_group("diffusion")
+    g.add_argument("--predict", choices=["eps", "v"], help="what the U-Net says; the paper: eps")
     g.add_argument("--loss", choices=["l1", "l2"], default="l2")
-    g.add_argument("--schedule", choices=SCHEDULES, default="sqrt-linear")
+    g.add_argument("--schedule", choices=SCHEDULES)
     g.add_argument("--T", type=int, default=1000)
     g.add_argument("--p-drop", type=float, default=0.1, help="share of captions dropped")
     tr.optimisation_flags(p)
@@ -63,6 +64,17 @@ def parse_args(argv=None):
                    help="keep fewer activations and compute them twice")
     tr.system_flags(p)
     return tr.parse(p, presets.LDM, argv)
+
+
+def configs(args, ae: AEConfig, n_vocab: int) -> tuple[UNetConfig, TextConfig]:
+    """The shapes of eps_theta and tau. Raises BadInput when the latents do not fit the U-Net."""
+    unet = UNetConfig(ae.c_z, ae.c_z, args.size // ae.f, args.ch, tuple(args.ch_mult), args.n_res,
+                      tuple(args.attn_res), args.d_head, args.d_text, args.depth, args.groups)
+    if args.size % (ae.f * unet.factor):
+        raise BadInput(f"--size {args.size} is not a multiple of {ae.f * unet.factor}, the "
+                       f"autoencoder's f = {ae.f} times the U-Net's factor {unet.factor}")
+    return unet, TextConfig(n_vocab, args.n_token, args.d_text, args.text_depth,
+                            args.d_text // args.d_head, args.d_head)
 
 
 def main(args):
@@ -81,25 +93,18 @@ def main(args):
     prompts = shapes.prompts(64) if toy else (held_out.captions() or data.captions())[:16]
 
     # ---- model
-    side = args.size // ae.cfg.f
-    cfg = UNetConfig(ae.cfg.c_z, ae.cfg.c_z, side, args.ch, tuple(args.ch_mult), args.n_res,
-                     tuple(args.attn_res), args.d_head, args.d_text, args.depth, args.groups)
-    cfg_tau = TextConfig(tokenizer.get_vocab_size(), args.n_token, args.d_text, args.text_depth,
-                         args.d_text // args.d_head, args.d_head)
-    if args.size % (ae.cfg.f * cfg.factor):
-        raise BadInput(f"--size {args.size} is not a multiple of {ae.cfg.f * cfg.factor}, the "
-                       f"autoencoder's f = {ae.cfg.f} times the U-Net's factor {cfg.factor}")
+    cfg, cfg_tau = configs(args, ae.cfg, tokenizer.get_vocab_size())
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
         unet, tau = UNet(cfg), TextTransformer(cfg_tau)
     if rank == 0:
         print(f"U-Net {tr.n_params(unet):,} parameters | tau {tr.n_params(tau):,}, vocabulary "
-              f"{cfg_tau.n_vocab} | z ({cfg.c_in}, {side}, {side}) | {len(data):,} pictures")
+              f"{cfg_tau.n_vocab}, z ({cfg.c_in}, {cfg.side}, {cfg.side}), {len(data):,} pictures")
     if args.dry_run:
         return tr.dry_run(args, unet, tau)
     unet, tau = unet.to(device, memory_format=torch.channels_last), tau.to(device)
     unet.ckpt_grad = args.ckpt_grad
-    schedule = {"name": args.schedule, "T": args.T}
+    schedule = {"name": args.schedule, "T": args.T, "predict": args.predict}
     abar = cumulative(SCHEDULES[args.schedule](args.T)).to(device)
     run_unet, run_tau = (torch.compile(net) if args.compile else net for net in (unet, tau))
     if world > 1:
@@ -155,7 +160,7 @@ def main(args):
                             args.out / "model.pt")
         how = sample.parse_args(["", "--steps", "25", "--size", str(args.size)])
         with ema.swapped(), autocast():
-            model = sample.Model(ae, unet, tau, tokenizer, abar)
+            model = sample.Model(ae, unet, tau, tokenizer, abar, args.predict)
             images = sample.draw(model, prompts, how)
         save_grid(images[:16], args.out / f"samples_{step:06d}.png", 8)
         if toy:
@@ -185,9 +190,10 @@ def main(args):
             last = i == len(parts) - 1
             with tr.sync_last(run_unet, last), tr.sync_last(run_tau, last), autocast():
                 ctx = run_tau(y_i)
-                loss = ldm_loss(run_unet, z_i, t_i, eps_i, abar, ctx, args.loss).mean() / len(parts)
-                loss.backward()
-            tr.add(values, dict(loss=loss), 1.0)
+                loss = ldm_loss(run_unet, z_i, t_i, eps_i, abar, ctx, args.loss, args.predict)
+                loss = loss.mean()
+                (loss / len(parts)).backward()
+            tr.add(values, dict(loss=loss), 1 / len(parts))
         gnorm = torch.nn.utils.clip_grad_norm_(params, args.clip)
         tr.check_finite(values["loss"] + gnorm, step, path)
         opt.step()

@@ -1,31 +1,46 @@
 """Small helpers that several tests use."""
+import contextlib
+import importlib
+import io
 import json
-import os
-import subprocess
+import signal
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tinyldm import training as tr
+
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 TINY_AE = ["--ch", "8", "--ch-mult", "1", "2", "--groups", "4", "--batch", "4",
            "--perceptual", "none", "--disc-ch", "4", "--disc-layers", "1", "--disc-start", "1",
-           "--log-every", "1"]
+           "--log-every", "1", "--n-shapes", "40"]
 TINY_LDM = ["--ch", "16", "--d-text", "32", "--d-head", "16", "--text-depth", "1",
-            "--groups", "4", "--batch", "4", "--log-every", "1"]
+            "--groups", "4", "--batch", "4", "--log-every", "1", "--n-shapes", "40"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cli():
-    """Run a script as a user would: cli("sample.py", "--n", 3, code=2) -> its stdout and stderr."""
-    def run(script, *flags, code=0, cwd=ROOT):
-        env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-        p = subprocess.run([sys.executable, ROOT / script, *map(str, flags)], cwd=cwd, env=env,
-                           capture_output=True, text=True, timeout=100)
-        assert p.returncode == code, p.stdout + p.stderr
-        return p.stdout + p.stderr
+    """Run a script as the command line does: cli("sample.py", "--n", 3, code=2) -> its output."""
+    def run(script, *flags, code=0):
+        module, said = importlib.import_module(script[:-3]), io.StringIO()
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("always")
+                    tr.run(module.main, lambda: module.parse_args([str(f) for f in flags]))
+                got = 0
+            except SystemExit as e:
+                got = e.code
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+        assert got == code, said.getvalue()
+        return said.getvalue()
     return run
 
 

@@ -257,6 +257,7 @@ def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
 def data_flags(parser) -> None:
     g = parser.add_argument_group("data")
     g.add_argument("--data", help="shapes (the built-in world), or a folder or .zip of pictures")
+    g.add_argument("--n-shapes", type=int, default=10_000, help="pictures of the built-in world")
     g.add_argument("--size", type=int, help="side of the square training pictures, px")
     g.add_argument("--resize", action=BooleanOptionalAction, default=True,
                    help="scale the shorter side to --size before the crop")
@@ -264,8 +265,8 @@ def data_flags(parser) -> None:
                    help="mirror the pictures in every second epoch")
 
 
-def open_data(args, split: str = "train", n: int = 20_000) -> torch.utils.data.Dataset:
-    """The data set of the flags; n is the length of the built-in world."""
+def open_data(args, split: str = "train") -> torch.utils.data.Dataset:
+    """The data set of the flags."""
     if args.data == "shapes":
-        return Shapes(n, args.size, args.seed, split)
+        return Shapes(args.n_shapes if split == "train" else 256, args.size, args.seed, split)
     return Folder(args.data, args.size, split, args.resize, args.flip and split == "train")

@@ -101,9 +101,10 @@ def _place(things: list[Thing], relation: str | None, rng: np.random.Generator) 
         need = ext[a][k and 2] + ext[b][k] + GAP                           # centre to centre
         at[a][k] = low[a][k] + (high[b][k] - need - low[a][k]) * rng.random()
         at[b][k] = at[a][k] + need + (high[b][k] - need - at[a][k]) * rng.random()
-        reach = at[b][k] - at[a][k] - 3                                    # the other axis: less
+        reach = (at[b][k] - at[a][k]) / 2                       # the other axis: at most half
         o = 1 - k
-        at[b][o] = min(max(at[b][o], at[a][o] - reach, low[b][o]), at[a][o] + reach, high[b][o])
+        near = min(max(at[b][o], at[a][o] - reach), at[a][o] + reach)
+        at[b][o] = min(max(near, low[b][o]), high[b][o])
     return [t._replace(r=ri, x=p[0], y=p[1]) for t, ri, p in zip(things, r, at)]
 
 

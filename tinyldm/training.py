@@ -175,7 +175,7 @@ def lr_at(step: int, args) -> float:
 
 def check_finite(value: torch.Tensor, step: int, path: Path) -> None:
     if not torch.isfinite(value):
-        raise BadInput(f"the loss or its gradient is {float(value.detach())} at step {step}: training stops "
+        raise BadInput(f"the loss or its gradient is {value.item()} at step {step}: training stops "
                        f"and {path} keeps the last good state; try a lower --lr, a longer "
                        "--warmup, or --dtype fp32")
 
