@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from tinyldm import BadInput, presets
+from tinyldm import BadInput, presets, shapes
 from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.checkpoint import load_checkpoint, same_config, save_checkpoint
@@ -116,7 +116,10 @@ def main(args):
             with torch.no_grad(), autocast():
                 x_rec = torch.cat([ae.decode(ae.encode(v.to(device)).mean).float().cpu()
                                    for v in x.split(64)])
-            log.write(step, held_out_psnr=psnr(x, x_rec).mean().item())
+            scores = {"held_out_psnr": psnr(x, x_rec).mean().item()}
+            if args.data == "shapes":
+                scores["captions_still_true"] = shapes.score(x_rec, held_out.captions())
+            log.write(step, **scores)
             rows = [v[i:i + 10] for i in range(0, min(len(x), 30), 10) for v in (x, x_rec)]
             save_grid(torch.cat(rows), args.out / f"recon_{step:06d}.png", min(10, len(x)))
 

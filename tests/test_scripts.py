@@ -41,7 +41,7 @@ def test_both_stages_write_what_they_promise(trained):
         assert not list((trained / stage).glob("*.part"))
     told = {"rec", "perceptual", "kl", "z_std", "lam", "disc", "d_real", "d_fake", "gnorm"}
     assert told <= lines(trained / "ae")[1].keys()
-    assert any("held_out_psnr" in x for x in lines(trained / "ae"))
+    assert any({"held_out_psnr", "captions_still_true"} <= x.keys() for x in lines(trained / "ae"))
     assert any("prompts_followed" in x for x in lines(trained / "ldm"))
     ckpt = load_checkpoint(trained / "ldm/ckpt.pt", "ldm", "--ckpt")
     assert {"ae", "nets", "ema", "tokenizer", "config", "opt"} <= ckpt.keys()

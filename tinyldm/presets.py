@@ -7,10 +7,10 @@ lr is the effective learning rate, of the whole batch. The toy rows are tuned fo
 """
 AE = {
     "toy": dict(
-        data="shapes", size=32, ch=16, ch_mult=(1, 2, 4), n_res=1, c_z=4, groups=8, pixel_loss="l2",
+        data="shapes", size=32, ch=16, ch_mult=(1, 2), n_res=1, c_z=3, groups=8, pixel_loss="l2",
         perceptual="random", perceptual_weight=0.1, kl_weight=5e-4, disc_weight=0.5,
-        disc_start=1200, disc_ch=16, disc_layers=2, batch=16, lr=4e-3, betas=(0.9, 0.95), warmup=50,
-        cosine=True, steps=1300),
+        disc_start=600, disc_ch=16, disc_layers=2, batch=16, lr=4e-3, betas=(0.9, 0.95), warmup=50,
+        cosine=True, steps=700),
 }
 LDM = {
     "toy": dict(
