@@ -22,7 +22,7 @@ from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.checkpoint import load_checkpoint
 from tinyldm.conditioning import TextConfig, TextTransformer
 from tinyldm.data import save_grid, to_uint8
-from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative
+from tinyldm.diffusion import SCHEDULES, cumulative
 from tinyldm.guidance import guided
 from tinyldm.tokens import encode
 from tinyldm.unet import UNet, UNetConfig
@@ -37,7 +37,6 @@ class Model(NamedTuple):
     tau: TextTransformer
     tokenizer: Tokenizer
     abar: torch.Tensor          # (T,) float64
-    predict: str                # what unet says: "eps" or "v"
 
 
 def parse_args(argv=None):
@@ -68,15 +67,18 @@ def load_model(path: Path, ema: bool, device: torch.device) -> tuple[Model, int]
     ckpt = load_checkpoint(path, "ldm", "--ckpt")
     if not ema and "nets" not in ckpt:
         raise BadInput(f"--no-ema: {path} holds averaged weights only; take the run's ckpt.pt")
-    config, nets = ckpt["config"], ckpt["ema" if ema else "nets"]
-    built = (Autoencoder(AEConfig(**config["autoencoder"])), UNet(UNetConfig(**config["unet"])),
-             TextTransformer(TextConfig(**config["tau"])))
-    for net, state in zip(built, (ckpt["ae"], nets["unet"], nets["tau"])):
-        net.load_state_dict(state)
-        net.to(device).eval().requires_grad_(False)
-    schedule, tokenizer = config["schedule"], Tokenizer.from_str(ckpt["tokenizer"])
-    abar = cumulative(SCHEDULES[schedule["name"]](schedule["T"])).to(device)
-    return Model(*built, tokenizer, abar, schedule["predict"]), ckpt["size"]
+    try:
+        config, nets = ckpt["config"], ckpt["ema" if ema else "nets"]
+        built = (Autoencoder(AEConfig(**config["autoencoder"])), UNet(UNetConfig(**config["unet"])),
+                 TextTransformer(TextConfig(**config["tau"])))
+        for net, state in zip(built, (ckpt["ae"], nets["unet"], nets["tau"])):
+            net.load_state_dict(state)
+            net.to(device).eval().requires_grad_(False)
+        schedule, tokenizer = config["schedule"], Tokenizer.from_str(ckpt["tokenizer"])
+        abar = cumulative(SCHEDULES[schedule["name"]](schedule["T"])).to(device)
+        return Model(*built, tokenizer, abar), ckpt["size"]
+    except Exception as e:
+        raise BadInput(f"--ckpt {path}: its parts do not fit together ({type(e).__name__})") from e
 
 
 @torch.no_grad()
@@ -92,13 +94,13 @@ def draw(m: Model, prompts: list[str], args, first: int = 0, tick=lambda: None) 
         shape = (m.ae.cfg.c_z, side, side)
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-    def net(z_t, t, ctx):
+    def eps_theta(z_t, t, ctx):
         tick()
         return m.unet(z_t, t, ctx).float()
 
     ctx, ctx_null = (m.tau(encode(m.tokenizer, p, m.tau.cfg.n_token).to(device))
                      for p in (prompts, [""]))
-    eps = guided(as_eps_theta(net, m.abar, m.predict), ctx_null, args.scale)
+    eps = guided(eps_theta, ctx_null, args.scale)
     ts = samplers.timesteps(len(m.abar), args.steps)
     if args.sampler == "ddpm":
         z = samplers.ddpm(eps, randn(), ctx, m.abar, ts, randn)
@@ -108,7 +110,7 @@ def draw(m: Model, prompts: list[str], args, first: int = 0, tick=lambda: None) 
 
 
 def check(args, m: Model, trained: int) -> list[str]:
-    """Fill in --size and --n, and return one prompt a picture. Raises BadInput."""
+    """Fill in --size and --n, make the folder of --out, return a prompt a picture; or BadInput."""
     prompts = list(args.prompt)
     if args.prompts:
         try:
@@ -132,6 +134,11 @@ def check(args, m: Model, trained: int) -> list[str]:
     if args.score:
         for p in prompts:
             shapes.parse_prompt(p)
+    try:
+        folder = args.out.parent if args.out.suffix == ".png" else args.out
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"--out {args.out}: cannot be written: {e.strerror or e}") from e
     return [p for p in prompts for _ in range(args.n)]
 
 
@@ -141,7 +148,6 @@ def write(images: torch.Tensor, args) -> None:
         if args.out.suffix == ".png":
             save_grid(images, args.out, args.n if args.n < len(images) else min(args.n, 8))
         else:
-            args.out.mkdir(parents=True, exist_ok=True)
             for i, x in enumerate(images):
                 Image.fromarray(to_uint8(x)).save(args.out / f"{i:06d}.png")
     except OSError as e:
@@ -152,7 +158,6 @@ def main(args):
     device, autocast, _, _ = tr.setup(args.device, args.dtype)
     m, trained = load_model(args.ckpt, args.ema, device)
     prompts = check(args, m, trained)
-    write(torch.zeros(0, 3, 1, 1), argparse.Namespace(**vars(args) | {"out": args.out.parent}))
     chunks = range(0, len(prompts), args.batch)
     with tqdm(total=len(chunks) * args.steps, unit="step", dynamic_ncols=True) as bar, autocast():
         images = torch.cat([draw(m, prompts[i:i + args.batch], args, i, bar.update)

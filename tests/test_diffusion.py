@@ -95,29 +95,15 @@ def test_a_net_that_knows_nothing_has_loss_1():
     assert abs(loss.mean() - 1) < 0.02
 
 
-def test_v_is_a_rotation_of_z_and_eps_and_gives_eps_back():
-    """The oracle that knows v, read as eps_theta, returns the eps that was added, at every t."""
-    abar, z, eps = d.cumulative(BETAS[0]), torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
-    t = torch.tensor([0, 300, 999])
-    a = d.at(abar, t, z)
-    v = a.sqrt() * eps - (1 - a).sqrt() * z
-    z_t = d.q_sample(z, t, eps, abar)
-    assert_close(z_t ** 2 + v ** 2, z ** 2 + eps ** 2, rtol=1e-4, atol=1e-4)
-    got = d.as_eps_theta(lambda z_t, t, ctx: v, abar, "v")(z_t, t, None)
-    assert_close(got, eps, rtol=1e-4, atol=1e-4)
-    assert d.as_eps_theta(max, abar, "eps") is max
-
-
-def test_v_loss_weighs_errors_of_z_0_by_1_over_1_minus_abar():
-    """Eq. (2) weighs them by the signal-to-noise ratio abar / (1 - abar): both from one error."""
+def test_snr_weight_clamps_the_weight_of_errors_of_z_0():
+    """An error of z_0 by 0.3 everywhere costs 0.09 SNR in Eq. (2), and 0.09 clamp(SNR) weighted."""
     abar, z, eps = d.cumulative(BETAS[0]), torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
-    for k in (10, 500, 990):
+    for k in (10, 300, 500, 990):
         t, a = torch.tensor([k]), abar[k].item()
-        z_t = d.q_sample(z, t, eps, abar)
-        z_0 = z + 0.3                                   # what a net believes
-        e = (z_t - a ** 0.5 * z_0) / (1 - a) ** 0.5
-        v = (a ** 0.5 * z_t - z_0) / (1 - a) ** 0.5
-        by_eps = d.ldm_loss(lambda *_, e=e: e, z, t, eps, abar)
-        by_v = d.ldm_loss(lambda *_, v=v: v, z, t, eps, abar, predict="v")
-        assert_close(by_eps.item(), 0.09 * a / (1 - a), rtol=1e-2, atol=0)
-        assert_close(by_v.item(), 0.09 / (1 - a), rtol=1e-2, atol=0)
+        snr = a / (1 - a)
+        e = (d.q_sample(z, t, eps, abar) - a ** 0.5 * (z + 0.3)) / (1 - a) ** 0.5
+        loss = d.ldm_loss(lambda *_, e=e: e, z, t, eps, abar)
+        assert_close(loss.item(), 0.09 * snr, rtol=1e-2, atol=0)
+        got = (loss * d.snr_weight(t, abar, 0.05, 1.0)).item()
+        assert_close(got, 0.09 * min(max(snr, 0.05), 1.0), rtol=1e-2, atol=0)
+        assert d.snr_weight(t, abar, 0.0, math.inf) == 1

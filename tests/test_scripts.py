@@ -172,3 +172,10 @@ def test_bad_input_leaves_no_traceback(tmp_path):
                        capture_output=True, text=True)
     assert p.returncode == 2 and p.stdout == "" and len(p.stderr.splitlines()) == 1
     assert p.stderr.startswith("error: --ckpt") and "gone.pt: No such file" in p.stderr
+
+
+def test_a_checkpoint_whose_parts_do_not_fit_is_bad_input(trained, tmp_path, cli):
+    ckpt = torch.load(trained / "ldm/model.pt", weights_only=True)
+    for name, broken in (("config", {}), ("tokenizer", "{"), ("ema", {"unet": {}, "tau": {}})):
+        torch.save(ckpt | {name: broken}, tmp_path / "x.pt")
+        assert "do not fit together" in cli("sample.py", "--ckpt", tmp_path / "x.pt", "a", code=2)

@@ -74,33 +74,24 @@ def posterior(z_0: torch.Tensor, z_t: torch.Tensor, abar_t: torch.Tensor,
     return mean, beta * (1 - abar_s) / (1 - abar_t)
 
 
-def v_target(z: torch.Tensor, eps: torch.Tensor, abar_t: torch.Tensor) -> torch.Tensor:
-    """v = sqrt(abar_t) eps - sqrt(1 - abar_t) z (Salimans and Ho 2022, Eq. (12) in our letters)."""
-    return abar_t.sqrt() * eps - (1 - abar_t).sqrt() * z
-
-
-def as_eps_theta(net: Callable, abar: torch.Tensor, predict: str) -> Callable:
-    """eps_theta(z_t, t, ctx) from a net that predicts "eps" (the net itself) or "v":
-
-    eps = sqrt(abar_t) v + sqrt(1 - abar_t) z_t.
-    """
-    def eps_theta(z_t: torch.Tensor, t: torch.Tensor, ctx: torch.Tensor | None) -> torch.Tensor:
-        a = at(abar, t, z_t)
-        return a.sqrt() * net(z_t, t, ctx).float() + (1 - a).sqrt() * z_t
-    return net if predict == "eps" else eps_theta
-
-
-def ldm_loss(net: Callable, z: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
-             abar: torch.Tensor, ctx: torch.Tensor | None = None, norm: str = "l2",
-             predict: str = "eps") -> torch.Tensor:
-    """LDM Eq. (2), with ctx = tau(y) Eq. (3): |eps - net(z_t, t, ctx)|^2, mean of c, h, w -> (B,).
+def ldm_loss(eps_theta: Callable, z: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
+             abar: torch.Tensor, ctx: torch.Tensor | None = None, norm: str = "l2") -> torch.Tensor:
+    """LDM Eq. (2), with ctx Eq. (3): |eps - eps_theta(z_t, t, ctx)|^2, mean over c, h, w -> (B,).
 
     Eq. (1) is the same with z = x, the pixels. A net that knows nothing (0) has loss 1.
-    predict "v" is not in the paper. In terms of errors of z_0, Eq. (2) weighs a timestep by
-    abar / (1 - abar), which is next to nothing where noise is high; but there the layout of a
-    picture is decided. For v the weight is one more: 1 / (1 - abar).
     NB: the paper writes L2; the configs of churches, inpainting, layout and maps have "l1".
     """
-    target = eps if predict == "eps" else v_target(z, eps, at(abar, t, z))
-    d = target - net(q_sample(z, t, eps, abar), t, ctx).float()
+    d = eps - eps_theta(q_sample(z, t, eps, abar), t, ctx).float()
     return (d.abs() if norm == "l1" else d ** 2).flatten(1).mean(1)
+
+
+def snr_weight(t: torch.Tensor, abar: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Factors (B,) on ldm_loss that clamp the weight of an error of z_0 to low..high.
+
+    In terms of z_0, Eq. (2) weighs timestep t by its signal-to-noise ratio SNR = abar / (1 - abar):
+    next to nothing where noise is high, where the layout of a picture is decided, and hundreds
+    where it is low and only invisible detail is left. 0..inf is the paper's equation; 0..high is
+    the min-SNR weight of Hang et al. 2023.
+    """
+    snr = abar[t] / (1 - abar[t])
+    return (snr.clamp(low, high) / snr).float()

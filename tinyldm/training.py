@@ -94,6 +94,8 @@ def run(main, parse_args) -> None:
         main(parse_args())
     except BadInput as e:
         error = f"error: {e}"
+    except KeyboardInterrupt:
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
