@@ -22,7 +22,7 @@ from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.checkpoint import load_checkpoint
 from tinyldm.conditioning import TextConfig, TextTransformer
 from tinyldm.data import save_grid, to_uint8
-from tinyldm.diffusion import SCHEDULES, cumulative
+from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative
 from tinyldm.guidance import guided
 from tinyldm.tokens import encode
 from tinyldm.unet import UNet, UNetConfig
@@ -37,6 +37,7 @@ class Model(NamedTuple):
     tau: TextTransformer
     tokenizer: Tokenizer
     abar: torch.Tensor          # (T,) float64
+    predict: str                # what unet says: "eps" or "v"
 
 
 def parse_args(argv=None):
@@ -76,7 +77,7 @@ def load_model(path: Path, ema: bool, device: torch.device) -> tuple[Model, int]
             net.to(device).eval().requires_grad_(False)
         schedule, tokenizer = config["schedule"], Tokenizer.from_str(ckpt["tokenizer"])
         abar = cumulative(SCHEDULES[schedule["name"]](schedule["T"])).to(device)
-        return Model(*built, tokenizer, abar), ckpt["size"]
+        return Model(*built, tokenizer, abar, schedule["predict"]), ckpt["size"]
     except Exception as e:
         raise BadInput(f"--ckpt {path}: its parts do not fit together ({type(e).__name__})") from e
 
@@ -94,13 +95,13 @@ def draw(m: Model, prompts: list[str], args, first: int = 0, tick=lambda: None) 
         shape = (m.ae.cfg.c_z, side, side)
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-    def eps_theta(z_t, t, ctx):
+    def net(z_t, t, ctx):
         tick()
         return m.unet(z_t, t, ctx).float()
 
     ctx, ctx_null = (m.tau(encode(m.tokenizer, p, m.tau.cfg.n_token).to(device))
                      for p in (prompts, [""]))
-    eps = guided(eps_theta, ctx_null, args.scale)
+    eps = guided(as_eps_theta(net, m.abar, m.predict), ctx_null, args.scale)
     ts = samplers.timesteps(len(m.abar), args.steps)
     if args.sampler == "ddpm":
         z = samplers.ddpm(eps, randn(), ctx, m.abar, ts, randn)

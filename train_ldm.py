@@ -23,7 +23,7 @@ from tinyldm.autoencoder import AEConfig, Autoencoder, Posterior
 from tinyldm.checkpoint import half, load_checkpoint, same_config, save_checkpoint
 from tinyldm.conditioning import TextConfig, TextTransformer
 from tinyldm.data import BatchOrder, data_flags, encode_set, loader, open_data, save_grid
-from tinyldm.diffusion import SCHEDULES, cumulative, ldm_loss, snr_weight
+from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, ldm_loss, snr_weight
 from tinyldm.guidance import drop_condition
 from tinyldm.tokens import encode, train_tokenizer
 from tinyldm.unet import UNet, UNetConfig
@@ -53,6 +53,7 @@ def parse_args(argv=None):
     g.add_argument("--text-depth", type=int, help="blocks of tau")
     g.add_argument("--vocab-size", type=int, default=8192, help="at most so many pieces of words")
     g = p.add_argument_group("diffusion")
+    g.add_argument("--predict", choices=["eps", "v"], help="what the U-Net says; paper: eps")
     g.add_argument("--snr-clamp", type=float, nargs=2, help="weights of z_0's errors; paper: 0 inf")
     g.add_argument("--loss", choices=["l1", "l2"], default="l2")
     g.add_argument("--schedule", choices=SCHEDULES)
@@ -104,11 +105,12 @@ def main(args):
         return tr.dry_run(args, unet, tau)
     unet, tau = unet.to(device, memory_format=torch.channels_last), tau.to(device)
     unet.ckpt_grad = args.ckpt_grad
-    schedule = {"name": args.schedule, "T": args.T}
+    schedule = {"name": args.schedule, "T": args.T, "predict": args.predict}
     abar = cumulative(SCHEDULES[args.schedule](args.T)).to(device)
     run_unet, run_tau = (torch.compile(net) if args.compile else net for net in (unet, tau))
     if world > 1:
         run_unet, run_tau = DDP(run_unet), DDP(run_tau)
+    eps_theta = as_eps_theta(run_unet, abar, args.predict)
 
     # ---- optimiser
     params = [*unet.parameters(), *tau.parameters()]
@@ -160,7 +162,7 @@ def main(args):
                             args.out / "model.pt")
         how = sample.parse_args(["", "--steps", "25", "--size", str(args.size)])
         with ema.swapped(), autocast():
-            model = sample.Model(ae, unet, tau, tokenizer, abar)
+            model = sample.Model(ae, unet, tau, tokenizer, abar, args.predict)
             images = sample.draw(model, prompts, how)
         save_grid(images[:16], args.out / f"samples_{step:06d}.png", 8)
         if toy:
@@ -190,7 +192,7 @@ def main(args):
             last = i == len(parts) - 1
             with tr.sync_last(run_unet, last), tr.sync_last(run_tau, last), autocast():
                 ctx = run_tau(y_i)
-                loss = ldm_loss(run_unet, z_i, t_i, eps_i, abar, ctx, args.loss)
+                loss = ldm_loss(eps_theta, z_i, t_i, eps_i, abar, ctx, args.loss)
                 loss = (loss * snr_weight(t_i, abar, *args.snr_clamp)).mean()
                 (loss / len(parts)).backward()
             tr.add(values, dict(loss=loss), 1 / len(parts))

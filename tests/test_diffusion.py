@@ -107,3 +107,15 @@ def test_snr_weight_clamps_the_weight_of_errors_of_z_0():
         got = (loss * d.snr_weight(t, abar, 0.05, 1.0)).item()
         assert_close(got, 0.09 * min(max(snr, 0.05), 1.0), rtol=1e-2, atol=0)
         assert d.snr_weight(t, abar, 0.0, math.inf) == 1
+
+
+def test_a_net_that_says_v_gives_eps_back():
+    """z_t and v are z and eps, rotated; read as eps_theta, the true v is the eps that was added."""
+    abar, z, eps = d.cumulative(BETAS[0]), torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    t = torch.tensor([0, 300, 999])
+    a = d.at(abar, t, z)
+    v, z_t = a.sqrt() * eps - (1 - a).sqrt() * z, d.q_sample(z, t, eps, abar)
+    assert_close(z_t ** 2 + v ** 2, z ** 2 + eps ** 2, rtol=1e-4, atol=1e-4)
+    got = d.as_eps_theta(lambda z_t, t, ctx: v, abar, "v")(z_t, t, None)
+    assert_close(got, eps, rtol=1e-4, atol=1e-4)
+    assert d.as_eps_theta(max, abar, "eps") is max

@@ -126,7 +126,7 @@ def test_sampling_flags(trained, tmp_path, cli, flags):
 
 def test_dry_run_prints_sizes_and_trains_nothing(tmp_path, trained, cli):
     said = cli("train_ae.py", "--dry-run", "--out", tmp_path / "ae", "--ch", 128,
-               "--ch-mult", 1, 2, 4, 4, "--n-res", 2, "--groups", 32, "--size", 256)
+               "--ch-mult", 1, 2, 4, 4, "--n-res", 2, "--groups", 32, "--c-z", 4, "--size", 256)
     assert "83,653,863" in said and "z (4, 32, 32)" in said and not (tmp_path / "ae").exists()
     said = cli("train_ldm.py", "--dry-run", "--ae", trained / "ae/ckpt.pt", "--size", 16)
     assert "parameters" in said
@@ -142,8 +142,8 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, tmp_path, cli):
               "--size 17 is not divisible by f = 2"),
              ("train_ae.py", [*TINY_AE, *tiny, "--data", tmp_path / "empty"], "no pictures"),
              ("train_ae.py", [*TINY_AE, "--size", 16, "--out", tmp_path / "file/x"], "file/x"),
-             ("train_ae.py", [*TINY_AE, "--size", 16, "--out", trained / "ae", "--c-z", 3],
-              "autoencoder c_z = 4, now it is 3"),
+             ("train_ae.py", [*TINY_AE, "--size", 16, "--out", trained / "ae", "--c-z", 5],
+              "autoencoder c_z = 3, now it is 5"),
              ("train_ae.py", [*TINY_AE, *tiny, "--device", "cuda"], "no CUDA"),
              ("train_ae.py", [*TINY_AE, *tiny, "--lr", "1e30", "--steps", 30], "training stops"),
              ("train_ae.py", ["--no-such-flag"], "--no-such-flag"),

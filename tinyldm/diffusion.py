@@ -85,6 +85,18 @@ def ldm_loss(eps_theta: Callable, z: torch.Tensor, t: torch.Tensor, eps: torch.T
     return (d.abs() if norm == "l1" else d ** 2).flatten(1).mean(1)
 
 
+def as_eps_theta(net: Callable, abar: torch.Tensor, predict: str) -> Callable:
+    """eps_theta(z_t, t, ctx) from a net that says "eps" (the paper) or "v" (Salimans and Ho 2022):
+
+    eps = sqrt(1 - abar_t) z_t + sqrt(abar_t) v. Where noise is high, eps is almost z_t; a small net
+    that must first learn to repeat its input is slow to learn the rest. The loss stays Eq. (2).
+    """
+    def eps_theta(z_t: torch.Tensor, t: torch.Tensor, ctx: torch.Tensor | None) -> torch.Tensor:
+        a = at(abar, t, z_t)
+        return (1 - a).sqrt() * z_t + a.sqrt() * net(z_t, t, ctx).float()
+    return net if predict == "eps" else eps_theta
+
+
 def snr_weight(t: torch.Tensor, abar: torch.Tensor, low: float, high: float) -> torch.Tensor:
     """Factors (B,) on ldm_loss that clamp the weight of an error of z_0 to low..high.
 
