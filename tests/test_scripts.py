@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_AE, TINY_LDM
 from PIL import Image
 
+import sample
 from tinyldm.checkpoint import load_checkpoint
 
 
@@ -179,3 +181,9 @@ def test_a_checkpoint_whose_parts_do_not_fit_is_bad_input(trained, tmp_path, cli
     for name, broken in (("config", {}), ("tokenizer", "{"), ("ema", {"unet": {}, "tau": {}})):
         torch.save(ckpt | {name: broken}, tmp_path / "x.pt")
         assert "do not fit together" in cli("sample.py", "--ckpt", tmp_path / "x.pt", "a", code=2)
+
+
+def test_the_bundled_model_is_small_and_draws(tmp_path, cli):
+    assert sample.BUNDLED.stat().st_size < 8e6
+    cli("sample.py", "a red circle above a blue square", "--n", 2, "--steps", 5, "--out", tmp_path)
+    assert np.asarray(Image.open(tmp_path / "000001.png")).std() > 5
