@@ -12,7 +12,7 @@ from tinyldm.shapes import SHAPES, UNSEEN, Shapes, Thing, find, follows, parse_p
 def test_the_world_is_the_same_on_every_machine():
     data = Shapes(seed=0)
     images = torch.stack([data[i]["image"] for i in range(32)])
-    assert zlib.crc32(((images + 1) * 127.5).round().byte().numpy().tobytes()) == 4116963022
+    assert zlib.crc32(((images + 1) * 127.5).round().byte().numpy().tobytes()) == 2510072261
 
 
 def test_items_depend_on_seed_and_index_only():

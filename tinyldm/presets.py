@@ -17,5 +17,5 @@ LDM = {
         data="shapes", size=32, ch=24, ch_mult=(1, 2, 4), n_res=1, attn_res=(8, 4), d_head=16,
         depth=1, groups=8, d_text=128, text_depth=2, n_token=12, schedule="sqrt-linear",
         predict="v", snr_clamp=(0.02, 1.0), batch=64, lr=2e-3, betas=(0.9, 0.99), warmup=100,
-        cosine=True, ema=0.99, steps=2500),
+        cosine=True, ema=0.99, steps=1800),
 }

@@ -99,12 +99,11 @@ def _place(things: list[Thing], relation: str | None, rng: np.random.Generator) 
         k = 0 if RELATIONS[relation][0] else 1                             # axis of the relation
         a, b = (0, 1) if sum(RELATIONS[relation]) < 0 else (1, 0)          # a before b on the axis
         need = ext[a][k and 2] + ext[b][k] + GAP                           # centre to centre
-        at[a][k] = low[a][k] + (high[b][k] - need - low[a][k]) * rng.random()
-        at[b][k] = at[a][k] + need + (high[b][k] - need - at[a][k]) * rng.random()
-        reach = (at[b][k] - at[a][k]) / 2                       # the other axis: at most half
-        o = 1 - k
-        near = min(max(at[b][o], at[a][o] - reach), at[a][o] + reach)
-        at[b][o] = min(max(near, low[b][o]), high[b][o])
+        slack = high[b][k] - need - low[a][k]                              # room along the axis
+        at[a][k] = low[a][k] + slack * .4 * rng.random()
+        at[b][k] = high[b][k] - slack * .4 * rng.random()
+        for i in (a, b):                                                   # the other axis: middle
+            at[i][1 - k] = min(max(16 + 6 * (rng.random() - .5), low[i][1 - k]), high[i][1 - k])
     return [t._replace(r=ri, x=p[0], y=p[1]) for t, ri, p in zip(things, r, at)]
 
 
