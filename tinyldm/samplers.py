@@ -1,37 +1,53 @@
 """Samplers: from z_T ~ N(0, 1) to z_0, as pure functions of (eps_theta, z_T, ctx).
 
-Paper:   Sec. 4.1, App. B; DDPM (Ho et al. 2020) Alg. 2; DDIM (Song et al. 2021) Eq. (12), (16).
-Symbols: ts the timesteps to visit, falling; sigma the noise that a DDIM step adds, eta its share.
+Paper:   Sec. 4.1, App. B; DDPM (Ho et al. 2020) Alg. 2; DDIM (Song et al. 2021) Eq. (12), (16);
+         PNDM (Liu et al. 2022) Sec. 3; DPM-Solver++ (Lu et al. 2022) Alg. 2.
+Symbols: ts the timesteps to visit, falling, then the end: -1 is z_0 itself. A step goes from t to
+         s, the next of ts, and calls eps_theta once; sigma is DDIM's noise in it, eta its share.
 Shapes:  z (B, c, h, w); ctx (B, M, d_ctx) or None; abar (T,) float64.
 Reads:   diffusion.py
 
-`randn()` gives fresh noise of z's shape, once a step, never in the last, which lands on z_0.
+`randn()` gives fresh noise of z's shape, once a step, never in one that lands on z_0.
 """
+import math
 from collections.abc import Callable
 
 import torch
 
-from tinyldm.diffusion import posterior, predict_z_0
+from tinyldm.diffusion import posterior, predict_z_0, q_sample
 
 
 def timesteps(T: int, S: int) -> list[int]:
-    """S timesteps from T-1 down, evenly spaced. Raises ValueError unless 1 <= S <= T.
+    """S timesteps from T-1 down, evenly spaced, then -1. Raises ValueError unless 1 <= S <= T."""
+    if not 1 <= S <= T:
+        raise ValueError(f"steps {S}: must be 1..{T}")
+    return [T - 1 - i * T // S for i in range(S)] + [-1]
 
-    NB: the released rule, range(0, T, T // S) + 1, gives another number of steps for most S,
-    an index out of range for 599 of 1000, and never starts at T-1.
+
+def official_timesteps(T: int, S: int) -> list[int]:
+    """The released rule, range(0, T, T // S) + 1 read backwards, then 0: for published samples.
+
+    NB: it takes another number of steps for most S, has an index out of range for 599 of 1000 (here
+    a ValueError) and never starts at T-1. It ends at abar_0 < 1, which leaves noise of std 0.04
+    (SD: 0.03) in the latent; with eta > 0 the last step still adds noise.
     """
     if not 1 <= S <= T:
-        raise ValueError(f"steps must be 1..{T}, not {S}")
-    return [T - 1 - i * T // S for i in range(S)]
+        raise ValueError(f"steps {S}: must be 1..{T}")
+    ts = [t + 1 for t in range(0, T, T // S)]
+    if ts[-1] == T:
+        raise ValueError(f"steps {S}: the official rule would visit timestep {T} of 0..{T - 1}")
+    return ts[::-1] + [0]
 
 
-def pairs(ts: list[int], abar: torch.Tensor):
-    """(t, abar_t, abar_s) a step, s being the next timestep; after the last comes abar = 1: z_0.
+def pairs(ts: list[int], abar: torch.Tensor) -> list[tuple]:
+    """(t, abar_t, abar_s) a step; abar_{-1} = 1, where z is z_0."""
+    abar = torch.cat([abar, abar.new_ones(1)])
+    return [(t, abar[t], abar[s]) for t, s in zip(ts, ts[1:])]
 
-    NB: the released DDIM ends at abar_0 < 1, leaving noise of std 0.04 (SD: 0.03) in the latent.
-    """
-    one = abar.new_ones(())
-    return [(t, abar[t], abar[s] if s >= 0 else one) for t, s in zip(ts, ts[1:] + [-1])]
+
+def each(t: int, z: torch.Tensor) -> torch.Tensor:
+    """t for each of z's samples, (B,)."""
+    return torch.full((len(z),), t, device=z.device)
 
 
 @torch.no_grad()
@@ -40,11 +56,17 @@ def ddpm(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: li
     """Ancestral sampling, DDPM Alg. 2: draw each z_s from q(z_s | z_t, z_0) with predicted z_0."""
     z = z_T
     for t, abar_t, abar_s in pairs(ts, abar):
-        eps = eps_theta(z, torch.full((len(z),), t, device=z.device), ctx)
-        z, var = posterior(predict_z_0(z, eps, abar_t), z, abar_t, abar_s)
+        z_0 = predict_z_0(z, eps_theta(z, each(t, z), ctx), abar_t)
+        z, var = posterior(z_0, z, abar_t, abar_s)
         if abar_s < 1:
             z = z + var.sqrt() * randn()
     return z
+
+
+def ddim_step(z: torch.Tensor, eps: torch.Tensor, abar_t, abar_s, sigma=0.0) -> torch.Tensor:
+    """DDIM Eq. (12) but for its noise: sqrt(abar_s) z_0 + sqrt(1 - abar_s - sigma^2) eps."""
+    z_0 = predict_z_0(z, eps, abar_t)
+    return abar_s.sqrt() * z_0 + (1 - abar_s - sigma ** 2).clamp(min=0).sqrt() * eps
 
 
 @torch.no_grad()
@@ -57,10 +79,66 @@ def ddim(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: li
     """
     z = z_T
     for t, abar_t, abar_s in pairs(ts, abar):
-        eps = eps_theta(z, torch.full((len(z),), t, device=z.device), ctx)
+        eps = eps_theta(z, each(t, z), ctx)
         sigma = eta * ((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)).sqrt()
-        z_0 = predict_z_0(z, eps, abar_t)
-        z = abar_s.sqrt() * z_0 + (1 - abar_s - sigma ** 2).clamp(min=0).sqrt() * eps
+        z = ddim_step(z, eps, abar_t, abar_s, sigma)
         if sigma > 0:
             z = z + sigma * randn()
     return z
+
+
+@torch.no_grad()
+def plms(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: list[int],
+         randn: Callable | None = None) -> torch.Tensor:
+    """Pseudo linear multistep, PNDM Sec. 3: a DDIM step with the mean of eps over the step.
+
+    The mean is extrapolated from the last 2, 3, then 4 eps, by Adams and Bashforth's weights for
+    even steps. The first step has no past and calls eps_theta twice, at both of its ends.
+    NB: PNDM begins with three Runge-Kutta steps of four calls; this is the released code's way.
+    """
+    weights = {2: (3, -1), 3: (23, -16, 5), 4: (55, -59, 37, -9)}       # of the newest eps first
+    z, past = z_T, []
+    for (t, abar_t, abar_s), s in zip(pairs(ts, abar), ts[1:]):
+        past = [eps_theta(z, each(t, z), ctx), *past[:3]]
+        if len(past) == 1:
+            z_s = ddim_step(z, past[0], abar_t, abar_s)
+            eps = (past[0] + eps_theta(z_s, each(max(s, 0), z), ctx)) / 2
+        else:
+            w = weights[len(past)]
+            eps = sum(w_i * e for w_i, e in zip(w, past)) / sum(w)
+        z = ddim_step(z, eps, abar_t, abar_s)
+    return z
+
+
+@torch.no_grad()
+def dpm_solver_pp(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: list[int],
+                  randn: Callable | None = None) -> torch.Tensor:
+    """DPM-Solver++(2M), Alg. 2: a DDIM step with z_0 extrapolated to the middle of the step.
+
+    In lambda = log sqrt(abar / (1 - abar)) this step is h long, the last one was h_last:
+    mid = z_0 + h / (2 h_last) (z_0 - z_0_last). The first step, and one onto z_0 (infinite h), are
+    DDIM's own.
+    """
+    z, z_0_last, h_last = z_T, 0.0, math.inf
+    for t, abar_t, abar_s in pairs(ts, abar):
+        z_0 = predict_z_0(z, eps_theta(z, each(t, z), ctx), abar_t)
+        h = (abar_s.logit() - abar_t.logit()) / 2
+        mid = z_0 + (h / (2 * h_last) if abar_s < 1 else 0) * (z_0 - z_0_last)
+        z = abar_s.sqrt() * mid + ((1 - abar_s) / (1 - abar_t)).sqrt() * (z - abar_t.sqrt() * mid)
+        z_0_last, h_last = z_0, h
+    return z
+
+
+@torch.no_grad()
+def masked(sampler: Callable, z_T: torch.Tensor, z: torch.Tensor, mask: torch.Tensor,
+           abar: torch.Tensor, ts: list[int], randn: Callable) -> torch.Tensor:
+    """Fill in z where mask is 0: before each step, z_t is drawn from q(z_t | z) where mask is 1.
+
+    mask (B, 1, h, w). sampler(z_t, ts) takes z_t along ts, here a step at a time: plms and
+    dpm_solver_pp remember no earlier one.
+    """
+    z_t = z_T
+    for t, s in zip(ts, ts[1:]):
+        z_t = mask * q_sample(z, each(t, z), randn(), abar) + (1 - mask) * z_t
+        z_t = sampler(z_t, [t, s])
+    return z_t
