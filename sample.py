@@ -28,6 +28,9 @@ from tinyldm.tokens import encode
 from tinyldm.unet import UNet, UNetConfig
 
 BUNDLED = Path(samplers.__file__).with_name("toy.pt")
+SAMPLERS = {"ddim": samplers.ddim, "ddpm": samplers.ddpm, "plms": samplers.plms,
+            "dpm++": samplers.dpm_solver_pp}
+TIMESTEPS = {"even": samplers.timesteps, "official": samplers.official_timesteps}
 
 
 class Model(NamedTuple):
@@ -48,8 +51,10 @@ def parse_args(argv=None):
     p.add_argument("--ckpt", type=Path, default=BUNDLED, help="default: the bundled toy model")
     p.add_argument("--ema", action=BooleanOptionalAction, default=True, help="averaged weights")
     p.add_argument("--n", type=int, help="pictures a prompt (16; 1 where there are many prompts)")
-    p.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim")
-    p.add_argument("--steps", type=int, default=50, help="1..T calls of the U-Net")
+    p.add_argument("--sampler", choices=SAMPLERS, default="ddim")
+    p.add_argument("--steps", type=int, default=50, help="1..T; each calls the U-Net once")
+    p.add_argument("--timesteps", choices=TIMESTEPS, default="even",
+                   help="even: from T-1 to z_0; official: the released code's rule (near --steps)")
     p.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as DDPM")
     p.add_argument("--scale", type=float, default=3.0, help="guidance s; 1 is none")
     p.add_argument("--seed", type=int, default=0, help="same seed, same pictures")
@@ -82,6 +87,14 @@ def load_model(path: Path, ema: bool, device: torch.device) -> tuple[Model, int]
         raise BadInput(f"--ckpt {path}: its parts do not fit together ({type(e).__name__})") from e
 
 
+def timesteps(args, T: int) -> list[int]:
+    """The timesteps to visit, and the end. Raises BadInput."""
+    try:
+        return TIMESTEPS[args.timesteps](T, args.steps)
+    except ValueError as e:
+        raise BadInput(f"--{e}") from e
+
+
 @torch.no_grad()
 def draw(m: Model, prompts: list[str], args, first: int = 0, tick=lambda: None) -> torch.Tensor:
     """One picture a prompt, (n, 3, size, size) in [-1, 1]; args as parse_args makes them.
@@ -102,11 +115,8 @@ def draw(m: Model, prompts: list[str], args, first: int = 0, tick=lambda: None) 
     ctx, ctx_null = (m.tau(encode(m.tokenizer, p, m.tau.cfg.n_token).to(device))
                      for p in (prompts, [""]))
     eps = guided(as_eps_theta(net, m.abar, m.predict), ctx_null, args.scale)
-    ts = samplers.timesteps(len(m.abar), args.steps)
-    if args.sampler == "ddpm":
-        z = samplers.ddpm(eps, randn(), ctx, m.abar, ts, randn)
-    else:
-        z = samplers.ddim(eps, randn(), ctx, m.abar, ts, randn, args.eta)
+    ts, more = timesteps(args, len(m.abar)), {"eta": args.eta} if args.sampler == "ddim" else {}
+    z = SAMPLERS[args.sampler](eps, randn(), ctx, m.abar, ts, randn, **more)
     return m.ae.decode(z).float().clamp(-1, 1).cpu()
 
 
@@ -121,8 +131,9 @@ def check(args, m: Model, trained: int) -> list[str]:
     prompts = [p.strip() for p in prompts if p.strip()]
     if not prompts:
         raise BadInput('no prompt: give one, like "a red circle above a blue square", or --prompts')
-    if not 1 <= args.steps <= len(m.abar):
-        raise BadInput(f"--steps {args.steps}: must be 1..{len(m.abar)}")
+    timesteps(args, len(m.abar))
+    if args.eta and args.sampler != "ddim":
+        raise BadInput(f"--eta {args.eta:g}: only --sampler ddim takes it")
     args.n = 16 // min(len(prompts), 16) if args.n is None else args.n
     for flag in ("n", "batch"):
         if getattr(args, flag) < 1:
@@ -159,8 +170,9 @@ def main(args):
     device, autocast, _, _ = tr.setup(args.device, args.dtype)
     m, trained = load_model(args.ckpt, args.ema, device)
     prompts = check(args, m, trained)
-    chunks = range(0, len(prompts), args.batch)
-    with tqdm(total=len(chunks) * args.steps, unit="step", dynamic_ncols=True) as bar, autocast():
+    chunks, n_steps = range(0, len(prompts), args.batch), len(timesteps(args, len(m.abar))) - 1
+    calls = n_steps + (args.sampler == "plms")
+    with tqdm(total=len(chunks) * calls, unit="step", dynamic_ncols=True) as bar, autocast():
         images = torch.cat([draw(m, prompts[i:i + args.batch], args, i, bar.update)
                             for i in chunks])
     write(images, args)
@@ -168,7 +180,7 @@ def main(args):
     if args.score:
         share = shapes.score(images, prompts, trained / 32)
         print(f"{share:.1%} of {len(images)} prompts followed in full (s = {args.scale:g}, "
-              f"{args.steps} {args.sampler.upper()} steps)")
+              f"{n_steps} {args.sampler.upper()} steps)")
 
 
 if __name__ == "__main__":

@@ -117,6 +117,18 @@ def test_same_seed_same_picture_whatever_the_batch(trained, tmp_path, cli):
         assert max(abs(x - y) for x, y in zip(a, c)) > 8
 
 
+def test_each_sampler_draws_its_own_picture_and_the_bar_counts_its_calls(tmp_path, cli):
+    pictures, cases = set(), [
+        (7, []), (7, ["--eta", 0.5]), (8, ["--timesteps", "official"]),
+        (7, ["--sampler", "ddpm"]), (7, ["--sampler", "dpm++"]), (8, ["--sampler", "plms"])]
+    for i, (calls, flags) in enumerate(cases):
+        said = cli("sample.py", "--n", 1, "--steps", 7, "--out", tmp_path / f"{i}.png", *flags,
+                   "a red circle above a blue square")
+        assert f"{calls}/{calls} " in said
+        pictures.add(Image.open(tmp_path / f"{i}.png").tobytes())
+    assert len(pictures) == 6
+
+
 @pytest.mark.parametrize("flags", [["--sampler", "ddpm"], ["--no-ema"],
                                    ["--size", "32", "--scale", "1"]])
 def test_sampling_flags(trained, tmp_path, cli, flags):
@@ -156,6 +168,11 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, tmp_path, cli):
              ("sample.py", ["--ckpt", ldm, "--prompts", tmp_path / "none.txt"], "no prompt"),
              ("sample.py", ["--ckpt", ldm, "--steps", 1001, "a red circle"],
               "--steps 1001: must be 1..1000"),
+             ("sample.py", ["--ckpt", ldm, "--steps", 27, "--timesteps", "official", "a cross"],
+              "--steps 27: the official rule would visit timestep 1000 of 0..999"),
+             ("sample.py", ["--ckpt", ldm, "--eta", 1, "--sampler", "plms", "a cross"], "--eta 1"),
+             ("sample.py", ["--ckpt", ldm, "--sampler", "euler", "a cross"], "--sampler"),
+             ("sample.py", ["--ckpt", ldm, "--timesteps", "odd", "a cross"], "--timesteps"),
              ("sample.py", ["--ckpt", ldm, "--size", 18, "a red circle"], "--size 18"),
              ("sample.py", ["--ckpt", ae, "a red circle"], "holds"),
              ("sample.py", ["--ckpt", trained / "ldm/model.pt", "--no-ema", "a red circle"],
