@@ -56,7 +56,7 @@ def parse_args(argv=None):
     p.add_argument("--timesteps", choices=TIMESTEPS, default="even",
                    help="even: from T-1 to z_0; official: the released code's rule (near --steps)")
     p.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as DDPM")
-    p.add_argument("--scale", type=float, default=3.0, help="guidance s; 1 is none")
+    p.add_argument("--scale", type=float, default=2.0, help="guidance s; 1 is none")
     p.add_argument("--seed", type=int, default=0, help="same seed, same pictures")
     p.add_argument("--size", type=int, help="px; default: as trained")
     p.add_argument("--batch", type=int, default=64, help="pictures at a time")

@@ -157,7 +157,7 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, tmp_path, cli):
              ("train_ae.py", [*TINY_AE, *tiny, "--data", tmp_path / "empty"], "no pictures"),
              ("train_ae.py", [*TINY_AE, "--size", 16, "--out", tmp_path / "file/x"], "file/x"),
              ("train_ae.py", [*TINY_AE, "--size", 16, "--out", trained / "ae", "--c-z", 5],
-              "autoencoder c_z = 3, now it is 5"),
+              "autoencoder c_z = 4, now it is 5"),
              ("train_ae.py", [*TINY_AE, *tiny, "--device", "cuda"], "no CUDA"),
              ("train_ae.py", [*TINY_AE, *tiny, "--lr", "1e30", "--steps", 30], "training stops"),
              ("train_ae.py", ["--no-such-flag"], "--no-such-flag"),

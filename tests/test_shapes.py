@@ -12,7 +12,7 @@ from tinyldm.shapes import SHAPES, UNSEEN, Shapes, Thing, find, follows, parse_p
 def test_the_world_is_the_same_on_every_machine():
     data = Shapes(seed=0)
     images = torch.stack([data[i]["image"] for i in range(32)])
-    assert zlib.crc32(((images + 1) * 127.5).round().byte().numpy().tobytes()) == 2510072261
+    assert zlib.crc32(((images + 1) * 127.5).round().byte().numpy().tobytes()) == 1547551370
 
 
 def test_items_depend_on_seed_and_index_only():
@@ -51,7 +51,7 @@ def test_wrong_prompts_are_told_from_right_ones():
     for i in range(200):
         item, things = data[i], find(data[i]["image"])
         words = item["caption"].split()
-        if len(things) == 2 and things[0][:3] == things[1][:3]:
+        if len(set(parse_prompt(item["caption"])[0])) < len(things):
             continue                                # twins: "left of" and "right of" are both true
         for k, w in enumerate(words):
             if w in swaps:
