@@ -163,7 +163,7 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, tmp_path, cli):
              ("train_ae.py", ["--no-such-flag"], "--no-such-flag"),
              ("train_ldm.py", [*TINY_LDM, *tiny, "--ae", ldm], "holds"),
              ("train_ldm.py", [*TINY_LDM, *tiny, "--ae", tmp_path / "gone.pt"], "--ae"),
-             ("train_ldm.py", [*TINY_LDM, "--ae", ae, "--size", 18], "not a multiple of 8"),
+             ("train_ldm.py", [*TINY_LDM, "--ae", ae, "--size", 18], "not a multiple of 4"),
              ("sample.py", ["--ckpt", ldm], "no prompt"),
              ("sample.py", ["--ckpt", ldm, "--prompts", tmp_path / "none.txt"], "no prompt"),
              ("sample.py", ["--ckpt", ldm, "--steps", 1001, "a red circle"],
