@@ -43,7 +43,7 @@ def test_nearest_codes_are_found_in_full_precision_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         q = book(z)
     assert (q.k == k).all() and q.zq.dtype == torch.float32
-    assert book(z.bfloat16()).zq.dtype == torch.float32
+    assert book(z.bfloat16()).z.dtype == torch.float32
 
 
 def test_codes_begin_uniform_in_1_over_n():
