@@ -1,13 +1,15 @@
-"""Stage one: train the autoencoder (perceptual + adversarial + KL) on pictures alone.
+"""Stage one: train the autoencoder (perceptual + adversarial + KL or VQ) on pictures alone.
 
     python train_ae.py                                      # toy: built-in world, CPU, a minute
     python train_ae.py --data photos/ --size 64 --steps 5000                # a folder or .zip
+    python train_ae.py --data photos/ --preset vq-f4        # a model of Table 8, on one GPU
     torchrun --nproc-per-node 8 train_ae.py --data photos/  # the same run, each batch shared by 8
 
 Writes OUT/ckpt.pt (all that resuming needs), OUT/log.jsonl and OUT/recon_*.png (pictures, each row
 above its reconstructions). The same command again goes on where it stopped.
 """
 import argparse
+from argparse import BooleanOptionalAction
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from tinyldm.patchgan import (
     vanilla_loss,
 )
 from tinyldm.perceptual import Perceptual
+from tinyldm.quantize import Codebook, count, perplexity
 
 
 def parse_args(argv=None):
@@ -44,12 +47,24 @@ def parse_args(argv=None):
     g.add_argument("--n-res", type=int, help="ResBlocks a level")
     g.add_argument("--c-z", type=int, help="latent channels")
     g.add_argument("--groups", type=int, help="of GroupNorm")
+    g.add_argument("--attn-res", type=int, nargs="*", default=(), help="sides of grids that attend")
+    g.add_argument("--attn-mid", action=BooleanOptionalAction, default=True,
+                   help="attention at the lowest resolution")
+    g.add_argument("--reg", choices=["kl", "vq"], default="kl", help="regulariser of the latents")
+    g.add_argument("--n-codes", type=int, default=256, help="size of the codebook; vq only")
     g = p.add_argument_group("loss")
     g.add_argument("--pixel-loss", choices=["l1", "l2"], help="the paper's code has l1")
     g.add_argument("--perceptual", choices=["vgg16", "random", "none"])
     g.add_argument("--perceptual-weight", type=float)
     g.add_argument("--vgg-weights", help="torchvision's vgg16-397923af.pth; default: fetched once")
-    g.add_argument("--kl-weight", type=float, help="of the KL summed over z, a pixel value")
+    g.add_argument("--kl-weight", type=float, default=1e-6,
+                   help="of the KL summed over z, a pixel value")
+    g.add_argument("--codebook-weight", type=float, default=1.0, help="of VQ's two terms together")
+    g.add_argument("--vq-beta", type=float, default=0.25, help="weight of one of VQ's terms")
+    g.add_argument("--vq-beta-on", choices=["codebook", "commitment"], default="codebook",
+                   help="that term; VQ-VAE: commitment, the paper's models: codebook")
+    g.add_argument("--restart-codes", type=int, default=0, metavar="N",
+                   help="move codes that were idle for N steps to random latents; 0: never")
     g.add_argument("--disc-weight", type=float, help="of the adversarial term, times lam; 0: none")
     g.add_argument("--disc-start", type=int, help="step after which D_psi is trained and used")
     g.add_argument("--disc-loss", choices=["hinge", "vanilla"], default="hinge")
@@ -60,20 +75,74 @@ def parse_args(argv=None):
     return tr.parse(p, presets.AE, argv)
 
 
+def configure(args) -> AEConfig:
+    """The shape of E, D and the latent space. Raises BadInput."""
+    if args.reg == "vq" and args.n_codes < 1:
+        raise BadInput(f"--n-codes {args.n_codes}: must be at least 1")
+    cfg = AEConfig(3, args.ch, tuple(args.ch_mult), args.n_res, args.c_z, args.groups, args.size,
+                   tuple(args.attn_res), args.attn_mid, args.n_codes if args.reg == "vq" else None)
+    if args.size % cfg.f:
+        raise BadInput(f"--size {args.size} is not divisible by f = {cfg.f}, which --ch-mult sets")
+    return cfg
+
+
+def losses(args, perceptual, x, x_rec, q) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """-> loss_rec, the weighted loss_reg, and what to log; q is the Autoencoder's second output.
+
+    NB: the released KL model's loss is summed over pixels and divided by B, its VQ model's is a
+    mean. Ours are means: times 3HW they are the former. The sum is also divided by exp(logvar), a
+    parameter that reaches no optimiser and stays 0; it is left out.
+    """
+    d = x - x_rec.float()
+    loss_pixel = d.abs().mean() if args.pixel_loss == "l1" else d.square().mean()
+    loss_p = perceptual(x, x_rec).mean() if perceptual else 0 * loss_pixel
+    told = dict(rec=loss_pixel, perceptual=loss_p)
+    if args.reg == "kl":
+        loss_kl = q.kl().mean()                                                 # nats a picture
+        loss_reg = args.kl_weight * loss_kl / x[0].numel()
+        told |= dict(kl=loss_kl / q.mean[0].numel(), z_std=q.std())
+    else:
+        loss_vq = q.loss(args.vq_beta, args.vq_beta_on)
+        loss_reg = args.codebook_weight * loss_vq
+        told |= dict(codebook=loss_vq, z_std=q.z.std())
+    return loss_pixel + args.perceptual_weight * loss_p, loss_reg, told
+
+
+def track_codes(codebook: Codebook, idle: torch.Tensor, used: list, args, g) -> dict:
+    """After a VQ step, from the (k, z) of its parts: restart codes long idle; -> what to log.
+
+    idle (n_codes,): steps since each code was last chosen; updated in place. g: the step's.
+    """
+    n = count(torch.cat([k for k, _ in used]), len(idle))
+    idle += 1
+    idle[n > 0] = 0
+    stale = idle >= args.restart_codes
+    if args.restart_codes > 0 and stale.any():
+        codebook.restart(stale, torch.cat([z for _, z in used]), g)
+        idle[stale] = 0
+    return dict(codes_used=(n > 0).sum(), perplexity=perplexity(n))
+
+
+HEALTHY = {
+    "kl": "kl 1..9 nats a latent value; z_std 0.5..4",
+    "vq": "codebook far below rec; z_std steady; codes_used and perplexity rise towards --n-codes "
+          "(where they stay at a few, try --restart-codes 50)"}
+
+
 def main(args):
     # ---- setup
     device, autocast, rank, world = tr.setup(args.device, args.dtype)
     micro = tr.check_batch(args, world)
-    cfg = AEConfig(3, args.ch, tuple(args.ch_mult), args.n_res, args.c_z, args.groups)
-    if args.size % cfg.f:
-        raise BadInput(f"--size {args.size} is not divisible by f = {cfg.f}, which --ch-mult sets")
+    cfg = configure(args)
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
         ae, disc = Autoencoder(cfg), Discriminator(3, args.disc_ch, args.disc_layers)
     side = args.size // cfg.f
     if rank == 0:
-        print(f"autoencoder {tr.n_params(ae):,} parameters | discriminator {tr.n_params(disc):,} | "
-              f"f = {cfg.f}, z ({cfg.c_z}, {side}, {side}) | {device}, {world} process(es)")
+        parts = ", ".join(f"{name} {tr.n_params(m):,}" for name, m in ae.named_children())
+        print(f"autoencoder {tr.n_params(ae):,} parameters ({parts}) | discriminator "
+              f"{tr.n_params(disc):,} | f = {cfg.f}, z ({cfg.c_z}, {side}, {side}) | {device}, "
+              f"{world} process(es)")
     if args.dry_run:
         return tr.dry_run(args, ae, disc)
 
@@ -96,6 +165,7 @@ def main(args):
 
     # ---- resume
     path, step = args.out / "ckpt.pt", 0
+    idle = torch.zeros(cfg.n_codes or 0, dtype=torch.int64, device=device)
     config = {"autoencoder": asdict(cfg),
               "discriminator": {"ch": args.disc_ch, "n_layers": args.disc_layers}}
     if path.exists():
@@ -105,10 +175,11 @@ def main(args):
         for net, opt, name in zip((ae, disc), opts, ("ae", "disc")):
             net.load_state_dict(ckpt["nets"][name])
             opt.load_state_dict(ckpt["opts"][name])
+        idle.copy_(ckpt["idle"])
 
     def save():
         save_checkpoint({"kind": "tinyldm autoencoder", "step": step, "config": config,
-                         "args": tr.plain(args),
+                         "args": tr.plain(args), "idle": idle,
                          "nets": {"ae": ae.state_dict(), "disc": disc.state_dict()},
                          "opts": {"ae": opts[0].state_dict(), "disc": opts[1].state_dict()}}, path)
         if val:
@@ -125,8 +196,8 @@ def main(args):
 
     # ---- loop
     log = tr.Log(args, step, device, rank)
-    log.note("healthy: rec and perceptual fall; kl 1..9 nats a latent value; z_std 0.5..4; with "
-             "D_psi, lam stays below 10 and d_real a little above d_fake")
+    log.note(f"healthy: rec and perceptual fall; {HEALTHY[args.reg]}; with D_psi, lam "
+             "stays below 10 and d_real a little above d_fake")
     stop = tr.Stop(device)
     order = BatchOrder(len(data), args.batch, step, args.steps, args.seed, rank, world)
     for batch in loader(data, order, args.workers, device.type == "cuda"):
@@ -137,21 +208,15 @@ def main(args):
             opt.param_groups[0]["lr"] = lr
             opt.zero_grad()
         x = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
-        noise = torch.randn(args.batch, cfg.c_z, side, side,
-                            generator=tr.generator(args.seed, step))
+        g = tr.generator(args.seed, step)
+        noise = torch.randn(args.batch, cfg.c_z, side, side, generator=g)
         parts = list(zip(x.split(micro), tr.rows(noise, rank, world).to(device).split(micro)))
-        values, recs = {}, []
+        values, recs, used = {}, [], []
         for i, (x, n) in enumerate(parts):                                      # E and D
             with tr.sync_last(run_ae, i == len(parts) - 1), autocast():
                 x_rec, q = run_ae(x, n)
-                d = x - x_rec.float()
-                loss_pixel = d.abs().mean() if args.pixel_loss == "l1" else d.square().mean()
-                loss_p = perceptual(x, x_rec).mean() if perceptual else 0 * loss_pixel
-                loss_rec = loss_pixel + args.perceptual_weight * loss_p
-                loss_reg = q.kl().mean()                                        # nats a picture
-                loss = loss_rec + args.kl_weight * loss_reg / x[0].numel()
-                v = dict(rec=loss_pixel, perceptual=loss_p, kl=loss_reg / q.mean[0].numel(),
-                         z_std=q.std())
+                loss_rec, loss_reg, v = losses(args, perceptual, x, x_rec, q)
+                loss = loss_rec + loss_reg
                 if gan:
                     loss_adv = generator_loss(disc, x_rec)
                     lam = adaptive_weight(loss_rec, loss_adv, ae.last_layer)
@@ -159,10 +224,14 @@ def main(args):
                     v |= dict(adv=loss_adv, lam=lam)
                 (loss / len(parts)).backward()
             recs.append(x_rec.detach())
+            if cfg.n_codes:
+                used.append((q.k, q.z.detach()))
             tr.add(values, v, 1 / len(parts))
         gnorm = torch.nn.utils.clip_grad_norm_(ae.parameters(), args.clip)
         tr.check_finite(loss + gnorm, step, path)
         opts[0].step()
+        if used:
+            values |= track_codes(ae.codebook, idle, used, args, g)
         for i, ((x, _), x_rec) in enumerate(zip(parts, recs) if gan else ()):   # D_psi
             with tr.sync_last(run_disc, i == len(parts) - 1), autocast():
                 real, fake = run_disc(x), run_disc(x_rec)

@@ -1,13 +1,19 @@
-"""perceptual.py and patchgan.py: closed forms, autograd as oracle, mistakes that others made."""
+"""perceptual.py, patchgan.py and how train_ae.py adds them up: closed forms, autograd as oracle,
+mistakes that others made, and the official code's numbers."""
+import argparse
+import json
 import math
 
 import pytest
 import torch
+from goldens import close, golden, weights
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+import train_ae
 from tinyldm import BadInput
+from tinyldm.autoencoder import Posterior
 from tinyldm.metrics import psnr
 from tinyldm.patchgan import (
     Discriminator,
@@ -17,6 +23,7 @@ from tinyldm.patchgan import (
     vanilla_loss,
 )
 from tinyldm.perceptual import STAGES, Perceptual
+from tinyldm.quantize import Quantised
 
 
 def pictures(n=2, side=32):
@@ -155,3 +162,124 @@ def test_psnr_of_a_known_error():
     x = torch.zeros(1, 3, 4, 4)
     assert_close(psnr(x, x + 0.2), torch.tensor([20.0]))
     assert_close(psnr(x + 1, x + 7), torch.tensor([float("inf")]))
+
+
+def official(disc, state):
+    """Load the official discriminator's weights; its main.N is our layers.N."""
+    disc.load_state_dict({k.replace("main.", "layers."): torch.as_tensor(v)
+                          for k, v in state.items()})
+    return disc
+
+
+@pytest.mark.parametrize("case", ["n3", "n2", "n4"])
+def test_official_discriminator(case):
+    """In eval, in train with the buffers afterwards, and in eval with small running variances."""
+    ref = golden("disc")
+    cfg = json.loads(str(ref["config"]))["cases"][case]
+    x, disc = torch.from_numpy(ref["in/x"]), Discriminator(3, cfg["ndf"], cfg["n_layers"])
+    state = weights(ref["recipe"], f"{case}/")
+    state |= {k[3 + len(case):]: ref[k] for k in ref if k.startswith(f"w/{case}/")}
+    close(official(disc, state).eval()(x), ref[f"out/{case}/y_eval"])
+    close(disc.train()(x), ref[f"out/{case}/y_train"])
+    after = [k for k in ref if k.startswith(f"out/{case}/after_train/")]
+    assert len(after) == 3 * (cfg["n_layers"])
+    for k in after:
+        close(disc.state_dict()["layers" + k.split("main")[1]], ref[k])
+    official(disc, state)
+    for k, v in disc.named_buffers():
+        if k.endswith("running_var"):
+            v.mul_(2 ** -14)
+    close(disc.eval()(x), ref[f"out/{case}/y_eval_smallvar"])
+
+
+def test_official_discriminator_losses():
+    ref = golden("losses")
+    real, fake = (torch.from_numpy(ref[f"in/logits_{k}"]) for k in ("real", "fake"))
+    close(hinge_loss(real, fake), ref["out/hinge_d_loss"])
+    close(vanilla_loss(real, fake), ref["out/vanilla_d_loss"])
+
+
+CASES = json.loads(str(golden("losses")["config"]))["cases"]
+
+
+def stage_one(case, mode):
+    """-> the numbers of a case's step 50 as ref(key), its parameters, D, x, x_rec, last layer."""
+    z, p = golden("losses"), CASES[case]["params"]
+    disc = official(Discriminator(3, 16, 3), {k[16:]: z[k] for k in z if k.startswith("w/")})
+    x, feat, bias = (torch.from_numpy(z[f"in/{k}"]) for k in ("x", "feat", "last_layer_bias"))
+    last = torch.from_numpy(z["in/last_layer_weight"]).requires_grad_()
+    x_rec = F.conv2d(feat, last, bias, padding=1)
+
+    def ref(key):
+        return z[f"out/{case}/{mode}/step50/{key}"]
+    return ref, p, disc.train(mode == "train"), x, x_rec, last
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("case", CASES)
+def test_official_stage_one_losses(case, mode):
+    """LPIPSWithDiscriminator and VQLPIPSWithDiscriminator after disc_start, the generator's step.
+
+    n = 3HW turns our means into the KL model's sums over pixels. Its logvar (ours is always 0)
+    makes of L_rec exp(-logvar) L_rec + logvar.
+    """
+    ref, p, disc, x, x_rec, last = stage_one(case, mode)
+    kl = case.startswith("kl")
+    args = argparse.Namespace(
+        pixel_loss=p.get("pixel_loss", "l1"), perceptual_weight=p.get("perceptual_weight", 1.0),
+        reg="kl" if kl else "vq", kl_weight=p.get("kl_weight"), vq_beta=0.25,
+        vq_beta_on="codebook", codebook_weight=p.get("codebook_weight"))
+    moments = torch.from_numpy(golden("losses")["in/posterior_moments"]).requires_grad_()
+    q = Posterior(*moments.chunk(2, dim=1))
+    if not kl:                              # a codebook loss of 1.25 * 0.3, the official 0.375
+        q = Quantised(torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.3 ** 0.5), None)
+    loss_rec, loss_reg, told = train_ae.losses(
+        args, lambda a, b: (a - b).square().mean((1, 2, 3)), x, x_rec, q)
+    loss_adv = generator_loss(disc, x_rec)
+    lam = adaptive_weight(loss_rec, loss_adv, last)
+
+    n, logvar = (x[0].numel(), p.get("logvar_init", 0.0)) if kl else (1, 0.0)
+    nll = n * (math.exp(-logvar) * loss_rec + logvar)
+    d_weight = n * math.exp(-logvar) * p["disc_weight"] * lam
+    loss = nll + n * loss_reg + d_weight * loss_adv
+    loss.backward()
+    for ours, key in ((loss_rec, "rec_loss"), (nll, "nll_loss"), (loss_adv, "g_loss"),
+                      (d_weight, "d_weight"), (loss, "total_loss"), (last.grad, "grad_last_layer")):
+        close(ours, ref(f"opt0/{key}"), 2e-4 if key in ("d_weight", "grad_last_layer") else 5e-5)
+    if kl:
+        close(told["kl"] * q.mean[0].numel(), ref("opt0/kl_loss"))
+        close(moments.grad, ref("opt0/grad_moments"))
+    else:
+        close(told["codebook"], ref("opt0/quant_loss"))
+        close(told["perceptual"], ref("opt0/p_loss"))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("case", CASES)
+def test_official_discriminators_step(case, mode):
+    """Real and reconstructed pictures go through D one after the other, in both modes of BatchNorm;
+    the generator's step before moves BatchNorm's statistics too."""
+    ref, p, disc, x, x_rec, _ = stage_one(case, mode)
+    disc_loss = vanilla_loss if p.get("disc_loss") == "vanilla" else hinge_loss
+    real, fake = disc(x), disc(x_rec.detach())
+    loss = disc_loss(real, fake)
+    loss.backward()
+    norm = torch.stack([w.grad.norm() for w in disc.parameters()]).norm()
+    for ours, key in ((real.mean(), "logits_real"), (fake.mean(), "logits_fake"),
+                      (loss, "disc_loss"), (norm, "disc_grad_norm")):
+        close(ours, ref(f"opt1/{key}"), 2e-4 if key == "disc_grad_norm" else 5e-5)
+    if mode == "train":
+        _, _, other, _, x_rec, _ = stage_one(case, mode)
+        generator_loss(other, x_rec)
+        for net, opt in ((disc, "opt1"), (other, "opt0")):
+            means = [v.norm() for k, v in net.named_buffers() if k.endswith("running_mean")]
+            close(torch.stack(means), ref(f"{opt}/disc_running_mean_norm"))
+
+
+def test_official_adaptive_weight():
+    """From gradients of known norm; the official number includes disc_weight 0.5."""
+    ref = golden("losses")
+    last = torch.zeros(3, 6, 3, 3, requires_grad=True)
+    g_rec, g_adv = (torch.from_numpy(ref[f"out/adaptive/{k}_grad"]) for k in ("nll", "g"))
+    lam = adaptive_weight((last * g_rec).sum(), (last * g_adv).sum(), last)
+    close(0.5 * lam, ref["out/adaptive/d_weight_official"])

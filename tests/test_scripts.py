@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_AE, TINY_LDM
+from conftest import ROOT, TINY_AE, TINY_LDM, TINY_VQ
 from PIL import Image
 
 import sample
@@ -33,7 +33,8 @@ def lines(path):
 def states(path):
     """Everything in a checkpoint that training made."""
     ckpt = torch.load(path / "ckpt.pt", weights_only=True)
-    return {k: ckpt[k] for k in ("step", "nets", "opts", "opt", "ema", "ema_n", "ae") if k in ckpt}
+    kept = ("step", "nets", "opts", "idle", "opt", "ema", "ema_n", "ae")
+    return {k: ckpt[k] for k in kept if k in ckpt}
 
 
 def test_both_stages_write_what_they_promise(trained):
@@ -50,13 +51,42 @@ def test_both_stages_write_what_they_promise(trained):
     assert abs(lines(trained / "ldm")[0]["z_std"] - 1) < 0.3
 
 
-@pytest.mark.parametrize("stage", ["ae", "ldm"])
+def test_a_vq_model_goes_the_whole_road(tmp_path, cli):
+    """Stage two and sampling need no word about it; codes are counted, restarted and written."""
+    run = ["--size", 16, "--steps", 2]
+    said = cli("train_ae.py", *TINY_VQ, *run, "--out", tmp_path / "ae")
+    assert "codebook 96)" in said and "codes_used" in said
+    told = lines(tmp_path / "ae")[1]
+    assert {"rec", "codebook", "z_std", "codes_used", "perplexity", "lam"} <= told.keys()
+    assert "kl" not in told and 1 <= told["perplexity"] <= told["codes_used"] <= 32
+    ckpt = load_checkpoint(tmp_path / "ae/ckpt.pt", "autoencoder", "--ae")
+    assert ckpt["nets"]["ae"]["codebook.codes"].shape == (32, 3)
+    assert (ckpt["idle"] == 0).all() and ckpt["config"]["autoencoder"]["n_codes"] == 32
+    cli("train_ldm.py", *TINY_LDM, *run, "--ae", tmp_path / "ae/ckpt.pt", "--out", tmp_path / "ldm")
+    assert abs(lines(tmp_path / "ldm")[0]["z_std"] - 1) < 0.3
+    cli("sample.py", "--ckpt", tmp_path / "ldm/model.pt", "--n", 1, "--steps", 3,
+        "--out", tmp_path / "x.png", "a red circle")
+    assert Image.open(tmp_path / "x.png").width > 90
+
+
+def test_unused_codes_are_restarted_on_request_only(tmp_path, cli):
+    used = []
+    for n in (0, 1):
+        cli("train_ae.py", *TINY_VQ, "--size", 16, "--steps", 6, "--disc-weight", 0,
+            "--restart-codes", n, "--out", tmp_path / str(n))
+        used.append(lines(tmp_path / str(n))[-2]["codes_used"])
+    assert used[1] > used[0] + 5, used
+
+
+@pytest.mark.parametrize("stage", ["ae", "vq", "ldm"])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(trained, tmp_path, cli, stage):
     ldm = [*TINY_LDM, "--ae", trained / "ae/ckpt.pt", "--no-cache-latents"]
-    flags = [*(TINY_AE if stage == "ae" else ldm), "--size", 16, "--no-cosine", "--save-every", 2]
-    cli(f"train_{stage}.py", *flags, "--steps", 4, "--out", tmp_path / "whole")
-    cli(f"train_{stage}.py", *flags, "--steps", 2, "--out", tmp_path / "parts")
-    said = cli(f"train_{stage}.py", *flags, "--steps", 4, "--out", tmp_path / "parts")
+    flags = [*{"ae": TINY_AE, "vq": [*TINY_VQ, "--restart-codes", 3], "ldm": ldm}[stage],
+             "--size", 16, "--no-cosine", "--save-every", 2]
+    script = "train_ldm.py" if stage == "ldm" else "train_ae.py"
+    cli(script, *flags, "--steps", 4, "--out", tmp_path / "whole")
+    cli(script, *flags, "--steps", 2, "--out", tmp_path / "parts")
+    said = cli(script, *flags, "--steps", 4, "--out", tmp_path / "parts")
     assert "2 of 4 steps are done" in said
     torch.testing.assert_close(states(tmp_path / "whole"), states(tmp_path / "parts"),
                                rtol=0, atol=0)
@@ -90,6 +120,20 @@ def test_two_processes_train_together(tmp_path):
                            env=env, capture_output=True, text=True)
         assert p.returncode == 0, p.stderr
     assert load_checkpoint(tmp_path / "ldm/ckpt.pt", "ldm", "--ckpt")["step"] == 2
+
+
+def test_two_processes_restart_the_same_codes_as_one(tmp_path, cli):
+    """Without D_psi, whose BatchNorm sees one process only, the weights end up the same."""
+    flags = [*TINY_VQ, "--size", "16", "--steps", "3", "--disc-weight", "0", "--micro-batch", "1"]
+    cli("train_ae.py", *flags, "--out", tmp_path / "one")
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                        "--master-port", "29534", ROOT / "train_ae.py", *flags,
+                        "--out", tmp_path / "two"], capture_output=True, text=True,
+                       env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert p.returncode == 0, p.stderr
+    one, two = (states(tmp_path / k) for k in ("one", "two"))
+    torch.testing.assert_close(one["nets"]["ae"], two["nets"]["ae"], rtol=1e-4, atol=1e-4)
+    assert len(one["nets"]["ae"]["codebook.codes"].unique(dim=0)) > 16
 
 
 def test_a_real_folder_goes_the_whole_road(tmp_path, folder, cli):
@@ -142,6 +186,10 @@ def test_dry_run_prints_sizes_and_trains_nothing(tmp_path, trained, cli):
     said = cli("train_ae.py", "--dry-run", "--out", tmp_path / "ae", "--ch", 128,
                "--ch-mult", 1, 2, 4, 4, "--n-res", 2, "--groups", 32, "--c-z", 4, "--size", 256)
     assert "83,653,863" in said and "z (4, 32, 32)" in said and not (tmp_path / "ae").exists()
+    said = cli("train_ae.py", "--dry-run", "--out", tmp_path / "ae", "--preset", "vq-f4")
+    for part in ("55,322,782", "encoder 22,337,411", "decoder 32,960,771", "codebook 24,576",
+                 "discriminator 2,765,633", "z (3, 64, 64)"):
+        assert part in said
     said = cli("train_ldm.py", "--dry-run", "--ae", trained / "ae/ckpt.pt", "--size", 16)
     assert "parameters" in said
 
@@ -161,6 +209,12 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, tmp_path, cli):
              ("train_ae.py", [*TINY_AE, *tiny, "--device", "cuda"], "no CUDA"),
              ("train_ae.py", [*TINY_AE, *tiny, "--lr", "1e30", "--steps", 30], "training stops"),
              ("train_ae.py", ["--no-such-flag"], "--no-such-flag"),
+             ("train_ae.py", [*TINY_VQ, *tiny, "--n-codes", 0], "--n-codes 0"),
+             ("train_ae.py", ["--preset", "kl-f8", "--out", tmp_path / "out"], "preset kl-f8"),
+             ("train_ae.py", [*TINY_AE, "--size", 16, "--out", trained / "ae", "--reg", "vq"],
+              "autoencoder n_codes = None, now it is 256"),
+             ("train_ae.py", [*TINY_AE, "--size", 16, "--out", trained / "ae", "--attn-res", 8],
+              "autoencoder attn_res = (), now it is (8,)"),
              ("train_ldm.py", [*TINY_LDM, *tiny, "--ae", ldm], "holds"),
              ("train_ldm.py", [*TINY_LDM, *tiny, "--ae", tmp_path / "gone.pt"], "--ae"),
              ("train_ldm.py", [*TINY_LDM, "--ae", ae, "--size", 18], "not a multiple of 8"),

@@ -2,7 +2,7 @@
 
 Reading order
     layers, attention           the bricks
-    autoencoder                 stage one: E, D, q(z | x)                       Sec. 3.1, App. G
+    quantize, autoencoder       stage one: codes; E, D, q(z | x)                Sec. 3.1, App. G
     perceptual, patchgan        stage one's losses                              Sec. 3.1, App. G
     diffusion, samplers         the process, its loss, and how to run it back   Eq. (1)-(3)
     guidance                    classifier-free guidance                        Table 10

@@ -1,9 +1,9 @@
-"""Stage one: the encoder E, the decoder D and the KL-regularised latent space between them.
+"""Stage one: the encoder E, the decoder D and the regularised latent space between them.
 
-Paper:   Sec. 3.1, App. G (KL regularisation, the rescaling of z by its standard deviation).
+Paper:   Sec. 3.1, App. G (KL and VQ regularisation, the rescaling of z by its std), Table 8.
 Symbols: x image (B, 3, H, W) in [-1, 1]; z latent (B, c_z, h, w); f = H/h = 2^(len(ch_mult) - 1);
          z_std the paper's sigma-hat, one number, measured on the training set of stage two.
-Reads:   layers.py, attention.py
+Reads:   layers.py, attention.py, quantize.py
 
 The topology of E and D is one list each, in running order; `forward` walks it.
 """
@@ -14,38 +14,54 @@ from torch import nn
 
 from tinyldm.attention import SelfAttention2d
 from tinyldm.layers import Downsample, ResBlock, Upsample, group_norm
+from tinyldm.quantize import Codebook, Quantised
 
 
 @dataclass(frozen=True)
 class AEConfig:
-    """What shapes E and D. kl-f8 of Table 8 has ch=128, ch_mult=(1, 2, 4, 4), n_res=2, c_z=4."""
+    """What shapes E, D and the latent space; presets.py has Table 8's values."""
     c_x: int = 3                        # image channels
     ch: int = 128                       # width at full resolution
     ch_mult: tuple[int, ...] = (1, 2, 4)        # width of each level; f = 2^(levels - 1)
     n_res: int = 2                      # ResBlocks a level in E; D has one more
     c_z: int = 3                        # latent channels
     groups: int = 32                    # of GroupNorm
+    side: int = 256                     # of the pictures it is built for; others work too
+    attn_res: tuple[int, ...] = ()      # sides of grids that attend, for pictures of that side
+    attn_mid: bool = True               # attention in the middle
+    n_codes: int | None = None          # size of the codebook; None: KL, not VQ
+    c_e: int | None = None              # channels that E ends and D begins with; None: c_z
 
     @property
     def f(self) -> int:
         return 2 ** (len(self.ch_mult) - 1)
 
 
-class Encoder(nn.Module):
-    """x (B, c_x, H, W) -> (B, 2 c_z, H/f, W/f), the posterior's moments before quant_conv."""
+def middle(c: int, cfg: AEConfig) -> list[nn.Module]:
+    """E and D have the same layers at the lowest resolution."""
+    g = cfg.groups
+    attn = [SelfAttention2d(c, groups=g)] if cfg.attn_mid else []
+    return [ResBlock(c, c, groups=g), *attn, ResBlock(c, c, groups=g)]
 
-    def __init__(self, cfg: AEConfig):
+
+class Encoder(nn.Module):
+    """x (B, c_x, H, W) -> (B, c_out, H/f, W/f), what quant_conv reads; c_out = 2 c_e for KL."""
+
+    def __init__(self, cfg: AEConfig, c_out: int):
         super().__init__()
-        c, g = cfg.ch, cfg.groups
+        c, side, g = cfg.ch, cfg.side, cfg.groups
         layers = [nn.Conv2d(cfg.c_x, c, 3, padding=1)]
         for level, mult in enumerate(cfg.ch_mult):
             for _ in range(cfg.n_res):
                 layers.append(ResBlock(c, cfg.ch * mult, groups=g))
                 c = cfg.ch * mult
+                if side in cfg.attn_res:
+                    layers.append(SelfAttention2d(c, groups=g))
             if level < len(cfg.ch_mult) - 1:
                 layers.append(Downsample(c, asymmetric=True))
-        layers += [ResBlock(c, c, groups=g), SelfAttention2d(c, groups=g), ResBlock(c, c, groups=g)]
-        layers += [group_norm(c, g), nn.SiLU(), nn.Conv2d(c, 2 * cfg.c_z, 3, padding=1)]
+                side //= 2
+        layers += middle(c, cfg)
+        layers += [group_norm(c, g), nn.SiLU(), nn.Conv2d(c, c_out, 3, padding=1)]
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -55,19 +71,22 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (B, c_z, h, w) -> (B, c_x, f h, f w), a picture in about [-1, 1]; not clamped."""
+    """(B, c_in, h, w) from post_quant_conv -> (B, c_x, f h, f w), about [-1, 1]; not clamped."""
 
-    def __init__(self, cfg: AEConfig):
+    def __init__(self, cfg: AEConfig, c_in: int):
         super().__init__()
-        c, g = cfg.ch * cfg.ch_mult[-1], cfg.groups
-        layers = [nn.Conv2d(cfg.c_z, c, 3, padding=1)]
-        layers += [ResBlock(c, c, groups=g), SelfAttention2d(c, groups=g), ResBlock(c, c, groups=g)]
+        c, side, g = cfg.ch * cfg.ch_mult[-1], cfg.side // cfg.f, cfg.groups
+        layers = [nn.Conv2d(c_in, c, 3, padding=1)]
+        layers += middle(c, cfg)
         for level, mult in reversed(list(enumerate(cfg.ch_mult))):
             for _ in range(cfg.n_res + 1):
                 layers.append(ResBlock(c, cfg.ch * mult, groups=g))
                 c = cfg.ch * mult
+                if side in cfg.attn_res:
+                    layers.append(SelfAttention2d(c, groups=g))
             if level > 0:
                 layers.append(Upsample(c))
+                side *= 2
         layers += [group_norm(c, g), nn.SiLU(), nn.Conv2d(c, cfg.c_x, 3, padding=1)]
         self.layers = nn.ModuleList(layers)
 
@@ -79,7 +98,10 @@ class Decoder(nn.Module):
 
 @dataclass
 class Posterior:
-    """q(z | x) = N(mean, exp(logvar)), diagonal; mean and logvar (B, c_z, h, w)."""
+    """q(z | x) = N(mean, exp(logvar)), diagonal; mean and logvar (B, c_z, h, w).
+
+    A VQ model's z is no random variable: its logvar is -inf, and every sample is the mean.
+    """
     mean: torch.Tensor
     logvar: torch.Tensor
 
@@ -110,30 +132,48 @@ class Autoencoder(nn.Module):
     """E, D and the 1x1 convs beside the latent. Scaling by z_std happens here and nowhere else.
 
     z_std is 1 while stage one trains; stage two sets it, so that the z it sees have variance 1.
-    The regulariser is KL; VQ (quantize.py) will take the posterior's place.
+    NB: the released VQ models are not scaled; their z has about variance 1 as it is (App. G).
     """
 
     def __init__(self, cfg: AEConfig):
         super().__init__()
         self.cfg = cfg
-        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
-        self.quant_conv = nn.Conv2d(2 * cfg.c_z, 2 * cfg.c_z, 1)
-        self.post_quant_conv = nn.Conv2d(cfg.c_z, cfg.c_z, 1)
+        c_e = cfg.c_e or cfg.c_z
+        moments = 1 if cfg.n_codes else 2                               # KL: mean and logvar
+        self.encoder, self.decoder = Encoder(cfg, moments * c_e), Decoder(cfg, c_e)
+        self.quant_conv = nn.Conv2d(moments * c_e, moments * cfg.c_z, 1)
+        self.post_quant_conv = nn.Conv2d(cfg.c_z, c_e, 1)
+        self.codebook = Codebook(cfg.n_codes, cfg.c_z) if cfg.n_codes else None
         self.register_buffer("z_std", torch.ones(()))
 
     def encode(self, x: torch.Tensor) -> Posterior:
-        """x (B, c_x, H, W) in [-1, 1], sides divisible by f -> q(z | x) of the scaled latents."""
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
-        return Posterior(mean, logvar.clamp(-30, 20)).scaled(self.z_std)
+        """x (B, c_x, H, W) in [-1, 1], sides divisible by f -> q(z | x) of the scaled latents.
 
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        NB: a VQ model's z is not quantised here but in decode: stage two learns E's own output.
+        """
+        h = self.quant_conv(self.encoder(x))
+        if self.codebook is None:
+            mean, logvar = h.chunk(2, dim=1)
+            return Posterior(mean, logvar.clamp(-30, 20)).scaled(self.z_std)
+        return Posterior(h, torch.full_like(h, -torch.inf)).scaled(self.z_std)
+
+    def decode(self, z: torch.Tensor, quantise: bool = True) -> torch.Tensor:
         """Scaled latents (B, c_z, h, w) -> x_rec (B, c_x, f h, f w)."""
-        return self.decoder(self.post_quant_conv(z * self.z_std))
+        z = z * self.z_std
+        if self.codebook is not None and quantise:
+            z = self.codebook(z).straight_through()
+        return self.decoder(self.post_quant_conv(z))
 
-    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, Posterior]:
-        """x, noise (B, c_z, h, w) -> x_rec, q(z | x): stage one in one call for DDP and compile."""
+    def forward(self, x: torch.Tensor,
+                noise: torch.Tensor) -> tuple[torch.Tensor, Posterior | Quantised]:
+        """x, noise (B, c_z, h, w) -> x_rec and what the regulariser looks at: q(z | x), or for VQ
+        the unscaled z with their codes. Stage one in one call, for DDP and compile."""
         q = self.encode(x)
-        return self.decode(q.sample(noise)), q
+        z = q.sample(noise)
+        if self.codebook is None:
+            return self.decode(z), q
+        q = self.codebook(z * self.z_std)
+        return self.decode(q.straight_through() / self.z_std, quantise=False), q
 
     @property
     def last_layer(self) -> torch.Tensor:

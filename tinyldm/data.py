@@ -266,7 +266,9 @@ def data_flags(parser) -> None:
 
 
 def open_data(args, split: str = "train") -> torch.utils.data.Dataset:
-    """The data set of the flags."""
+    """The data set of the flags. Raises BadInput."""
+    if args.data is None:
+        raise BadInput(f"--data: preset {args.preset} has none of its own; give a folder or .zip")
     if args.data == "shapes":
         return Shapes(args.n_shapes if split == "train" else 256, args.size, args.seed, split)
     return Folder(args.data, args.size, split, args.resize, args.flip and split == "train")
