@@ -81,7 +81,8 @@ def load_model(path: Path, ema: bool, device: torch.device) -> tuple[Model, int]
             net.load_state_dict(state)
             net.to(device).eval().requires_grad_(False)
         schedule, tokenizer = config["schedule"], Tokenizer.from_str(ckpt["tokenizer"])
-        abar = cumulative(SCHEDULES[schedule["name"]](schedule["T"])).to(device)
+        betas = SCHEDULES[schedule["name"]](schedule["T"], *schedule.get("beta_range", ()))
+        abar = cumulative(betas).to(device)
         return Model(*built, tokenizer, abar, schedule["predict"]), ckpt["size"]
     except Exception as e:
         raise BadInput(f"--ckpt {path}: its parts do not fit together ({type(e).__name__})") from e
