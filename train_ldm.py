@@ -31,21 +31,8 @@ from tinyldm.unet import UNet, UNetConfig
 TASKS = ("none", "class", "text", "layout", "semantic", "superres", "inpaint")
 
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    g = p.add_argument_group("run")
-    g.add_argument("--out", default="out/ldm", type=Path, help="folder of what is written")
-    g.add_argument("--ae", default="out/ae/ckpt.pt", type=Path, help="stage one's checkpoint")
-    g.add_argument("--ae-preset", choices=[*presets.AE, "none"],
-                   help="stage one's shape in a dry run without data; none: pixels")
-    g.add_argument("--task", choices=TASKS, default="text", help="what the condition is")
-    g.add_argument("--steps", type=int)
-    g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
-    data_flags(p)
-    p.add_argument("--cache-latents", action=BooleanOptionalAction, default=True,
-                   help="encode the set once and keep it in memory")
-    g = p.add_argument_group("model")
+def model_flags(parser) -> None:
+    g = parser.add_argument_group("model")
     g.add_argument("--ch", type=int, help="width of the U-Net")
     g.add_argument("--ch-mult", type=int, nargs="+", help="width of each level")
     g.add_argument("--n-res", type=int, help="ResBlocks a level")
@@ -67,6 +54,23 @@ def parse_args(argv=None):
                    help="tau as CLIP's: causal, with biases")
     g.add_argument("--n-classes", type=int, help="of labels or label maps")
     g.add_argument("--vocab-size", type=int, default=8192, help="at most so many pieces of words")
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("run")
+    g.add_argument("--out", default="out/ldm", type=Path, help="folder of what is written")
+    g.add_argument("--ae", default="out/ae/ckpt.pt", type=Path, help="stage one's checkpoint")
+    g.add_argument("--ae-preset", choices=[*presets.AE, "none"],
+                   help="stage one's shape in a dry run without data; none: pixels")
+    g.add_argument("--task", choices=TASKS, default="text", help="what the condition is")
+    g.add_argument("--steps", type=int)
+    g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
+    data_flags(p)
+    p.add_argument("--cache-latents", action=BooleanOptionalAction, default=True,
+                   help="encode the set once and keep it in memory")
+    model_flags(p)
     g = p.add_argument_group("diffusion")
     g.add_argument("--predict", choices=["eps", "v"], help="what the U-Net says; paper: eps")
     g.add_argument("--snr-clamp", type=float, nargs=2, help="weights of z_0's errors; paper: 0 inf")
@@ -85,12 +89,26 @@ def parse_args(argv=None):
     return tr.parse(p, presets.LDM, argv)
 
 
-def configure(args, ae: AEConfig) -> UNetConfig:
-    """The shape of eps_theta. Raises BadInput when flags clash or the latents do not fit it."""
+def check(args) -> None:
+    """Raises BadInput for flags that clash."""
+    if args.task != "text":
+        raise BadInput(f"--task {args.task}: only text can be trained yet; --dry-run shows sizes")
     if args.n_head is None and args.d_head is None:
         raise BadInput("--d-head or --n-head: one of them is needed")
     if args.schedule == "cosine" and args.beta_range:
         raise BadInput("--beta-range: the cosine schedule has no ends to set")
+
+
+def load_stage_one(path: Path) -> Autoencoder:
+    """The frozen autoencoder of a checkpoint of stage one. Raises BadInput."""
+    ckpt = load_checkpoint(path, "autoencoder", "--ae")
+    ae = Autoencoder(AEConfig(**ckpt["config"]["autoencoder"]))
+    ae.load_state_dict(ckpt["nets"]["ae"])
+    return ae.eval().requires_grad_(False)
+
+
+def configure(args, ae: AEConfig) -> UNetConfig:
+    """The shape of eps_theta. Raises BadInput when the latents do not fit it."""
     unet = presets.unet_config(vars(args), ae)
     if args.size % (ae.f * unet.factor):
         raise BadInput(f"--size {args.size} is not a multiple of {ae.f * unet.factor}, the "
@@ -100,30 +118,21 @@ def configure(args, ae: AEConfig) -> UNetConfig:
 
 def plan(args) -> None:
     """The dry run of a row that has no data: its networks' sizes, stage one's too."""
-    with torch.device("meta"):
-        cfg = presets.ae_config(args.ae_preset)
-        unet = UNet(presets.unet_config(vars(args), cfg))
-        nets = {"U-Net": unet, "tau": presets.condition_encoder(vars(args)),
-                f"autoencoder {args.ae_preset}": Autoencoder(cfg) if cfg else None}
-    sizes = [f"{k} {tr.n_params(net) if net else 0:,}" for k, net in nets.items()]
-    print(f"{' | '.join(sizes)} parameters | task {args.task}, z_t ({unet.cfg.c_in}, "
-          f"{unet.cfg.side}, {unet.cfg.side})")
-    tr.dry_run(args, *(net for net in (unet, nets["tau"]) if net))
+    ae, unet, tau = presets.networks(vars(args))
+    n_ae, n_unet, n_tau = (tr.n_params(net) if net else 0 for net in (ae, unet, tau))
+    print(f"U-Net {n_unet:,} | tau {n_tau:,} | autoencoder {args.ae_preset} {n_ae:,} parameters | "
+          f"task {args.task}, z_t ({unet.cfg.c_in}, {unet.cfg.side}, {unet.cfg.side})")
+    tr.dry_run(args, *filter(None, (unet, tau)))
 
 
 def main(args):
+    # ---- setup
     if args.dry_run and not args.data:
         return plan(args)
-    if args.task != "text":
-        raise BadInput(f"--task {args.task}: only text can be trained yet; --dry-run shows sizes")
-
-    # ---- setup
+    check(args)
     device, autocast, rank, world = tr.setup(args.device, args.dtype)
     micro = tr.check_batch(args, world)
-    stage_one = load_checkpoint(args.ae, "autoencoder", "--ae")
-    ae = Autoencoder(AEConfig(**stage_one["config"]["autoencoder"]))
-    ae.load_state_dict(stage_one["nets"]["ae"])
-    ae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    ae = load_stage_one(args.ae).to(device, memory_format=torch.channels_last)
 
     # ---- data
     data, held_out = open_data(args), open_data(args, "held-out")
@@ -164,10 +173,9 @@ def main(args):
         ckpt = load_checkpoint(path, "ldm", "--out")
         same_config(ckpt["config"], config, path)
         step, ema.shadow, ema.n = ckpt["step"], ckpt["ema"], ckpt["ema_n"]
-        unet.load_state_dict(ckpt["nets"]["unet"])
-        tau.load_state_dict(ckpt["nets"]["tau"])
-        opt.load_state_dict(ckpt["opt"])
-        ae.load_state_dict(ckpt["ae"])
+        for part, state in ((unet, ckpt["nets"]["unet"]), (tau, ckpt["nets"]["tau"]),
+                            (opt, ckpt["opt"]), (ae, ckpt["ae"])):
+            part.load_state_dict(state)
 
     # ---- latents
     n = len(data) * (2 if args.flip else 1) if args.cache_latents else min(len(data), 4096)

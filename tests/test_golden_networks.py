@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from goldens import close, golden, weights
+from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from tinyldm.attention import SpatialTransformer
 from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextConfig, TextTransformer
 from tinyldm.official import load_into, table
 from tinyldm.unet import UNet, UNetConfig
@@ -58,6 +60,15 @@ def test_official_u_net(name):
     assert_close(got, torch.tensor(want), rtol=2e-4, atol=1e-6)
     with torch.no_grad():
         close(net(*inputs(ref, "_rect")), ref["out/y_rect"])
+
+
+def test_norms_have_the_official_eps():
+    """1e-5, but 1e-6 before the transformers: too little to show in features of size 1."""
+    for name in UNETS[:2]:
+        _, net = official_u_net(name)
+        small = {m.norm for m in net.modules() if isinstance(m, SpatialTransformer)}
+        norms = [m for m in net.modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)]
+        assert all(m.eps == (1e-6 if m in small else 1e-5) for m in norms) and len(norms) > 10
 
 
 @pytest.mark.parametrize("variant,change", [

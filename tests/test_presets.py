@@ -10,7 +10,6 @@ import train_ldm
 from tinyldm import presets
 from tinyldm.attention import SelfAttention2d, SpatialTransformer
 from tinyldm.autoencoder import Autoencoder
-from tinyldm.unet import UNet
 
 CONFIGS = json.loads((Path(__file__).parent / "golden" / "params.json").read_text())["configs"]
 
@@ -92,10 +91,7 @@ def test_released_diffusion_models_have_the_official_sizes_and_settings(name):
     """Parameters of each network and the heads of each attention, exactly; loss, schedule, lr."""
     row = presets.LDM[name]
     c = CONFIGS.get(RELEASED[name]) or CONFIGS[RELEASED[name] + "/config.yaml"]
-    with torch.device("meta"):
-        cfg = presets.ae_config(row["ae_preset"])
-        unet, tau = UNet(presets.unet_config(row, cfg)), presets.condition_encoder(row)
-        ae = Autoencoder(cfg)
+    ae, unet, tau = presets.networks(row)
     n = c["param_counts"]
     assert (size(unet), size(ae)) == (n["unet"], n["first_stage"])
     cond = c["cond_stage"]["param_counts"]
@@ -119,9 +115,7 @@ def test_f_sweep_has_the_sizes_of_tables_13_and_14():
     for name, want in (("imagenet", (397, 391, 401, 395, 395, 395)),
                        ("celeba", (270, 265, 274, 258, 258, 258))):
         for f, m in zip((1, 2, 4, 8, 16, 32), want):
-            row = presets.LDM[f"{name}-f{f}"]
-            with torch.device("meta"):
-                unet = UNet(presets.unet_config(row, presets.ae_config(row["ae_preset"])))
+            _, unet, _ = presets.networks(presets.LDM[f"{name}-f{f}"])
             assert round(size(unet) / 1e6) == m and unet.cfg.side == 256 // f, (name, f)
 
 

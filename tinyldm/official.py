@@ -165,19 +165,12 @@ def official_state(net: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
 # ---- whole models
 
 class Loaded(NamedTuple):
-    """What a released file holds; the nets in its precision, not trainable."""
+    """What a released file holds; the nets in its precision, not trainable; abar (T,) float64."""
     preset: str
     ae: Autoencoder
     unet: UNet
     tau: nn.Module | None
-    abar: torch.Tensor                  # (T,) float64
-
-
-def build(row: dict) -> tuple[Autoencoder, UNet, nn.Module | None]:
-    """A row's networks, without memory for their weights."""
-    with torch.device("meta"):
-        cfg = presets.ae_config(row["ae_preset"])
-        return Autoencoder(cfg), UNet(presets.unet_config(row, cfg)), presets.condition_encoder(row)
+    abar: torch.Tensor
 
 
 def detect(state: dict) -> str:
@@ -188,7 +181,8 @@ def detect(state: dict) -> str:
     for name, row in presets.LDM.items():
         if name == "toy" or row["ae_preset"] == "none" or first.shape[0] != row["ch"]:
             continue
-        want = {prefix + k: s.shape for net, prefix in zip(build(row), (AE, UNET, TAU)) if net
+        nets = zip(presets.networks(row), (AE, UNET, TAU))
+        want = {prefix + k: s.shape for net, prefix in nets if net
                 for s in table(net).values() for k in s.keys}
         have = {k: tuple(state[k].shape) for k in state if k.startswith(UNET) or k in want}
         if have == want:
@@ -221,7 +215,7 @@ def load_model(path: Path, preset: str | None = None, ema: bool = True) -> Loade
     try:
         preset = preset or detect(state)
         row = presets.LDM[preset]
-        ae, unet, tau = build(row)
+        ae, unet, tau = presets.networks(row)
         for k in state:
             known = k.startswith((UNET, AE, "model_ema.")) or PASSENGERS.fullmatch(k)
             # inpaint256's condition encoder is stage one, whose weights its file has twice
@@ -250,7 +244,7 @@ def export(path: Path, out: Path) -> None:
     ckpt = load_checkpoint(path, None, "--export")
     config = ckpt["config"]
     ae = Autoencoder(AEConfig(**config["autoencoder"]))
-    if "unet" not in config:
+    if "unet" not in config:                            # stage one alone
         ae.load_state_dict(ckpt["nets"]["ae"])
         return write_state(official_state(ae), out)
     nets = ckpt.get("nets", ckpt["ema"])
@@ -268,18 +262,8 @@ def export(path: Path, out: Path) -> None:
                 | averages | {"scale_factor": 1 / ae.z_std.float()}, out)
 
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--export", nargs=2, type=Path, required=True, metavar=("CKPT", "OUT"),
-                   help="write a checkpoint of ours in the official layout")
-    return p.parse_args(argv)
-
-
-def main(args):
-    export(*args.export)
-    print(f"{args.export[0]} -> {args.export[1]}")
-
-
 if __name__ == "__main__":
-    tr.run(main, parse_args)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--export", nargs=2, type=Path, required=True, metavar=("CKPT", "OUT"),
+                        help="write a checkpoint of ours in the official layout")
+    tr.run(lambda args: export(*args.export), parser.parse_args)

@@ -7,11 +7,12 @@ lr is the effective learning rate, of the whole batch. The toy rows are tuned fo
 """
 import math
 
+import torch
 from torch import nn
 
-from tinyldm.autoencoder import AEConfig
+from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextConfig, TextTransformer
-from tinyldm.unet import UNetConfig
+from tinyldm.unet import UNet, UNetConfig
 
 AE = {
     "toy": dict(
@@ -185,3 +186,11 @@ def condition_encoder(row: dict) -> nn.Module | None:
     if row["task"] == "semantic":
         return SpatialRescaler(row["n_classes"], 3, int(math.log2(ae_config(row["ae_preset"]).f)))
     return None
+
+
+def networks(row: dict) -> tuple[Autoencoder | None, UNet, nn.Module | None]:
+    """Stage one, eps_theta and tau of a row, on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        cfg = ae_config(row["ae_preset"])
+        ae, unet = Autoencoder(cfg) if cfg else None, UNet(unet_config(row, cfg))
+        return ae, unet, condition_encoder(row)
