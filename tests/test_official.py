@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from goldens import close, golden, weights
+from test_autoencoder import KL, VQ
 from test_tokens import clip_vocab
 from torch.testing import assert_close
 
@@ -102,6 +103,24 @@ def test_ema_names_are_found_and_used():
     del state[EMA + key.replace(".", "")]
     with pytest.raises(BadInput, match="is missing among the EMA"):
         averaged(state, unet)
+
+
+@torch.no_grad()
+def test_small_official_autoencoders_and_discriminators_load_by_the_same_rules():
+    """Attention at some levels, E ending in other channels than z's, 2 to 4 layers."""
+    for name, cfg in (("ae_kl", KL), ("ae_vq", VQ)):
+        z = golden(name)
+        ae, x = load_into(Autoencoder(cfg), weights(z["recipe"])), torch.from_numpy(z["in/x"])
+        close(ae.encoder(x), z["out/encoder"])
+        q = ae.encode(x).mean
+        close(q, z["out/mean" if name == "ae_kl" else "out/h"])
+        close(ae.decode(q), z["out/dec"])
+    z = golden("disc")
+    for case, ch, n in (("n2", 16, 2), ("n3", 16, 3), ("n4", 4, 4)):
+        state, start = weights(z["recipe"], case + "/"), f"w/{case}/"
+        state |= {k[len(start):]: torch.tensor(z[k]) for k in z.files if k.startswith(start)}
+        disc = load_into(Discriminator(3, ch, n), state).eval()
+        close(disc(torch.from_numpy(z["in/x"])), z[f"out/{case}/y_eval"])
 
 
 # ---- the small complete model
