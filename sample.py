@@ -3,6 +3,8 @@
     python sample.py "a red circle above a blue square"             # the bundled toy model
     python sample.py --ckpt out/ldm/ckpt.pt --n 16 --scale 4 "a small green cross"
     python sample.py --prompts prompts.txt --out pictures/          # one file a picture
+    python sample.py --official sd-v1-4.ckpt --vocab clip/ --scale 7.5 "a photo of a red house"
+    python sample.py --official cin256-v2.ckpt 88 207               # classes by their numbers
 
 Writes one grid (--out FILE.png, a row a prompt) or, where --out does not end in .png, a folder.
 """
@@ -16,15 +18,15 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from tinyldm import BadInput, samplers, shapes
+from tinyldm import BadInput, official, presets, samplers, shapes
 from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.checkpoint import load_checkpoint
-from tinyldm.conditioning import TextConfig, TextTransformer
+from tinyldm.conditioning import ClassEmbedder, TextConfig, TextTransformer
 from tinyldm.data import save_grid, to_uint8
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative
 from tinyldm.guidance import guided
-from tinyldm.tokens import encode
+from tinyldm.tokens import encode, open_vocab
 from tinyldm.unet import UNet, UNetConfig
 
 BUNDLED = Path(samplers.__file__).with_name("toy.pt")
@@ -37,8 +39,8 @@ class Model(NamedTuple):
     """What sampling needs."""
     ae: Autoencoder
     unet: UNet
-    tau: TextTransformer
-    tokenizer: Tokenizer
+    tau: TextTransformer | ClassEmbedder | None
+    tokenizer: Tokenizer | None
     abar: torch.Tensor          # (T,) float64
     predict: str                # what unet says: "eps" or "v"
 
@@ -49,6 +51,10 @@ def parse_args(argv=None):
     p.add_argument("prompt", nargs="*", help="one or more prompts, each in quotes")
     p.add_argument("--prompts", type=Path, help="a file with one prompt a line")
     p.add_argument("--ckpt", type=Path, default=BUNDLED, help="default: the bundled toy model")
+    p.add_argument("--official", type=Path, help="a released model's file, .ckpt or .safetensors")
+    p.add_argument("--preset", choices=[k for k in presets.LDM if k != "toy"],
+                   help="which model that is; default: found out")
+    p.add_argument("--vocab", type=Path, help="its tokenizer: a folder, vocab.txt, tokenizer.json")
     p.add_argument("--ema", action=BooleanOptionalAction, default=True, help="averaged weights")
     p.add_argument("--n", type=int, help="pictures a prompt (16; 1 where there are many prompts)")
     p.add_argument("--sampler", choices=SAMPLERS, default="ddim")
@@ -81,10 +87,47 @@ def load_model(path: Path, ema: bool, device: torch.device) -> tuple[Model, int]
             net.load_state_dict(state)
             net.to(device).eval().requires_grad_(False)
         schedule, tokenizer = config["schedule"], Tokenizer.from_str(ckpt["tokenizer"])
-        abar = cumulative(SCHEDULES[schedule["name"]](schedule["T"])).to(device)
+        betas = SCHEDULES[schedule["name"]](schedule["T"], *schedule.get("beta_range", ()))
+        abar = cumulative(betas).to(device)
         return Model(*built, tokenizer, abar, schedule["predict"]), ckpt["size"]
     except Exception as e:
         raise BadInput(f"--ckpt {path}: its parts do not fit together ({type(e).__name__})") from e
+
+
+def load_official(args, device: torch.device) -> tuple[Model, int]:
+    """The model in a released file, and the size it was trained at. Raises BadInput."""
+    m = official.load_model(args.official, args.preset, args.ema)
+    row = presets.LDM[m.preset]
+    if row["task"] not in ("text", "class", "none"):
+        raise BadInput(f"--official: {m.preset} wants a condition (task {row['task']}) that cannot "
+                       "be given here yet")
+    if row["task"] == "text" and not args.vocab:
+        raise BadInput(f"--vocab: {m.preset} needs its tokenizer's vocabulary, CLIP's or BERT's")
+    if row["p_drop"] == 0:
+        if m.tau and args.scale != 1:
+            raise BadInput(f"--scale {args.scale:g}: {m.preset} has learned no null condition to "
+                           "guide away from; use --scale 1")
+        args.scale = 1.0
+    tokenizer = None
+    if row["task"] == "text":
+        tokenizer = open_vocab(args.vocab, m.tau.cfg.n_vocab, m.tau.cfg.n_token)
+    for net in filter(None, (m.ae, m.unet, m.tau)):
+        net.to(device)
+        if device.type == "cpu" or args.dtype == "fp32":        # a CPU is slow in fp16
+            net.float()
+    print(f"{args.official}: {m.preset}")
+    return Model(m.ae, m.unet, m.tau, tokenizer, m.abar.to(device), "eps"), row["size"]
+
+
+def read_prompts(m: Model, prompts: list[str]) -> torch.Tensor:
+    """y: token ids, or class numbers, of which the last is the null one. Raises BadInput."""
+    if isinstance(m.tau, ClassEmbedder):
+        null = m.tau.embedding.num_embeddings - 1
+        for p in filter(None, prompts):
+            if not (p.isdecimal() and int(p) <= null):
+                raise BadInput(f"{p}: prompts of this model are class numbers, 0..{null}")
+        return torch.tensor([int(p or null) for p in prompts])
+    return encode(m.tokenizer, prompts, m.tau.cfg.n_token)
 
 
 def timesteps(args, T: int) -> list[int]:
@@ -112,7 +155,7 @@ def draw(m: Model, prompts: list[str], args, first: int = 0, tick=lambda: None) 
         tick()
         return m.unet(z_t, t, ctx).float()
 
-    ctx, ctx_null = (m.tau(encode(m.tokenizer, p, m.tau.cfg.n_token).to(device))
+    ctx, ctx_null = (m.tau(read_prompts(m, p).to(device)) if m.tau else None
                      for p in (prompts, [""]))
     eps = guided(as_eps_theta(net, m.abar, m.predict), ctx_null, args.scale)
     ts, more = timesteps(args, len(m.abar)), {"eta": args.eta} if args.sampler == "ddim" else {}
@@ -129,6 +172,8 @@ def check(args, m: Model, trained: int) -> list[str]:
         except (OSError, UnicodeDecodeError) as e:
             raise BadInput(f"--prompts {args.prompts}: cannot be read: {e}") from e
     prompts = [p.strip() for p in prompts if p.strip()]
+    if m.tau is None:
+        prompts = [""]
     if not prompts:
         raise BadInput('no prompt: give one, like "a red circle above a blue square", or --prompts')
     timesteps(args, len(m.abar))
@@ -168,7 +213,10 @@ def write(images: torch.Tensor, args) -> None:
 
 def main(args):
     device, autocast, _, _ = tr.setup(args.device, args.dtype)
-    m, trained = load_model(args.ckpt, args.ema, device)
+    if args.official:
+        m, trained = load_official(args, device)
+    else:
+        m, trained = load_model(args.ckpt, args.ema, device)
     prompts = check(args, m, trained)
     chunks, n_steps = range(0, len(prompts), args.batch), len(timesteps(args, len(m.abar))) - 1
     calls = n_steps + (args.sampler == "plms")

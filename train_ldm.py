@@ -2,6 +2,7 @@
 
     python train_ldm.py                                     # toy, after train_ae.py: CPU, minutes
     python train_ldm.py --ae out/photos-ae/ckpt.pt --data photos/ --size 64 --n-token 24
+    python train_ldm.py --preset sd-v1 --dry-run            # a row of the paper: only its sizes
     torchrun --nproc-per-node 8 train_ldm.py --data ...     # the same run, each batch shared by 8
 
 Writes OUT/ckpt.pt (everything, for resuming and sampling), OUT/log.jsonl, OUT/samples_*.png and at
@@ -21,12 +22,38 @@ from tinyldm import BadInput, presets, shapes
 from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder, Posterior
 from tinyldm.checkpoint import half, load_checkpoint, same_config, save_checkpoint
-from tinyldm.conditioning import TextConfig, TextTransformer
 from tinyldm.data import BatchOrder, data_flags, encode_set, loader, open_data, save_grid
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, ldm_loss, snr_weight
 from tinyldm.guidance import drop_condition
 from tinyldm.tokens import encode, train_tokenizer
 from tinyldm.unet import UNet, UNetConfig
+
+TASKS = ("none", "class", "text", "layout", "semantic", "superres", "inpaint")
+
+
+def model_flags(parser) -> None:
+    g = parser.add_argument_group("model")
+    g.add_argument("--ch", type=int, help="width of the U-Net")
+    g.add_argument("--ch-mult", type=int, nargs="+", help="width of each level")
+    g.add_argument("--n-res", type=int, help="ResBlocks a level")
+    g.add_argument("--attn-res", type=int, nargs="*", help="sides of the latent grid that attend")
+    g.add_argument("--d-head", type=int, help="width of the U-Net's heads; or, instead of it,")
+    g.add_argument("--n-head", type=int, help="number of heads, at each place that attends")
+    g.add_argument("--depth", type=int, help="transformer blocks at each place that attends")
+    g.add_argument("--groups", type=int, help="of GroupNorm")
+    g.add_argument("--scale-shift", action=BooleanOptionalAction, default=False,
+                   help="the timestep scales and shifts norms; else it is added before them")
+    g.add_argument("--res-updown", action=BooleanOptionalAction, default=False,
+                   help="ResBlocks down- and upsample; else convs do")
+    g.add_argument("--n-token", type=int, help="longest caption, in tokens")
+    g.add_argument("--d-ctx", type=int, help="width of tau and its context")
+    g.add_argument("--text-depth", type=int, help="blocks of tau")
+    g.add_argument("--text-heads", type=int, help="heads of tau")
+    g.add_argument("--text-d-head", type=int, help="and their width")
+    g.add_argument("--text-clip", action=BooleanOptionalAction, default=False,
+                   help="tau as CLIP's: causal, with biases")
+    g.add_argument("--n-classes", type=int, help="of labels or label maps")
+    g.add_argument("--vocab-size", type=int, default=8192, help="at most so many pieces of words")
 
 
 def parse_args(argv=None):
@@ -35,28 +62,23 @@ def parse_args(argv=None):
     g = p.add_argument_group("run")
     g.add_argument("--out", default="out/ldm", type=Path, help="folder of what is written")
     g.add_argument("--ae", default="out/ae/ckpt.pt", type=Path, help="stage one's checkpoint")
+    g.add_argument("--ae-preset", choices=[*presets.AE, "none"],
+                   help="stage one's shape in a dry run without data; none: pixels")
+    g.add_argument("--task", choices=TASKS, default="text", help="what the condition is")
     g.add_argument("--steps", type=int)
     g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     data_flags(p)
     p.add_argument("--cache-latents", action=BooleanOptionalAction, default=True,
                    help="encode the set once and keep it in memory")
-    g = p.add_argument_group("model")
-    g.add_argument("--ch", type=int, help="width of the U-Net")
-    g.add_argument("--ch-mult", type=int, nargs="+", help="width of each level")
-    g.add_argument("--n-res", type=int, help="ResBlocks a level")
-    g.add_argument("--attn-res", type=int, nargs="*", help="sides of the latent grid that attend")
-    g.add_argument("--d-head", type=int)
-    g.add_argument("--depth", type=int, help="transformer blocks at each place that attends")
-    g.add_argument("--groups", type=int, help="of GroupNorm")
-    g.add_argument("--n-token", type=int, help="longest caption, in tokens")
-    g.add_argument("--d-text", type=int, help="width of tau and its context")
-    g.add_argument("--text-depth", type=int, help="blocks of tau")
-    g.add_argument("--vocab-size", type=int, default=8192, help="at most so many pieces of words")
+    model_flags(p)
     g = p.add_argument_group("diffusion")
     g.add_argument("--predict", choices=["eps", "v"], help="what the U-Net says; paper: eps")
     g.add_argument("--snr-clamp", type=float, nargs=2, help="weights of z_0's errors; paper: 0 inf")
     g.add_argument("--loss", choices=["l1", "l2"], default="l2")
     g.add_argument("--schedule", choices=SCHEDULES)
+    g.add_argument("--beta-range", type=float, nargs=2, default=(), metavar=("START", "END"),
+                   help="the schedule's ends; default: its own")
+    g.add_argument("--z-std", type=float, help="of stage one's latents; default: measured")
     g.add_argument("--T", type=int, default=1000)
     g.add_argument("--p-drop", type=float, default=0.1, help="share of captions dropped")
     tr.optimisation_flags(p)
@@ -67,25 +89,50 @@ def parse_args(argv=None):
     return tr.parse(p, presets.LDM, argv)
 
 
-def configs(args, ae: AEConfig, n_vocab: int) -> tuple[UNetConfig, TextConfig]:
-    """The shapes of eps_theta and tau. Raises BadInput when the latents do not fit the U-Net."""
-    unet = UNetConfig(ae.c_z, ae.c_z, args.size // ae.f, args.ch, tuple(args.ch_mult), args.n_res,
-                      tuple(args.attn_res), args.d_head, args.d_text, args.depth, args.groups)
+def check(args) -> None:
+    """Raises BadInput for flags that clash."""
+    if args.task != "text":
+        raise BadInput(f"--task {args.task}: only text can be trained yet; --dry-run shows sizes")
+    if args.n_head is None and args.d_head is None:
+        raise BadInput("--d-head or --n-head: one of them is needed")
+    if args.schedule == "cosine" and args.beta_range:
+        raise BadInput("--beta-range: the cosine schedule has no ends to set")
+
+
+def load_stage_one(path: Path) -> Autoencoder:
+    """The frozen autoencoder of a checkpoint of stage one. Raises BadInput."""
+    ckpt = load_checkpoint(path, "autoencoder", "--ae")
+    ae = Autoencoder(AEConfig(**ckpt["config"]["autoencoder"]))
+    ae.load_state_dict(ckpt["nets"]["ae"])
+    return ae.eval().requires_grad_(False)
+
+
+def configure(args, ae: AEConfig) -> UNetConfig:
+    """The shape of eps_theta. Raises BadInput when the latents do not fit it."""
+    unet = presets.unet_config(vars(args), ae)
     if args.size % (ae.f * unet.factor):
         raise BadInput(f"--size {args.size} is not a multiple of {ae.f * unet.factor}, the "
                        f"autoencoder's f = {ae.f} times the U-Net's factor {unet.factor}")
-    return unet, TextConfig(n_vocab, args.n_token, args.d_text, args.text_depth,
-                            args.d_text // args.d_head, args.d_head)
+    return unet
+
+
+def plan(args) -> None:
+    """The dry run of a row that has no data: its networks' sizes, stage one's too."""
+    ae, unet, tau = presets.networks(vars(args))
+    n_ae, n_unet, n_tau = (tr.n_params(net) if net else 0 for net in (ae, unet, tau))
+    print(f"U-Net {n_unet:,} | tau {n_tau:,} | autoencoder {args.ae_preset} {n_ae:,} parameters | "
+          f"task {args.task}, z_t ({unet.cfg.c_in}, {unet.cfg.side}, {unet.cfg.side})")
+    tr.dry_run(args, *filter(None, (unet, tau)))
 
 
 def main(args):
     # ---- setup
+    if args.dry_run and not args.data:
+        return plan(args)
+    check(args)
     device, autocast, rank, world = tr.setup(args.device, args.dtype)
     micro = tr.check_batch(args, world)
-    stage_one = load_checkpoint(args.ae, "autoencoder", "--ae")
-    ae = Autoencoder(AEConfig(**stage_one["config"]["autoencoder"]))
-    ae.load_state_dict(stage_one["nets"]["ae"])
-    ae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    ae = load_stage_one(args.ae).to(device, memory_format=torch.channels_last)
 
     # ---- data
     data, held_out = open_data(args), open_data(args, "held-out")
@@ -94,19 +141,20 @@ def main(args):
     prompts = shapes.prompts(64) if toy else (held_out.captions() or data.captions())[:16]
 
     # ---- model
-    cfg, cfg_tau = configs(args, ae.cfg, tokenizer.get_vocab_size())
+    cfg, row = configure(args, ae.cfg), vars(args) | {"vocab_size": tokenizer.get_vocab_size()}
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
-        unet, tau = UNet(cfg), TextTransformer(cfg_tau)
+        unet, tau = UNet(cfg), presets.condition_encoder(row)
     if rank == 0:
         print(f"U-Net {tr.n_params(unet):,} parameters | tau {tr.n_params(tau):,}, vocabulary "
-              f"{cfg_tau.n_vocab}, z ({cfg.c_in}, {cfg.side}, {cfg.side}), {len(data):,} pictures")
+              f"{tau.cfg.n_vocab}, z ({cfg.c_in}, {cfg.side}, {cfg.side}), {len(data):,} pictures")
     if args.dry_run:
         return tr.dry_run(args, unet, tau)
     unet, tau = unet.to(device, memory_format=torch.channels_last), tau.to(device)
     unet.ckpt_grad = args.ckpt_grad
-    schedule = {"name": args.schedule, "T": args.T, "predict": args.predict}
-    abar = cumulative(SCHEDULES[args.schedule](args.T)).to(device)
+    schedule = {"name": args.schedule, "T": args.T, "beta_range": tuple(args.beta_range),
+                "predict": args.predict}
+    abar = cumulative(SCHEDULES[args.schedule](args.T, *args.beta_range)).to(device)
     run_unet, run_tau = (torch.compile(net) if args.compile else net for net in (unet, tau))
     if world > 1:
         run_unet, run_tau = DDP(run_unet), DDP(run_tau)
@@ -119,23 +167,22 @@ def main(args):
 
     # ---- resume
     path, step = args.out / "ckpt.pt", 0
-    config = {"autoencoder": asdict(ae.cfg), "unet": asdict(cfg), "tau": asdict(cfg_tau),
+    config = {"autoencoder": asdict(ae.cfg), "unet": asdict(cfg), "tau": asdict(tau.cfg),
               "schedule": schedule}
     if path.exists():
         ckpt = load_checkpoint(path, "ldm", "--out")
         same_config(ckpt["config"], config, path)
         step, ema.shadow, ema.n = ckpt["step"], ckpt["ema"], ckpt["ema_n"]
-        unet.load_state_dict(ckpt["nets"]["unet"])
-        tau.load_state_dict(ckpt["nets"]["tau"])
-        opt.load_state_dict(ckpt["opt"])
-        ae.load_state_dict(ckpt["ae"])
+        for part, state in ((unet, ckpt["nets"]["unet"]), (tau, ckpt["nets"]["tau"]),
+                            (opt, ckpt["opt"]), (ae, ckpt["ae"])):
+            part.load_state_dict(state)
 
     # ---- latents
     n = len(data) * (2 if args.flip else 1) if args.cache_latents else min(len(data), 4096)
     with autocast():
         cache, captions = encode_set(ae, data, n, args.workers, device, rank == 0)
     if step == 0:
-        ae.z_std.copy_(cache.std())
+        ae.z_std.copy_(cache.std() if args.z_std is None else torch.tensor(args.z_std))
         cache = cache.scaled(ae.z_std.cpu())
     y_cache, y_null = (encode(tokenizer, c, args.n_token) for c in (captions, [""]))
     order = BatchOrder(len(data), args.batch, step, args.steps, args.seed, rank, world)

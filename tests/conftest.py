@@ -21,7 +21,7 @@ TINY_AE = ["--ch", "8", "--ch-mult", "1", "2", "--groups", "4", "--batch", "4",
            "--log-every", "1", "--n-shapes", "40"]
 TINY_VQ = [*TINY_AE, "--reg", "vq", "--n-codes", "32", "--restart-codes", "1", "--attn-res", "8",
            "--no-attn-mid"]
-TINY_LDM = ["--ch", "16", "--d-text", "32", "--d-head", "16", "--text-depth", "1",
+TINY_LDM = ["--ch", "16", "--d-ctx", "32", "--d-head", "16", "--text-depth", "1",
             "--groups", "4", "--batch", "4", "--log-every", "1", "--n-shapes", "40"]
 
 

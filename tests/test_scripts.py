@@ -55,12 +55,12 @@ def test_a_vq_model_goes_the_whole_road(tmp_path, cli):
     """Stage two and sampling need no word about it; codes are counted, restarted and written."""
     run = ["--size", 16, "--steps", 2]
     said = cli("train_ae.py", *TINY_VQ, *run, "--out", tmp_path / "ae")
-    assert "codebook 96)" in said and "codes_used" in said
+    assert "codebook 128)" in said and "codes_used" in said
     told = lines(tmp_path / "ae")[1]
     assert {"rec", "codebook", "z_std", "codes_used", "perplexity", "lam"} <= told.keys()
     assert "kl" not in told and 1 <= told["perplexity"] <= told["codes_used"] <= 32
     ckpt = load_checkpoint(tmp_path / "ae/ckpt.pt", "autoencoder", "--ae")
-    assert ckpt["nets"]["ae"]["codebook.codes"].shape == (32, 3)
+    assert ckpt["nets"]["ae"]["codebook.codes"].shape == (32, 4)
     assert (ckpt["idle"] == 0).all() and ckpt["config"]["autoencoder"]["n_codes"] == 32
     cli("train_ldm.py", *TINY_LDM, *run, "--ae", tmp_path / "ae/ckpt.pt", "--out", tmp_path / "ldm")
     assert abs(lines(tmp_path / "ldm")[0]["z_std"] - 1) < 0.3

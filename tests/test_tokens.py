@@ -1,10 +1,12 @@
 """tokens.py: what goes in comes out, and what is lost is said."""
+import json
 import warnings
 
 import pytest
 from tokenizers import Tokenizer
 
-from tinyldm.tokens import encode, train_tokenizer
+from tinyldm import BadInput
+from tinyldm.tokens import encode, open_vocab, train_tokenizer
 
 CAPTIONS = ["a small red circle", "a big blue square left of a red circle", "a red square"]
 
@@ -47,3 +49,47 @@ def test_words_beyond_the_limit_are_named():
 def test_a_tokenizer_survives_its_json():
     t = train_tokenizer(CAPTIONS)
     assert (encode(Tokenizer.from_str(t.to_str()), CAPTIONS, 12) == encode(t, CAPTIONS, 12)).all()
+
+
+def clip_vocab(folder):
+    """A CLIP vocabulary of 4 letters and 3 merges, the ids in this order."""
+    pieces = [*"abcd", "a</w>", "b</w>", "c</w>", "d</w>", "ab", "ab</w>", "cd</w>",
+              "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({p: i for i, p in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\na b</w>\nc d</w>\n")
+    return len(pieces)
+
+
+def test_clip_vocabulary(tmp_path):
+    """BOS words EOS, lower-cased, padded with EOS; cut text is named; EOS survives the cut."""
+    n = clip_vocab(tmp_path)
+    t = open_vocab(tmp_path, n, 6)
+    y = encode(t, ["AB  cd", "", "abc\nd"], 6).tolist()
+    assert y == [[11, 9, 10, 12, 12, 12], [11, 12, 12, 12, 12, 12], [11, 8, 6, 7, 12, 12]]
+    with pytest.warns(UserWarning, match="ignored: 'd cd'"):
+        assert encode(t, ["ab a b c d cd"], 6).tolist() == [[11, 9, 4, 5, 6, 12]]
+    t.save(str(tmp_path / "tokenizer.json"))
+    again = open_vocab(tmp_path / "tokenizer.json", n, 6)
+    assert encode(again, ["AB  cd"], 6).tolist() == y[:1]
+
+
+def test_bert_vocabulary(tmp_path):
+    """[CLS] words [SEP], padded with 0."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "circ", "##le", "!"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    t = open_vocab(tmp_path / "vocab.txt", 9, 8)
+    assert encode(t, ["A red circle!", ""], 8).tolist() == [[2, 4, 5, 6, 7, 8, 3, 0],
+                                                            [2, 3, 0, 0, 0, 0, 0, 0]]
+    assert encode(open_vocab(tmp_path, 9, 8), ["red"], 8).tolist()[0][:3] == [2, 5, 3]
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path):
+    n = clip_vocab(tmp_path)
+    with pytest.raises(BadInput, match="13 tokens, where the model's embedding has 49408"):
+        open_vocab(tmp_path, 49408, 77)
+    for name, text in (("vocab.json", "{"), ("tokenizer.json", "[]"), ("vocab.txt", "a\nb")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(BadInput, match="no vocabulary of CLIP or BERT"):
+            open_vocab(tmp_path / name, n, 77)
+    with pytest.raises(BadInput, match="--vocab"):
+        open_vocab(tmp_path / "missing", n, 77)

@@ -19,21 +19,22 @@ class Attention(nn.Module):
     """Multi-head attention, x (B, N, d_x), ctx (B, M, d_ctx) -> (B, N, d_x).
 
     Self-attention is ctx = x. No mask: like the released code, pictures also attend to padding
-    tokens ("unmasked", App. E.2.1).
+    tokens ("unmasked", App. E.2.1). CLIP's text encoder alone has biases and is causal: token i
+    sees tokens 0..i.
     """
 
-    def __init__(self, d_x: int, d_ctx: int, n_head: int, d_head: int):
+    def __init__(self, d_x: int, d_ctx: int, n_head: int, d_head: int, clip: bool = False):
         super().__init__()
-        self.n_head = n_head
-        self.to_q = nn.Linear(d_x, n_head * d_head, bias=False)
-        self.to_k = nn.Linear(d_ctx, n_head * d_head, bias=False)
-        self.to_v = nn.Linear(d_ctx, n_head * d_head, bias=False)
+        self.n_head, self.causal = n_head, clip
+        self.to_q = nn.Linear(d_x, n_head * d_head, bias=clip)
+        self.to_k = nn.Linear(d_ctx, n_head * d_head, bias=clip)
+        self.to_v = nn.Linear(d_ctx, n_head * d_head, bias=clip)
         self.to_out = nn.Linear(n_head * d_head, d_x)
 
     def forward(self, x: torch.Tensor, ctx: torch.Tensor) -> torch.Tensor:
         q, k, v = (a.unflatten(2, (self.n_head, -1)).transpose(1, 2)    # (B, n_head, N|M, d_head)
                    for a in (self.to_q(x), self.to_k(ctx), self.to_v(ctx)))
-        h = F.scaled_dot_product_attention(q, k, v)                     # scale 1 / sqrt(d_head)
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)     # 1 / sqrt(d_head)
         return self.to_out(h.transpose(1, 2).flatten(2))                # (B, N, d_x)
 
 

@@ -1,10 +1,16 @@
 """Checkpoints: one plain dict a file, written whole or not at all, read without executing code.
 
+Ours, and the files of released models: Lightning's pickles (.ckpt) and .safetensors.
+
 Reads:   nothing of ours.
 """
 import io
+import json
+import math
 import os
 import pickle
+import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -26,8 +32,11 @@ def save_checkpoint(ckpt: dict, path: Path) -> None:
         raise BadInput(f"cannot write {path}: {e}") from e
 
 
-def load_checkpoint(path: str | Path, kind: str, flag: str) -> dict:
-    """A checkpoint of a kind ("autoencoder", "ldm"); code in it never runs. Raises BadInput."""
+def load_checkpoint(path: str | Path, kind: str | None, flag: str) -> dict:
+    """A checkpoint of a kind ("autoencoder", "ldm", None: either); code in it never runs.
+
+    Raises BadInput.
+    """
     try:
         data = Path(path).read_bytes()
         ckpt = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -41,7 +50,7 @@ def load_checkpoint(path: str | Path, kind: str, flag: str) -> dict:
     found = str(ckpt.get("kind", "")) if isinstance(ckpt, dict) else ""
     if not found.startswith("tinyldm "):
         raise BadInput(f"{flag} {path}: not a checkpoint of tinyldm")
-    if found != f"tinyldm {kind}":
+    if kind and found != f"tinyldm {kind}":
         raise BadInput(f"{flag} {path}: holds a {found}, but a tinyldm {kind} belongs here")
     return ckpt
 
@@ -58,3 +67,106 @@ def same_config(old: dict, new: dict, path: Path) -> None:
 def half(tree: dict) -> dict:
     """A nested dict of tensors, in fp16."""
     return {k: half(v) if isinstance(v, dict) else v.half() for k, v in tree.items()}
+
+
+# ---- released models
+
+class Inert(dict):
+    """Stands for what a trainer left in a file beside the weights: it holds and does nothing."""
+
+    def __init__(self, *_):
+        super().__init__()
+
+    def __setstate__(self, _):
+        pass
+
+
+ALLOWED = [(Inert, name) for name in (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")]
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_state(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors, or a pickle of torch with or without Lightning's wrapping.
+
+    They are mapped into memory, not read, where the format allows. Code in the file never runs: a
+    pickle that asks for anything but tensors, plain values and a trainer's known leftovers is
+    refused. Raises BadInput.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        with torch.serialization.safe_globals(ALLOWED):
+            state = torch.load(path, map_location="cpu", weights_only=True,
+                               mmap=zipfile.is_zipfile(path))
+        state = state.get("state_dict", state)
+        return {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    except BadInput:
+        raise
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror or e}") from e
+    except pickle.UnpicklingError as e:
+        asked = re.search(r"GLOBAL (\S+)", str(e))
+        raise BadInput(f"{path}: refused, it asks for {asked[1]}, which could run code" if asked
+                       else f"{path}: not a checkpoint, or it could run code when loaded") from e
+    except Exception as e:
+        raise BadInput(f"{path}: truncated, or not a checkpoint ({type(e).__name__})") from e
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """8 bytes: n, little-endian; n bytes of JSON {name: {dtype, shape, data_offsets}}; the data.
+
+    Nothing is believed: n and all offsets must lie within the file, and extents fit the shapes.
+    Raises BadInput.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        if size < 8 or n > min(size - 8, 100_000_000):
+            raise BadInput(f"{path}: truncated, or its header lies about its length ({n:,} bytes)")
+        try:
+            header = json.loads(f.read(n))
+            header.pop("__metadata__", None)
+        except (ValueError, TypeError, RecursionError, AttributeError) as e:
+            raise BadInput(f"{path}: its header is no JSON object") from e
+    data, out = torch.from_file(str(path), size=size, dtype=torch.uint8), {}
+    for name, entry in header.items():
+        try:
+            dtype, shape, (a, b) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            fits = (all(type(v) is int and v >= 0 for v in (a, b, *shape)) and b <= size - 8 - n
+                    and math.prod(shape) * dtype.itemsize == b - a)
+        except (KeyError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise BadInput(f"{path}: the header's entry of {name[:100]!r} is wrong, or the file is "
+                           "truncated")
+        raw = data[8 + n + a:8 + n + b]
+        aligned = (8 + n + a) % dtype.itemsize == 0
+        out[name] = (raw if aligned else raw.clone()).view(dtype).reshape(shape)
+    return out
+
+
+def write_state(state: dict[str, torch.Tensor], path: Path) -> None:
+    """Write tensors as .safetensors or, for another suffix, as {"state_dict": ...}; or BadInput."""
+    if path.suffix != ".safetensors":
+        return save_checkpoint({"state_dict": {k: v.contiguous() for k, v in state.items()}}, path)
+    names, header, end = {v: k for k, v in DTYPES.items()}, {}, 0
+    for k, v in state.items():
+        start, end = end, end + v.nbytes
+        header[k] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as f:
+            f.write(len(text).to_bytes(8, "little") + text)
+            for v in state.values():
+                f.write(v.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written: {e.strerror or e}") from e

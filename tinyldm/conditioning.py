@@ -1,7 +1,7 @@
 """tau: the encoders that turn a condition y into the tokens ctx = tau(y) that the U-Net attends to.
 
-Paper:   Sec. 3.3, App. E.2.1, Table 17.
-Symbols: y token ids (B, M); ctx (B, M, D); M tokens of width D.
+Paper:   Sec. 3.3, App. E.2.1, Table 17; CLIP (Radford et al. 2021) for Stable Diffusion's tau.
+Symbols: y token ids (B, M), labels (B,) or maps; ctx (B, M, D); M tokens of width D.
 Reads:   attention.py
 
 The null condition of guidance is the empty caption: M times [PAD]. tau learns what it means.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tinyldm.attention import Attention
 
@@ -23,6 +24,14 @@ class TextConfig:
     depth: int = 32
     n_head: int = 8
     d_head: int = 64
+    clip: bool = False                  # CLIP's: causal, biases in attention, another GELU
+
+
+class QuickGELU(nn.Module):
+    """CLIP's approximation of GELU: x sigmoid(1.702 x)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
 
 
 class TextBlock(nn.Module):
@@ -32,8 +41,9 @@ class TextBlock(nn.Module):
         super().__init__()
         d = cfg.d
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.attn = Attention(d, d, cfg.n_head, cfg.d_head)
-        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+        self.attn = Attention(d, d, cfg.n_head, cfg.d_head, cfg.clip)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), QuickGELU() if cfg.clip else nn.GELU(),
+                                 nn.Linear(4 * d, d))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         x = self.norm1(h)
@@ -43,6 +53,8 @@ class TextBlock(nn.Module):
 
 class TextTransformer(nn.Module):
     """ids (B, M) -> ctx (B, M, D): token + position embeddings, blocks, LayerNorm. No padding mask.
+
+    The paper's is x-transformers' encoder, with 8 heads of 64 whatever D is; M at most n_token.
 
     Tokens and positions begin at one size. Were positions drawn at 0.02 beside unit-size tokens,
     the first LayerNorm would all but hide them: a toy run then mixed up "left of" and "right of".
@@ -57,7 +69,39 @@ class TextTransformer(nn.Module):
         self.norm = nn.LayerNorm(cfg.d)
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
-        h = self.token(y) + self.position.weight                                # (B, M, D)
+        h = self.token(y) + self.position.weight[:y.shape[1]]                   # (B, M, D)
         for block in self.blocks:
             h = block(h)
         return self.norm(h)
+
+
+class ClassEmbedder(nn.Module):
+    """labels (B,) in 0..n_classes-1 -> ctx (B, 1, D), a single token.
+
+    NB: the guided ImageNet model has a 1001st class, the null condition, which the released code
+    never trains; without it guidance is impossible.
+    """
+
+    def __init__(self, n_classes: int, d: int):
+        super().__init__()
+        self.embedding = nn.Embedding(n_classes, d)
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return self.embedding(y)[:, None]
+
+
+class SpatialRescaler(nn.Module):
+    """A one-hot label map (B, c_in, H, W) -> (B, c_out, H / 2^n, W / 2^n), to lie beside z_t.
+
+    Bilinear halving n times (on even sides the mean of 2 x 2 each time), then a 1x1 conv.
+    """
+
+    def __init__(self, c_in: int, c_out: int, n: int):
+        super().__init__()
+        self.n = n
+        self.conv = nn.Conv2d(c_in, c_out, 1, bias=False)
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.n):
+            y = F.interpolate(y, scale_factor=0.5, mode="bilinear")
+        return self.conv(y)                                                     # (B, c_out, h, w)

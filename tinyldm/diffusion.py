@@ -20,12 +20,12 @@ def sqrt_linear_betas(T: int = 1000, start: float = 0.0015, end: float = 0.0195)
     return torch.linspace(start ** 0.5, end ** 0.5, T, dtype=torch.float64) ** 2
 
 
-def sd_betas(T: int = 1000) -> torch.Tensor:
+def sd_betas(T: int = 1000, start: float = 0.00085, end: float = 0.012) -> torch.Tensor:
     """The same with the ends of the released text-to-image models (Stable Diffusion's too).
 
     It destroys the picture later, and leaves more of it in z_T: sqrt(abar_T) = 0.068.
     """
-    return sqrt_linear_betas(T, 0.00085, 0.012)
+    return sqrt_linear_betas(T, start, end)
 
 
 def cosine_betas(T: int = 1000, offset: float = 0.008) -> torch.Tensor:

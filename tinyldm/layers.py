@@ -38,18 +38,22 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, twice, plus the input; between the two the timestep's offset, if any.
+    """norm, SiLU, conv, twice, plus the input; between the two the timestep's features, if any.
 
     d_emb is None in E and D; in eps_theta it is emb's width, conv2 begins at zero and eps is 1e-5.
-    x (B, c_in, H, W), emb (B, d_emb) -> (B, c_out, H, W)
+    scale_shift: emb becomes norm2's scale and shift instead of an offset before it. resample: a
+    parameterless layer that halves or doubles H and W, of the input too, before the first conv.
+    x (B, c_in, H, W), emb (B, d_emb) -> (B, c_out, H, W), or H/2, W/2 or 2H, 2W
     """
 
-    def __init__(self, c_in: int, c_out: int, d_emb: int | None = None, groups: int = 32):
+    def __init__(self, c_in: int, c_out: int, d_emb: int | None = None, groups: int = 32,
+                 scale_shift: bool = False, resample: nn.Module | None = None):
         super().__init__()
         eps = 1e-6 if d_emb is None else 1e-5
+        self.scale_shift, self.resample = scale_shift, resample or nn.Identity()
         self.norm1 = group_norm(c_in, groups, eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.emb = nn.Linear(d_emb, c_out) if d_emb else None
+        self.emb = nn.Linear(d_emb, c_out * (2 if scale_shift else 1)) if d_emb else None
         self.norm2 = group_norm(c_out, groups, eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -57,10 +61,14 @@ class ResBlock(nn.Module):
             zero_(self.conv2)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor | None = None) -> torch.Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        if self.emb is not None:
-            h = h + self.emb(F.silu(emb))[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))
+        e = 0 if self.emb is None else self.emb(F.silu(emb))[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = e.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + e)
+        return self.skip(self.resample(x)) + self.conv2(F.silu(h))
 
 
 class Downsample(nn.Module):

@@ -1,15 +1,27 @@
 """From captions to token ids: a WordPiece tokenizer trained on the captions of the training set.
 
-Paper:   App. E.2.1 (the released model uses BERT's WordPiece vocabulary).
+Paper:   App. E.2.1 (the released model uses BERT's WordPiece vocabulary, Stable Diffusion CLIP's).
 Shapes:  n captions -> ids (n, M) int64; 0 = [PAD], which is also all there is of the empty caption.
 Reads:   nothing of ours.
 """
 import warnings
+from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from tinyldm import BadInput
 
 PAD, UNK = "[PAD]", "[UNK]"
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"           # CLIP's
 
 
 def train_tokenizer(captions: list[str], vocab_size: int = 8192) -> Tokenizer:
@@ -38,6 +50,8 @@ def encode(tokenizer: Tokenizer, captions: list[str], M: int) -> torch.Tensor:
         row[:len(e.ids[:M])] = torch.tensor(e.ids[:M], dtype=torch.int64)
         if len(e.ids) > M:
             cut[text[e.offsets[M][0]:]] = None
+        elif e.overflowing:                                         # of open_vocab's tokenizers
+            cut[text[min(a for a, b in e.overflowing[0].offsets if b):]] = None
         unknown |= {text[a:b]: None for (a, b), piece in zip(e.offsets, e.tokens) if piece == UNK}
     if cut:
         warnings.warn(f"prompts are limited to {M} tokens, so these words are ignored: "
@@ -53,3 +67,52 @@ def brief(words) -> str:
     words = list(words)
     more = f" and {len(words) - 8} more" if len(words) > 8 else ""
     return ", ".join(map(repr, words[:8])) + more
+
+
+def bert(vocab: Path) -> Tokenizer:
+    """bert-base-uncased's: a piece a line; [CLS] words [SEP]."""
+    pieces = {line: i for i, line in enumerate(vocab.read_text("utf8").splitlines())}
+    t = Tokenizer(models.WordPiece(pieces, unk_token=UNK))
+    t.normalizer, t.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    t.post_processor = processors.BertProcessing(("[SEP]", pieces["[SEP]"]),
+                                                 ("[CLS]", pieces["[CLS]"]))
+    return t
+
+
+def clip(folder: Path) -> Tokenizer:
+    """CLIP's byte pairs, of vocab.json and merges.txt; lower case; BOS words EOS."""
+    t = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"),
+                                       unk_token=EOS, end_of_word_suffix="</w>"))
+    t.normalizer = normalizers.Sequence([
+        normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    words = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+    t.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(words), "removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    t.post_processor = processors.BertProcessing((EOS, t.token_to_id(EOS)),
+                                                 (BOS, t.token_to_id(BOS)))
+    return t
+
+
+def open_vocab(path: Path, n_vocab: int, M: int) -> Tokenizer:
+    """A released text encoder's tokenizer; it cuts, and pads to M: CLIP's with EOS, BERT's with 0.
+
+    path: vocab.txt, tokenizer.json, or a folder with one of them or with vocab.json and merges.txt.
+    Raises BadInput, also where it has not n_vocab tokens, as the embedding of the model has.
+    """
+    files = [path / f for f in ("vocab.json", "vocab.txt", "tokenizer.json")]
+    file = next((f for f in files if f.exists()), files[0]) if path.is_dir() else path
+    try:
+        if file.name == "vocab.json":
+            t = clip(file.parent)
+        else:
+            t = bert(file) if file.suffix == ".txt" else Tokenizer.from_file(str(file))
+    except Exception as e:                              # tokenizers raises bare Exceptions
+        raise BadInput(f"--vocab {file}: no vocabulary of CLIP or BERT ({e})".split("\n")[0]) from e
+    if t.get_vocab_size() != n_vocab:
+        raise BadInput(f"--vocab {file}: has {t.get_vocab_size()} tokens, where the model's "
+                       f"embedding has {n_vocab}")
+    pad = EOS if t.token_to_id(EOS) is not None else PAD
+    t.enable_truncation(M)
+    t.enable_padding(length=M, pad_id=t.token_to_id(pad) or 0, pad_token=pad)
+    return t

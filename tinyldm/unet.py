@@ -20,17 +20,20 @@ from tinyldm.layers import Downsample, ResBlock, Upsample, group_norm, timestep_
 @dataclass(frozen=True)
 class UNetConfig:
     """What shapes eps_theta; the names of Tables 12-15 in brackets."""
-    c_in: int = 3                       # latent channels, plus those of concatenated conditions
+    c_in: int = 3                       # latent channels, plus those of conditions beside them
     c_out: int = 3                      # latent channels
     side: int = 64                      # of the latent grid it is built for; others work too
     ch: int = 224                       # [Channels]
     ch_mult: tuple[int, ...] = (1, 2, 3, 4)     # [Channel Multiplier]
     n_res: int = 2                      # [Depth] ResBlocks a level on the way down; one more up
     attn_res: tuple[int, ...] = (32, 16, 8)     # [Attention resolutions] sides of grids that attend
-    d_head: int = 32                    # [Head Channels]
+    d_head: int | None = 32             # [Head Channels] width of a head; or, instead of it,
+    n_head: int | None = None           # [Number of Heads] everywhere, as wide as they have to be
     d_ctx: int | None = None            # [CA embedding dim]; None: no condition, self-attention
     depth: int = 1                      # [Transformer depth] blocks in each SpatialTransformer
     groups: int = 32                    # of GroupNorm
+    scale_shift: bool = False           # the timestep scales and shifts; churches only
+    res_updown: bool = False            # ResBlocks resample, not convs; churches and inpainting
 
     @property
     def factor(self) -> int:
@@ -49,15 +52,16 @@ class UNet(nn.Module):
         self.cfg, self.ckpt_grad = cfg, False
         d_emb, g = 4 * cfg.ch, cfg.groups
 
-        def res(c_in, c_out):
-            return ResBlock(c_in, c_out, d_emb, g)
+        def res(c_in, c_out, resample=None):
+            return ResBlock(c_in, c_out, d_emb, g, cfg.scale_shift, resample)
 
         def attn(c):
+            n_head = cfg.n_head or c // cfg.d_head
             if cfg.d_ctx is None:
-                block = SelfAttention2d(c, c // cfg.d_head, g, eps=1e-5)
+                block = SelfAttention2d(c, n_head, g, eps=1e-5)
                 zero_(block.proj_out)
                 return block
-            return SpatialTransformer(c, cfg.d_ctx, c // cfg.d_head, cfg.d_head, cfg.depth, g)
+            return SpatialTransformer(c, cfg.d_ctx, n_head, c // n_head, cfg.depth, g)
 
         self.time = nn.Sequential(nn.Linear(cfg.ch, d_emb), nn.SiLU(), nn.Linear(d_emb, d_emb))
         c, side = cfg.ch, cfg.side
@@ -70,7 +74,7 @@ class UNet(nn.Module):
                     down[-1].append(attn(c))
                 skips.append(c)
             if level < len(cfg.ch_mult) - 1:
-                down.append([Downsample(c)])
+                down.append([res(c, c, nn.AvgPool2d(2)) if cfg.res_updown else Downsample(c)])
                 skips.append(c)
                 side //= 2
         middle = [res(c, c), attn(c), res(c, c)]
@@ -82,7 +86,8 @@ class UNet(nn.Module):
                 if side in cfg.attn_res:
                     up[-1].append(attn(c))
                 if level > 0 and i == cfg.n_res:
-                    up[-1].append(Upsample(c))
+                    up[-1].append(res(c, c, nn.Upsample(scale_factor=2)) if cfg.res_updown
+                                  else Upsample(c))
                     side *= 2
         self.down = nn.ModuleList(map(nn.ModuleList, down))
         self.middle = nn.ModuleList(middle)
@@ -92,7 +97,7 @@ class UNet(nn.Module):
 
     def forward(self, z_t: torch.Tensor, t: torch.Tensor,
                 ctx: torch.Tensor | None = None) -> torch.Tensor:
-        emb = self.time(timestep_embedding(t, self.cfg.ch))                     # (B, 4 ch)
+        emb = self.time(timestep_embedding(t, self.cfg.ch).to(z_t.dtype))       # (B, 4 ch)
         h, skips = z_t, []
         run = run_lean if self.ckpt_grad and torch.is_grad_enabled() else run_stage
         for stage in self.down:

@@ -1,0 +1,269 @@
+"""Checkpoints of the official models: which of their tensors is which of ours, and the files.
+
+    python -m tinyldm.official --export out/ldm/ckpt.pt out/official.safetensors
+
+Paper:   the released model zoo; the names are those of its code's modules.
+Symbols: state is an official state dict {key: tensor}; prefix what its keys begin with in a file.
+Reads:   autoencoder.py, unet.py, conditioning.py, patchgan.py, presets.py, checkpoint.py
+
+Our modules take the file's own tensors, mapped into memory and in the file's precision; only q, k
+and v are copied, where they have to be joined or reordered.
+"""
+import argparse
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from tinyldm import BadInput, presets
+from tinyldm import training as tr
+from tinyldm.attention import SelfAttention2d
+from tinyldm.autoencoder import AEConfig, Autoencoder, Decoder
+from tinyldm.checkpoint import load_checkpoint, read_state, write_state
+from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextConfig, TextTransformer
+from tinyldm.diffusion import SCHEDULES, cumulative
+from tinyldm.layers import ResBlock
+from tinyldm.patchgan import Discriminator
+from tinyldm.unet import UNet, UNetConfig
+
+UNET, EMA, AE, TAU = ("model.diffusion_model.", "model_ema.diffusion_model", "first_stage_model.",
+                      "cond_stage_model.")
+
+# ---- names: (pattern, replacement), applied to our key in this order
+
+UNET_RULES = [
+    (r"^time\.", "time_embed."), (r"^down\.", "input_blocks."), (r"^up\.", "output_blocks."),
+    (r"^middle\.", "middle_block."), (r"^norm_out", "out.0"), (r"^conv_out", "out.2"),
+    (r"^(input_blocks\.\d+\.0)\.conv\.", r"\1.op."),                            # Downsample
+    (r"(_blocks?\.[\d.]+)norm1", r"\1in_layers.0"), (r"conv1", "in_layers.2"),  # ResBlock
+    (r"(_blocks?\.[\d.]+)norm2", r"\1out_layers.0"), (r"conv2", "out_layers.3"),
+    (r"\.emb\.", ".emb_layers.1."), (r"\.skip\.", ".skip_connection."),
+    (r"\.blocks\.", ".transformer_blocks."),                                    # TransformerBlock
+    (r"self_attn", "attn1"), (r"cross_attn", "attn2"), (r"to_out", "to_out.0"),
+    (r"mlp\.proj", "ff.net.0.proj"), (r"mlp\.out", "ff.net.2")]
+AE_RULES = [(r"\.skip\.", ".nin_shortcut."), (r"^codebook\.codes", "quantize.embedding.weight")]
+TEXT_RULES = [                                                                  # x-transformers
+    (r"^token\.", "token_emb."), (r"^position\.", "pos_emb.emb."),
+    (r"mlp\.0", "mlp.net.0.0"), (r"mlp\.2", "mlp.net.2"),
+    (r"^blocks\.(\d+)\.(norm1|attn|norm2|mlp)", lambda m: "attn_layers.layers." + ".".join((
+        str(2 * int(m[1]) + (m[2] in ("norm2", "mlp"))), str(int(m[2] in ("attn", "mlp")))))),
+    (r"^", "transformer.")]
+CLIP_RULES = [
+    (r"^(token|position)\.", r"embeddings.\1_embedding."), (r"^norm\.", "final_layer_norm."),
+    (r"^blocks\.", "encoder.layers."), (r"\.norm(\d)\.", r".layer_norm\1."),
+    (r"\.attn\.to_(\w+)\.", r".self_attn.\1_proj."), (r"mlp\.0", "mlp.fc1"), (r"mlp\.2", "mlp.fc2"),
+    (r"^", "transformer.text_model.")]
+# What a file may hold that no model of ours needs: the schedule, losses, the text encoder's output.
+PASSENGERS = re.compile(r"betas|(\w+_)?alphas_cumprod(_prev)?|posterior_\w+|lvlb_weights|logvar|"
+                        r"scale_factor|model_ema\.(decay|num_updates)|(first_stage_model\.)?loss\..+|"
+                        r"(.*\.)?to_logits\.\w+|(.*\.)?position_ids")
+
+
+class Source(NamedTuple):
+    """Where a tensor of ours comes from."""
+    keys: tuple[str, ...]               # official tensors, to be joined in dimension 0
+    shape: tuple[int, ...]              # of each
+    n_head: int = 1                     # rows are ordered (head, q|k|v), ours (q|k|v, head)
+
+
+def places(ae: Autoencoder, net: nn.Module) -> list[str]:
+    """The official names of E's or D's layers; up.0 is D's finest level, though it runs last."""
+    way, step = ("up", -1) if isinstance(net, Decoder) else ("down", 1)
+    level, block, names = len(ae.cfg.ch_mult) - 1 if way == "up" else 0, 0, []
+    mid = ["mid.block_1", *["mid.attn_1"] * ae.cfg.attn_mid, "mid.block_2"]
+    body = net.layers[1:-3]
+    for layer in body[len(mid):] if way == "up" else body[:-len(mid)]:
+        if isinstance(layer, ResBlock):
+            names.append(f"{way}.{level}.block.{block}")
+            block += 1
+        elif isinstance(layer, SelfAttention2d):
+            names.append(f"{way}.{level}.attn.{block - 1}")
+        else:
+            names.append(f"{way}.{level}.{way}sample")
+            level, block = level + step, 0
+    names = mid + names if way == "up" else names + mid
+    return ["conv_in", *names, "norm_out", "", "conv_out"]
+
+
+def rules_of(net: nn.Module) -> list[tuple[str, str | Callable]]:
+    """The renaming rules of a network."""
+    if isinstance(net, Autoencoder):
+        where = {"encoder": places(net, net.encoder), "decoder": places(net, net.decoder)}
+        return [(r"^(\w+)\.layers\.(\d+)", lambda m: f"{m[1]}.{where[m[1]][int(m[2])]}"), *AE_RULES]
+    if isinstance(net, TextTransformer):
+        return CLIP_RULES if net.cfg.clip else TEXT_RULES
+    return {UNet: UNET_RULES, Discriminator: [("^layers", "main")], ClassEmbedder: [],
+            SpatialRescaler: [("^conv", "channel_mapper")]}[type(net)]
+
+
+def table(net: nn.Module) -> dict[str, Source]:
+    """Our key -> its official source, for a network of any size."""
+    rules, out = rules_of(net), {}
+    attn = {name: m for name, m in net.named_modules() if isinstance(m, SelfAttention2d)}
+    for key, p in net.state_dict().items():
+        if key == "z_std":
+            continue
+        name, shape, n_head = key, tuple(p.shape), 1
+        for pattern, to in rules:
+            name = re.sub(pattern, to, name)
+        names, block = (name,), attn.get(key.rsplit(".", 2)[0])
+        if block and isinstance(net, UNet):
+            shape, n_head = shape[:3], block.n_head if ".qkv." in key else 1    # 1d convs
+        elif block and ".qkv." in key:
+            names = tuple(name.replace("qkv", c) for c in "qkv")
+            shape = (shape[0] // 3, *shape[1:])
+        out[key] = Source(names, shape, n_head)
+    return out
+
+
+# ---- from their tensors to ours, and back
+
+def load_into(net: nn.Module, state: dict, prefix: str = "") -> nn.Module:
+    """Fill net, which may be on the meta device, with an official state dict's own tensors.
+
+    Raises BadInput naming the key that is missing, unexpected or of the wrong shape.
+    """
+    sources = table(net)
+    known = {prefix + k: s.shape for s in sources.values() for k in s.keys}
+    for k, shape in known.items():
+        if k not in state:
+            raise BadInput(f"{k} is missing: this is another model")
+        if tuple(state[k].shape) != shape:
+            raise BadInput(f"{k} has shape {tuple(state[k].shape)} where {shape} belongs")
+    for k in state:
+        if k.startswith(prefix) and k not in known and not PASSENGERS.fullmatch(k):
+            raise BadInput(f"{k} is unexpected: this is another model")
+    ours = {}
+    for key, p in net.state_dict().items():
+        if key in sources:
+            keys, _, n_head = sources[key]
+            parts = [state[prefix + k] for k in keys]
+            t = torch.cat(parts) if parts[1:] else parts[0]
+            if n_head > 1:
+                t = t.unflatten(0, (n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
+            ours[key] = t.reshape(p.shape)
+    net.load_state_dict(ours, strict=False, assign=True)
+    return net
+
+
+def official_state(net: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The inverse of load_into."""
+    out, state = {}, net.state_dict()
+    for key, (keys, shape, n_head) in table(net).items():
+        t = state[key]
+        if n_head > 1:
+            t = t.unflatten(0, (3, n_head, -1)).transpose(0, 1).flatten(0, 2)
+        out |= {prefix + k: part.reshape(shape) for k, part in zip(keys, t.chunk(len(keys)))}
+    return out
+
+
+
+# ---- whole models
+
+class Loaded(NamedTuple):
+    """What a released file holds; the nets in its precision, not trainable; abar (T,) float64."""
+    preset: str
+    ae: Autoencoder
+    unet: UNet
+    tau: nn.Module | None
+    abar: torch.Tensor
+
+
+def detect(state: dict) -> str:
+    """The first row of presets.LDM whose networks have the shapes of state. Raises BadInput."""
+    first = state.get(UNET + "input_blocks.0.0.weight")
+    if first is None:
+        raise BadInput("this is no latent diffusion model: it has no " + UNET + "* tensors")
+    for name, row in presets.LDM.items():
+        if name == "toy" or row["ae_preset"] == "none" or first.shape[0] != row["ch"]:
+            continue
+        nets = zip(presets.networks(row), (AE, UNET, TAU))
+        want = {prefix + k: s.shape for net, prefix in nets if net
+                for s in table(net).values() for k in s.keys}
+        have = {k: tuple(state[k].shape) for k in state if k.startswith(UNET) or k in want}
+        if have == want:
+            return name
+    raise BadInput("no preset has these tensors; --preset NAME says what differs from a row")
+
+
+def averaged(state: dict, unet: UNet) -> dict:
+    """state with the EMA's weights in place of the U-Net's raw ones, where it has any.
+
+    NB: the names of the released EMA are those of the U-Net without dots. Only the U-Net has one.
+    """
+    names = {EMA + k.replace(".", ""): UNET + k for s in table(unet).values() for k in s.keys}
+    found = {k for k in state if k.startswith("model_ema.") and not PASSENGERS.fullmatch(k)}
+    if not found:
+        return state
+    if found != names.keys():
+        odd = min(found ^ names.keys())
+        raise BadInput(f"{odd} is {'unexpected' if odd in found else 'missing'} among the EMA's")
+    return state | {names[k]: state[k] for k in found}
+
+
+def load_model(path: Path, preset: str | None = None, ema: bool = True) -> Loaded:
+    """The model in a released .ckpt or .safetensors; preset: which, else it is found out.
+
+    Every tensor of the file is used or a known passenger, and every one of ours is filled; else
+    BadInput names it.
+    """
+    state = read_state(path)
+    try:
+        preset = preset or detect(state)
+        row = presets.LDM[preset]
+        ae, unet, tau = presets.networks(row)
+        for k in state:
+            known = k.startswith((UNET, AE, "model_ema.")) or PASSENGERS.fullmatch(k)
+            # inpaint256's condition encoder is stage one, whose weights its file has twice
+            if not known and not (k.startswith(TAU) and (tau or row["task"] == "inpaint")):
+                raise BadInput(f"{k} is unexpected: this is another model")
+        load_into(unet, averaged(state, unet) if ema else state, UNET)
+        load_into(ae, state, AE)
+        if tau:
+            load_into(tau, state, TAU)
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}") from e
+    z_std = 1 / state["scale_factor"].float() if "scale_factor" in state else row["z_std"] or 1.0
+    ae.z_std = torch.as_tensor(z_std, dtype=torch.float32).reshape(())
+    for net in (ae, unet, tau):
+        if net:
+            net.eval().requires_grad_(False)
+    abar = cumulative(SCHEDULES[row["schedule"]](1000, *row["beta_range"]))
+    return Loaded(preset, ae, unet, tau, abar)
+
+
+def export(path: Path, out: Path) -> None:
+    """Write one of our checkpoints in the official layout, .safetensors or .ckpt. Raises BadInput.
+
+    NB: the official layout has an EMA of the U-Net alone: tau is written as averaged.
+    """
+    ckpt = load_checkpoint(path, None, "--export")
+    config = ckpt["config"]
+    ae = Autoencoder(AEConfig(**config["autoencoder"]))
+    if "unet" not in config:                            # stage one alone
+        ae.load_state_dict(ckpt["nets"]["ae"])
+        return write_state(official_state(ae), out)
+    nets = ckpt.get("nets", ckpt["ema"])
+    unet, mean = UNet(UNetConfig(**config["unet"])), UNet(UNetConfig(**config["unet"]))
+    tau = TextTransformer(TextConfig(**config["tau"]))
+    for net, state in ((ae, ckpt["ae"]), (unet, nets["unet"]), (mean, ckpt["ema"]["unet"]),
+                       (tau, ckpt["ema"]["tau"])):
+        net.load_state_dict(state, assign=True)
+    if unet.cfg.groups != 32 or config["schedule"]["predict"] != "eps":
+        warnings.warn(f"the official code has 32 groups and predicts eps; this model has "
+                      f"{unet.cfg.groups} and predicts {config['schedule']['predict']}",
+                      stacklevel=2)
+    averages = {EMA + k.replace(".", ""): v for k, v in official_state(mean).items()}
+    write_state(official_state(unet, UNET) | official_state(ae, AE) | official_state(tau, TAU)
+                | averages | {"scale_factor": 1 / ae.z_std.float()}, out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--export", nargs=2, type=Path, required=True, metavar=("CKPT", "OUT"),
+                        help="write a checkpoint of ours in the official layout")
+    tr.run(lambda args: export(*args.export), parser.parse_args)
