@@ -111,7 +111,7 @@ def test_sigterm_saves_before_leaving(tmp_path, cli):
 def test_two_processes_train_together(tmp_path):
     """torchrun with gloo: both stages run, their weights stay equal on all ranks (one is saved)."""
     run = [sys.executable, "-m", "torch.distributed.run",
-           "--nproc-per-node", "2", "--master-port", "29533"]
+           "--standalone", "--nproc-per-node", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for script, flags in (("train_ae.py", TINY_AE),
                           ("train_ldm.py", [*TINY_LDM, "--ae", tmp_path / "ae/ckpt.pt"])):
@@ -126,8 +126,8 @@ def test_two_processes_restart_the_same_codes_as_one(tmp_path, cli):
     """Without D_psi, whose BatchNorm sees one process only, the weights end up the same."""
     flags = [*TINY_VQ, "--size", "16", "--steps", "3", "--disc-weight", "0", "--micro-batch", "1"]
     cli("train_ae.py", *flags, "--out", tmp_path / "one")
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                        "--master-port", "29534", ROOT / "train_ae.py", *flags,
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                        "--nproc-per-node", "2", ROOT / "train_ae.py", *flags,
                         "--out", tmp_path / "two"], capture_output=True, text=True,
                        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert p.returncode == 0, p.stderr

@@ -18,8 +18,8 @@ AE = {
     "toy": dict(
         data="shapes", size=32, ch=16, ch_mult=(1, 2, 4), n_res=1, c_z=4, groups=8, pixel_loss="l2",
         perceptual="random", perceptual_weight=0.03, kl_weight=5e-4, disc_weight=0.5,
-        disc_start=1200, disc_ch=16, disc_layers=2, batch=16, lr=4e-3, betas=(0.9, 0.95), warmup=50,
-        cosine=True, steps=1300),
+        disc_start=900, disc_ch=16, disc_layers=2, batch=16, lr=4e-3, betas=(0.9, 0.95), warmup=50,
+        cosine=True, steps=1000),
 }
 # Table 8, as in the released configs. Each says the batch of one GPU, not how many there were:
 # batch is that of one, and lr = 4.5e-6 batch. Steps are those of the released checkpoints.
@@ -65,7 +65,7 @@ LDM = {
         data="shapes", ae_preset="toy", size=32, ch=48, ch_mult=(1, 2), n_res=1, attn_res=(8, 4),
         d_head=16, depth=1, groups=8, d_ctx=128, text_depth=2, text_heads=8, text_d_head=16,
         n_token=12, schedule="sqrt-linear", predict="v", snr_clamp=(0.1, 1.0), batch=64, lr=2e-3,
-        betas=(0.9, 0.99), warmup=100, cosine=True, ema=0.99, steps=2200),
+        betas=(0.9, 0.99), warmup=100, cosine=True, ema=0.99, steps=2000),
 }
 # Tables 12-15 and 17, and the released configs. d_head is the width of a head, n_head their number
 # instead. text2img256's and semantic512's steps are nowhere stated: here the nearest row's.
