@@ -33,6 +33,13 @@ def test_the_scorer_is_right_on_every_clean_picture(split, size):
     assert score([i["image"] for i in items], [i["caption"] for i in items]) == 1.0
 
 
+def test_the_score_is_the_share_of_prompts_followed():
+    data = Shapes(4, seed=6)
+    images, prompts = [data[i]["image"] for i in range(4)], data.captions()
+    blank = torch.ones(3, 32, 32)
+    assert [score(images[:k] + [blank] * (4 - k), prompts) for k in range(5)] == [0, .25, .5, .75, 1]
+
+
 def test_the_scorer_finds_places_and_areas():
     data = Shapes(50, seed=4)
     for i in range(50):
