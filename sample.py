@@ -4,6 +4,7 @@
     python sample.py --ckpt out/ldm/ckpt.pt --n 16 --scale 4 "a small green cross"
     python sample.py --prompts prompts.txt --out pictures/          # one file a picture
     python sample.py --official sd-v1-4.ckpt --vocab clip/ --scale 7.5 "a photo of a red house"
+    python sample.py --ckpt out/class/ckpt.pt --label "red circle"  # without: all its classes
     python sample.py --official cin256-v2.ckpt 88 207               # classes by their numbers
 
 Writes one grid (--out FILE.png, a row a prompt) or, where --out does not end in .png, a folder.
@@ -22,11 +23,11 @@ from tinyldm import BadInput, official, presets, samplers, shapes
 from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.checkpoint import load_checkpoint
-from tinyldm.conditioning import ClassEmbedder, TextConfig, TextTransformer
+from tinyldm.conditioning import TASKS, ClassEmbedder, TextConfig, TextTransformer
 from tinyldm.data import save_grid, to_uint8
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative
 from tinyldm.guidance import guided
-from tinyldm.tokens import encode, open_vocab
+from tinyldm.tokens import open_vocab
 from tinyldm.unet import UNet, UNetConfig
 
 BUNDLED = Path(samplers.__file__).with_name("toy.pt")
@@ -43,12 +44,15 @@ class Model(NamedTuple):
     tokenizer: Tokenizer | None
     abar: torch.Tensor          # (T,) float64
     predict: str                # what unet says: "eps" or "v"
+    task: str = "text"
+    classes: tuple[str, ...] = ()       # their names, by number
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("prompt", nargs="*", help="one or more prompts, each in quotes")
+    p.add_argument("--label", nargs="+", default=[], help="names or numbers of classes")
     p.add_argument("--prompts", type=Path, help="a file with one prompt a line")
     p.add_argument("--ckpt", type=Path, default=BUNDLED, help="default: the bundled toy model")
     p.add_argument("--official", type=Path, help="a released model's file, .ckpt or .safetensors")
@@ -81,15 +85,21 @@ def load_model(path: Path, ema: bool, device: torch.device) -> tuple[Model, int]
         raise BadInput(f"--no-ema: {path} holds averaged weights only; take the run's ckpt.pt")
     try:
         config, nets = ckpt["config"], ckpt["ema" if ema else "nets"]
+        task, tau = config.get("task", {"name": "text"})["name"], None
+        if task != "none":
+            tau = (ClassEmbedder(**config["tau"]) if task == "class"
+                   else TextTransformer(TextConfig(**config["tau"])))
         built = (Autoencoder(AEConfig(**config["autoencoder"])), UNet(UNetConfig(**config["unet"])),
-                 TextTransformer(TextConfig(**config["tau"])))
-        for net, state in zip(built, (ckpt["ae"], nets["unet"], nets["tau"])):
+                 tau)
+        for net, state in zip(filter(None, built), (ckpt["ae"], nets["unet"], nets.get("tau"))):
             net.load_state_dict(state)
             net.to(device).eval().requires_grad_(False)
-        schedule, tokenizer = config["schedule"], Tokenizer.from_str(ckpt["tokenizer"])
+        schedule = config["schedule"]
+        tokenizer = Tokenizer.from_str(ckpt["tokenizer"]) if task == "text" else None
         betas = SCHEDULES[schedule["name"]](schedule["T"], *schedule.get("beta_range", ()))
         abar = cumulative(betas).to(device)
-        return Model(*built, tokenizer, abar, schedule["predict"]), ckpt["size"]
+        return Model(*built, tokenizer, abar, schedule["predict"], task,
+                     tuple(ckpt.get("classes", ()))), ckpt["size"]
     except Exception as e:
         raise BadInput(f"--ckpt {path}: its parts do not fit together ({type(e).__name__})") from e
 
@@ -116,18 +126,20 @@ def load_official(args, device: torch.device) -> tuple[Model, int]:
         if device.type == "cpu" or args.dtype == "fp32":        # a CPU is slow in fp16
             net.float()
     print(f"{args.official}: {m.preset}")
-    return Model(m.ae, m.unet, m.tau, tokenizer, m.abar.to(device), "eps"), row["size"]
+    return Model(m.ae, m.unet, m.tau, tokenizer, m.abar.to(device), "eps",
+                 row["task"]), row["size"]
 
 
 def read_prompts(m: Model, prompts: list[str]) -> torch.Tensor:
     """y: token ids, or class numbers, of which the last is the null one. Raises BadInput."""
-    if isinstance(m.tau, ClassEmbedder):
-        null = m.tau.embedding.num_embeddings - 1
+    if m.task == "class":
+        null, number = m.tau.embedding.num_embeddings - 1, {c: i for i, c in enumerate(m.classes)}
+        prompts = [str(number.get(p, p)) or None for p in prompts]
         for p in filter(None, prompts):
             if not (p.isdecimal() and int(p) <= null):
-                raise BadInput(f"{p}: prompts of this model are class numbers, 0..{null}")
-        return torch.tensor([int(p or null) for p in prompts])
-    return encode(m.tokenizer, prompts, m.tau.cfg.n_token)
+                names = f", or a name, like {', '.join(m.classes[:3])}" if m.classes else ""
+                raise BadInput(f"{p}: prompts of this model are class numbers, 0..{null}{names}")
+    return TASKS[m.task].to_y(prompts, m.tau, m.tokenizer)
 
 
 def timesteps(args, T: int) -> list[int]:
@@ -157,7 +169,7 @@ def draw(m: Model, prompts: list[str], args, first: int = 0, tick=lambda: None) 
 
     ctx, ctx_null = (m.tau(read_prompts(m, p).to(device)) if m.tau else None
                      for p in (prompts, [""]))
-    eps = guided(as_eps_theta(net, m.abar, m.predict), ctx_null, args.scale)
+    eps = guided(as_eps_theta(net, m.abar, m.predict), ctx_null, args.scale if m.tau else 1)
     ts, more = timesteps(args, len(m.abar)), {"eta": args.eta} if args.sampler == "ddim" else {}
     z = SAMPLERS[args.sampler](eps, randn(), ctx, m.abar, ts, randn, **more)
     return m.ae.decode(z).float().clamp(-1, 1).cpu()
@@ -165,7 +177,9 @@ def draw(m: Model, prompts: list[str], args, first: int = 0, tick=lambda: None) 
 
 def check(args, m: Model, trained: int) -> list[str]:
     """Fill in --size and --n, make the folder of --out, return a prompt a picture; or BadInput."""
-    prompts = list(args.prompt)
+    prompts = args.prompt + args.label
+    if args.label and m.task != "class":
+        raise BadInput(f"--label: this model's task is {m.task}, not class")
     if args.prompts:
         try:
             prompts += args.prompts.read_text("utf8").splitlines()
@@ -173,7 +187,10 @@ def check(args, m: Model, trained: int) -> list[str]:
             raise BadInput(f"--prompts {args.prompts}: cannot be read: {e}") from e
     prompts = [p.strip() for p in prompts if p.strip()]
     if m.tau is None:
-        prompts = [""]
+        prompts, args.scale = [""], 1.0
+    elif m.task == "class":
+        prompts = prompts or list(m.classes)
+        read_prompts(m, prompts)
     if not prompts:
         raise BadInput('no prompt: give one, like "a red circle above a blue square", or --prompts')
     timesteps(args, len(m.abar))
@@ -188,7 +205,7 @@ def check(args, m: Model, trained: int) -> list[str]:
     if args.size < factor or args.size % factor:
         raise BadInput(f"--size {args.size}: must be a multiple of {factor}, the autoencoder's f "
                        "times the U-Net's factor")
-    if args.score:
+    if args.score and m.task == "text":
         for p in prompts:
             shapes.parse_prompt(p)
     try:
@@ -226,7 +243,7 @@ def main(args):
     write(images, args)
     print(f"{len(images)} picture(s) -> {args.out}")
     if args.score:
-        share = shapes.score(images, prompts, trained / 32)
+        share = shapes.score(images, prompts, trained / 32, m.task)
         print(f"{share:.1%} of {len(images)} prompts followed in full (s = {args.scale:g}, "
               f"{n_steps} {args.sampler.upper()} steps)")
 

@@ -2,6 +2,7 @@
 
     python train_ldm.py                                     # toy, after train_ae.py: CPU, minutes
     python train_ldm.py --ae out/photos-ae/ckpt.pt --data photos/ --size 64 --n-token 24
+    python train_ldm.py --task class --out out/class        # or none: no condition
     python train_ldm.py --preset sd-v1 --dry-run            # a row of the paper: only its sizes
     torchrun --nproc-per-node 8 train_ldm.py --data ...     # the same run, each batch shared by 8
 
@@ -22,10 +23,11 @@ from tinyldm import BadInput, presets, shapes
 from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder, Posterior
 from tinyldm.checkpoint import half, load_checkpoint, same_config, save_checkpoint
+from tinyldm.conditioning import TASKS as TRAINED
 from tinyldm.data import BatchOrder, data_flags, encode_set, loader, open_data, save_grid
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, ldm_loss, snr_weight
 from tinyldm.guidance import drop_condition
-from tinyldm.tokens import encode, train_tokenizer
+from tinyldm.tokens import train_tokenizer
 from tinyldm.unet import UNet, UNetConfig
 
 TASKS = ("none", "class", "text", "layout", "semantic", "superres", "inpaint")
@@ -91,8 +93,9 @@ def parse_args(argv=None):
 
 def check(args) -> None:
     """Raises BadInput for flags that clash."""
-    if args.task != "text":
-        raise BadInput(f"--task {args.task}: only text can be trained yet; --dry-run shows sizes")
+    if args.task not in TRAINED:
+        raise BadInput(f"--task {args.task}: only {', '.join(TRAINED)} can be trained yet; "
+                       "--dry-run shows sizes")
     if args.n_head is None and args.d_head is None:
         raise BadInput("--d-head or --n-head: one of them is needed")
     if args.schedule == "cosine" and args.beta_range:
@@ -116,6 +119,39 @@ def configure(args, ae: AEConfig) -> UNetConfig:
     return unet
 
 
+def wording(args, data, held_out) -> tuple:
+    """-> tokenizer, the grids' prompts, tau's row; or BadInput where the data lack the field."""
+    toy, row = args.data == "shapes", vars(args)
+    if args.task == "none":
+        return None, [""] * 64, row | {"d_ctx": None}
+    if args.task == "class":
+        for r in getattr(data, "rows", []):
+            if "label" not in r:
+                raise BadInput(f'--data {args.data}: {r["file_name"]} has no label; put it into a '
+                               'sub-folder named so, or a "label" in metadata.jsonl')
+        names = [c for c in data.classes if not toy or tuple(c.split()) not in shapes.UNSEEN]
+        n = args.n_classes or len(data.classes) + 1
+        if n <= len(data.classes):
+            raise BadInput(f"--n-classes {n}: there are {len(data.classes)}, and the null class")
+        return None, names[:64], row | {"n_classes": n}
+    tokenizer = train_tokenizer(data.captions(), args.vocab_size)
+    prompts = shapes.prompts(64) if toy else (held_out.captions() or data.captions())[:16]
+    return tokenizer, prompts, row | {"vocab_size": tokenizer.get_vocab_size()}
+
+
+def shape_of(tau) -> dict:
+    """What rebuilds tau from a checkpoint."""
+    if hasattr(tau, "embedding"):
+        return dict(zip(("n_classes", "d"), tau.embedding.weight.shape))
+    return asdict(tau.cfg) if tau else {}
+
+
+def wrap(net, compiled: bool, world: int):
+    """net compiled, and shared by processes, as the flags say."""
+    net = torch.compile(net) if compiled else net
+    return DDP(net) if world > 1 else net
+
+
 def plan(args) -> None:
     """The dry run of a row that has no data: its networks' sizes, stage one's too."""
     ae, unet, tau = presets.networks(vars(args))
@@ -136,55 +172,52 @@ def main(args):
 
     # ---- data
     data, held_out = open_data(args), open_data(args, "held-out")
-    tokenizer = train_tokenizer(data.captions(), args.vocab_size)
-    toy = args.data == "shapes"
-    prompts = shapes.prompts(64) if toy else (held_out.captions() or data.captions())[:16]
+    tokenizer, prompts, row = wording(args, data, held_out)
 
     # ---- model
-    cfg, row = configure(args, ae.cfg), vars(args) | {"vocab_size": tokenizer.get_vocab_size()}
+    (field, null, to_y), cfg = TRAINED[args.task], configure(argparse.Namespace(**row), ae.cfg)
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
         unet, tau = UNet(cfg), presets.condition_encoder(row)
     if rank == 0:
-        print(f"U-Net {tr.n_params(unet):,} parameters | tau {tr.n_params(tau):,}, vocabulary "
-              f"{tau.cfg.n_vocab}, z ({cfg.c_in}, {cfg.side}, {cfg.side}), {len(data):,} pictures")
+        print(f"U-Net {tr.n_params(unet):,} parameters | tau {tr.n_params(tau) if tau else 0:,}, "
+              f"task {args.task}, z ({cfg.c_in}, {cfg.side}, {cfg.side}), {len(data):,} pictures")
     if args.dry_run:
-        return tr.dry_run(args, unet, tau)
-    unet, tau = unet.to(device, memory_format=torch.channels_last), tau.to(device)
+        return tr.dry_run(args, *filter(None, (unet, tau)))
+    unet, tau = unet.to(device, memory_format=torch.channels_last), tau and tau.to(device)
+    nets = {"unet": unet} | ({"tau": tau} if tau else {})
     unet.ckpt_grad = args.ckpt_grad
     schedule = {"name": args.schedule, "T": args.T, "beta_range": tuple(args.beta_range),
                 "predict": args.predict}
     abar = cumulative(SCHEDULES[args.schedule](args.T, *args.beta_range)).to(device)
-    run_unet, run_tau = (torch.compile(net) if args.compile else net for net in (unet, tau))
-    if world > 1:
-        run_unet, run_tau = DDP(run_unet), DDP(run_tau)
+    run_unet, run_tau = (net and wrap(net, args.compile, world) for net in (unet, tau))
     eps_theta = as_eps_theta(run_unet, abar, args.predict)
 
     # ---- optimiser
-    params = [*unet.parameters(), *tau.parameters()]
+    params = [p for net in nets.values() for p in net.parameters()]
     opt = torch.optim.AdamW(params, betas=args.betas, fused=True)
-    ema = tr.EMA({"unet": unet, "tau": tau}, args.ema)
+    ema = tr.EMA(nets, args.ema)
 
     # ---- resume
     path, step = args.out / "ckpt.pt", 0
-    config = {"autoencoder": asdict(ae.cfg), "unet": asdict(cfg), "tau": asdict(tau.cfg),
-              "schedule": schedule}
+    config = {"task": {"name": args.task}, "autoencoder": asdict(ae.cfg), "unet": asdict(cfg),
+              "tau": shape_of(tau), "schedule": schedule}
     if path.exists():
         ckpt = load_checkpoint(path, "ldm", "--out")
-        same_config(ckpt["config"], config, path)
+        same_config({"task": {"name": "text"}} | ckpt["config"], config, path)
         step, ema.shadow, ema.n = ckpt["step"], ckpt["ema"], ckpt["ema_n"]
-        for part, state in ((unet, ckpt["nets"]["unet"]), (tau, ckpt["nets"]["tau"]),
-                            (opt, ckpt["opt"]), (ae, ckpt["ae"])):
+        for part, state in ((opt, ckpt["opt"]), (ae, ckpt["ae"]),
+                            *((net, ckpt["nets"][k]) for k, net in nets.items())):
             part.load_state_dict(state)
 
     # ---- latents
     n = len(data) * (2 if args.flip else 1) if args.cache_latents else min(len(data), 4096)
     with autocast():
-        cache, captions = encode_set(ae, data, n, args.workers, device, rank == 0)
+        cache, values = encode_set(ae, data, n, args.workers, device, rank == 0, field)
     if step == 0:
         ae.z_std.copy_(cache.std() if args.z_std is None else torch.tensor(args.z_std))
         cache = cache.scaled(ae.z_std.cpu())
-    y_cache, y_null = (encode(tokenizer, c, args.n_token) for c in (captions, [""]))
+    y_cache, y_null = (to_y(v, tau, tokenizer) for v in (values, [null]))
     order = BatchOrder(len(data), args.batch, step, args.steps, args.seed, rank, world)
 
     def batches():
@@ -196,24 +229,26 @@ def main(args):
             for b in loader(data, order, args.workers, device.type == "cuda"):
                 with torch.no_grad(), autocast():
                     q = ae.encode(b["image"].to(device))
-                yield q, encode(tokenizer, b["caption"], args.n_token)
+                yield q, to_y(b[field] if field else [None] * len(q.mean), tau, tokenizer)
 
     def save():
         out = {"kind": "tinyldm ldm", "step": step, "config": config, "size": args.size,
-               "args": tr.plain(args), "tokenizer": tokenizer.to_str()}
-        nets = {"unet": unet.state_dict(), "tau": tau.state_dict()}
-        save_checkpoint({**out, "ae": ae.state_dict(), "nets": nets, "ema": ema.shadow,
+               "args": tr.plain(args), "classes": list(data.classes),
+               "tokenizer": tokenizer.to_str() if tokenizer else None}
+        raw = {k: net.state_dict() for k, net in nets.items()}
+        save_checkpoint({**out, "ae": ae.state_dict(), "nets": raw, "ema": ema.shadow,
                          "ema_n": ema.n, "opt": opt.state_dict()}, path)
         if step == args.steps:
             save_checkpoint(out | half({"ae": ae.state_dict(), "ema": ema.shadow}),
                             args.out / "model.pt")
         how = sample.parse_args(["", "--steps", "25", "--size", str(args.size)])
         with ema.swapped(), autocast():
-            model = sample.Model(ae, unet, tau, tokenizer, abar, args.predict)
+            model = sample.Model(ae, unet, tau, tokenizer, abar, args.predict, args.task,
+                                 tuple(data.classes))
             images = sample.draw(model, prompts, how)
         save_grid(images[:16], args.out / f"samples_{step:06d}.png", 8)
-        if toy:
-            log.write(step, prompts_followed=shapes.score(images, prompts))
+        if args.data == "shapes":
+            log.write(step, prompts_followed=shapes.score(images, prompts, task=args.task))
 
     # ---- loop
     log = tr.Log(args, step, device, rank)
@@ -238,7 +273,7 @@ def main(args):
         for i, (z_i, t_i, eps_i, y_i) in enumerate(parts):
             last = i == len(parts) - 1
             with tr.sync_last(run_unet, last), tr.sync_last(run_tau, last), autocast():
-                ctx = run_tau(y_i)
+                ctx = run_tau(y_i) if tau else None
                 loss = ldm_loss(eps_theta, z_i, t_i, eps_i, abar, ctx, args.loss)
                 loss = (loss * snr_weight(t_i, abar, *args.snr_clamp)).mean()
                 (loss / len(parts)).backward()

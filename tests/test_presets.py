@@ -124,4 +124,4 @@ def test_dry_run_prints_a_rows_sizes_and_other_tasks_are_not_trained(cli):
     assert "U-Net 859,520,964 | tau 123,060,480 | autoencoder kl-f8 83,653,863" in said
     said = cli("train_ldm.py", "--preset", "imagenet-f1", "--dry-run")
     assert "autoencoder none 0" in said
-    assert "only text" in cli("train_ldm.py", "--preset", "imagenet256", code=2)
+    assert "only none, class, text" in cli("train_ldm.py", "--preset", "layout256", code=2)

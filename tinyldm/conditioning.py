@@ -2,17 +2,21 @@
 
 Paper:   Sec. 3.3, App. E.2.1, Table 17; CLIP (Radford et al. 2021) for Stable Diffusion's tau.
 Symbols: y token ids (B, M), labels (B,) or maps; ctx (B, M, D); M tokens of width D.
-Reads:   attention.py
+Reads:   attention.py, tokens.py
 
-The null condition of guidance is the empty caption: M times [PAD]. tau learns what it means.
+TASKS says which field of a data set's item is the condition, how a list of its values becomes y,
+and which value is none at all, the null condition of guidance: tau learns what that means.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from tinyldm.attention import Attention
+from tinyldm.tokens import encode
 
 
 @dataclass(frozen=True)
@@ -105,3 +109,33 @@ class SpatialRescaler(nn.Module):
         for _ in range(self.n):
             y = F.interpolate(y, scale_factor=0.5, mode="bilinear")
         return self.conv(y)                                                     # (B, c_out, h, w)
+
+
+class Task(NamedTuple):
+    """A kind of condition. to_y(values, tau, tokenizer) -> y (B, ...)."""
+    field: str | None       # of an item of the data set
+    null: str | None        # the value that says nothing
+    to_y: Callable
+
+
+def no_y(values: list, tau, tokenizer) -> torch.Tensor:
+    return torch.zeros(len(values), dtype=torch.int64)
+
+
+def class_y(values: list, tau: ClassEmbedder, tokenizer) -> torch.Tensor:
+    """labels, or None for the last class, the null one -> (B,)."""
+    null = tau.embedding.num_embeddings - 1
+    return torch.tensor([null if v is None else int(v) for v in values])
+
+
+def text_y(values: list, tau: TextTransformer, tokenizer) -> torch.Tensor:
+    """captions -> token ids (B, M); the empty one is M times [PAD]."""
+    return encode(tokenizer, values, tau.cfg.n_token)
+
+
+TASKS = {
+    #             field      null  to_y          all through cross-attention
+    "none":  Task(None,      None, no_y),
+    "class": Task("label",   None, class_y),
+    "text":  Task("caption", "",   text_y),
+}

@@ -221,18 +221,18 @@ def loader(data: torch.utils.data.Dataset, order, workers: int, cuda: bool = Fal
 
 @torch.no_grad()
 def encode_set(ae: torch.nn.Module, data, n: int, workers: int, device,
-               show: bool) -> tuple[Posterior, list[str]]:
-    """The latent cache: E's posterior for items 0..n-1 (from len on: mirrored), and their captions.
+               show: bool, field: str | None = "caption") -> tuple[Posterior, list]:
+    """The latent cache: E's posterior for items 0..n-1 (from len on: mirrored), and their `field`s.
 
     Means and log-variances (n, c_z, h, w) stay on the CPU; z is still sampled anew at each step.
     """
     order = [list(range(i, min(i + 64, n))) for i in range(0, n, 64)]
-    parts, captions = [], []
+    parts, values = [], []
     for b in tqdm(loader(data, order, workers), "encoding", disable=not show, dynamic_ncols=True):
         q = ae.encode(b["image"].to(device))
         parts.append((q.mean.float().cpu(), q.logvar.float().cpu()))
-        captions += b["caption"]
-    return Posterior(*(torch.cat(v) for v in zip(*parts))), captions
+        values += b[field] if field else [None] * len(q.mean)
+    return Posterior(*(torch.cat(v) for v in zip(*parts))), values
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:

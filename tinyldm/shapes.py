@@ -238,9 +238,18 @@ def follows(things: list[Thing], prompt: str) -> bool:
     return False
 
 
-def score(images, prompts: list[str], unit: float | None = None) -> float:
+def right(things: list[Thing], prompt: str, task: str) -> bool:
+    """Text: all as said. Class "red circle": one is in it. None: one or two things, none a blob."""
+    if task == "none":
+        return len(things) in (1, 2) and all(t.shape != "blob" for t in things)
+    if task == "class":
+        return any(f"{t.colour} {t.shape}" == prompt for t in things)
+    return follows(things, prompt)
+
+
+def score(images, prompts: list[str], unit: float | None = None, task: str = "text") -> float:
     """The share of prompts followed in full; images (B, 3, H, W) in [-1, 1], one a prompt."""
-    done = [follows(find(x, unit), p) for x, p in zip(images, prompts, strict=True)]
+    done = [right(find(x, unit), p, task) for x, p in zip(images, prompts, strict=True)]
     return sum(done) / len(prompts)
 
 
