@@ -36,8 +36,8 @@ def test_the_scorer_is_right_on_every_clean_picture(split, size):
 def test_the_score_is_the_share_of_prompts_followed():
     data = Shapes(4, seed=6)
     images, prompts = [data[i]["image"] for i in range(4)], data.captions()
-    blank = torch.ones(3, 32, 32)
-    assert [score(images[:k] + [blank] * (4 - k), prompts) for k in range(5)] == [0, .25, .5, .75, 1]
+    for k in range(5):
+        assert score(images[:k] + [torch.ones(3, 32, 32)] * (4 - k), prompts) == k / 4
 
 
 def test_the_scorer_finds_places_and_areas():
