@@ -23,7 +23,7 @@ from tinyldm import BadInput, official, presets, samplers, shapes
 from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.checkpoint import load_checkpoint
-from tinyldm.conditioning import TASKS, ClassEmbedder, TextConfig, TextTransformer
+from tinyldm.conditioning import TASKS, ClassEmbedder, TextTransformer, rebuild
 from tinyldm.data import save_grid, to_uint8
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative
 from tinyldm.guidance import guided
@@ -85,12 +85,9 @@ def load_model(path: Path, ema: bool, device: torch.device) -> tuple[Model, int]
         raise BadInput(f"--no-ema: {path} holds averaged weights only; take the run's ckpt.pt")
     try:
         config, nets = ckpt["config"], ckpt["ema" if ema else "nets"]
-        task, tau = config.get("task", {"name": "text"})["name"], None
-        if task != "none":
-            tau = (ClassEmbedder(**config["tau"]) if task == "class"
-                   else TextTransformer(TextConfig(**config["tau"])))
+        task = config.get("task", {"name": "text"})["name"]
         built = (Autoencoder(AEConfig(**config["autoencoder"])), UNet(UNetConfig(**config["unet"])),
-                 tau)
+                 rebuild(task, config["tau"]))
         for net, state in zip(filter(None, built), (ckpt["ae"], nets["unet"], nets.get("tau"))):
             net.load_state_dict(state)
             net.to(device).eval().requires_grad_(False)

@@ -23,14 +23,14 @@ from tinyldm import BadInput, presets, shapes
 from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder, Posterior
 from tinyldm.checkpoint import half, load_checkpoint, same_config, save_checkpoint
-from tinyldm.conditioning import TASKS as TRAINED
+from tinyldm.conditioning import TASKS
 from tinyldm.data import BatchOrder, data_flags, encode_set, loader, open_data, save_grid
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, ldm_loss, snr_weight
 from tinyldm.guidance import drop_condition
 from tinyldm.tokens import train_tokenizer
 from tinyldm.unet import UNet, UNetConfig
 
-TASKS = ("none", "class", "text", "layout", "semantic", "superres", "inpaint")
+DRY = ("layout", "semantic", "superres", "inpaint")         # tasks of presets, sizes only yet
 
 
 def model_flags(parser) -> None:
@@ -66,7 +66,7 @@ def parse_args(argv=None):
     g.add_argument("--ae", default="out/ae/ckpt.pt", type=Path, help="stage one's checkpoint")
     g.add_argument("--ae-preset", choices=[*presets.AE, "none"],
                    help="stage one's shape in a dry run without data; none: pixels")
-    g.add_argument("--task", choices=TASKS, default="text", help="what the condition is")
+    g.add_argument("--task", choices=[*TASKS, *DRY], default="text", help="what the condition is")
     g.add_argument("--steps", type=int)
     g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     data_flags(p)
@@ -93,8 +93,8 @@ def parse_args(argv=None):
 
 def check(args) -> None:
     """Raises BadInput for flags that clash."""
-    if args.task not in TRAINED:
-        raise BadInput(f"--task {args.task}: only {', '.join(TRAINED)} can be trained yet; "
+    if args.task not in TASKS:
+        raise BadInput(f"--task {args.task}: only {', '.join(TASKS)} can be trained yet; "
                        "--dry-run shows sizes")
     if args.n_head is None and args.d_head is None:
         raise BadInput("--d-head or --n-head: one of them is needed")
@@ -175,7 +175,7 @@ def main(args):
     tokenizer, prompts, row = wording(args, data, held_out)
 
     # ---- model
-    (field, null, to_y), cfg = TRAINED[args.task], configure(argparse.Namespace(**row), ae.cfg)
+    (field, null, to_y), cfg = TASKS[args.task], configure(argparse.Namespace(**row), ae.cfg)
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
         unet, tau = UNet(cfg), presets.condition_encoder(row)

@@ -118,6 +118,13 @@ class Task(NamedTuple):
     to_y: Callable
 
 
+def rebuild(task: str, shape: dict) -> nn.Module | None:
+    """tau from what a checkpoint says of its shape (train_ldm.py's shape_of)."""
+    if task == "none":
+        return None
+    return ClassEmbedder(**shape) if task == "class" else TextTransformer(TextConfig(**shape))
+
+
 def no_y(values: list, tau, tokenizer) -> torch.Tensor:
     return torch.zeros(len(values), dtype=torch.int64)
 

@@ -24,7 +24,7 @@ from tinyldm import training as tr
 from tinyldm.attention import SelfAttention2d
 from tinyldm.autoencoder import AEConfig, Autoencoder, Decoder
 from tinyldm.checkpoint import load_checkpoint, read_state, write_state
-from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextConfig, TextTransformer
+from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextTransformer, rebuild
 from tinyldm.diffusion import SCHEDULES, cumulative
 from tinyldm.layers import ResBlock
 from tinyldm.patchgan import Discriminator
@@ -161,7 +161,6 @@ def official_state(net: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
     return out
 
 
-
 # ---- whole models
 
 class Loaded(NamedTuple):
@@ -249,17 +248,19 @@ def export(path: Path, out: Path) -> None:
         return write_state(official_state(ae), out)
     nets = ckpt.get("nets", ckpt["ema"])
     unet, mean = UNet(UNetConfig(**config["unet"])), UNet(UNetConfig(**config["unet"]))
-    tau = TextTransformer(TextConfig(**config["tau"]))
+    tau = rebuild(config.get("task", {"name": "text"})["name"], config["tau"])
     for net, state in ((ae, ckpt["ae"]), (unet, nets["unet"]), (mean, ckpt["ema"]["unet"]),
-                       (tau, ckpt["ema"]["tau"])):
-        net.load_state_dict(state, assign=True)
+                       (tau, ckpt["ema"].get("tau"))):
+        if net:
+            net.load_state_dict(state, assign=True)
     if unet.cfg.groups != 32 or config["schedule"]["predict"] != "eps":
         warnings.warn(f"the official code has 32 groups and predicts eps; this model has "
                       f"{unet.cfg.groups} and predicts {config['schedule']['predict']}",
                       stacklevel=2)
     averages = {EMA + k.replace(".", ""): v for k, v in official_state(mean).items()}
-    write_state(official_state(unet, UNET) | official_state(ae, AE) | official_state(tau, TAU)
-                | averages | {"scale_factor": 1 / ae.z_std.float()}, out)
+    of_tau = official_state(tau, TAU) if tau else {}
+    write_state(official_state(unet, UNET) | official_state(ae, AE) | of_tau | averages
+                | {"scale_factor": 1 / ae.z_std.float()}, out)
 
 
 if __name__ == "__main__":
