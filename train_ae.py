@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from tinyldm import BadInput, presets, shapes
+from tinyldm import BadInput, presets
 from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.checkpoint import load_checkpoint, same_config, save_checkpoint
-from tinyldm.data import BatchOrder, data_flags, loader, open_data, save_grid
+from tinyldm.data import BatchOrder, data_flags, loader, open_data
 from tinyldm.metrics import psnr
 from tinyldm.patchgan import (
     Discriminator,
@@ -30,7 +30,9 @@ from tinyldm.patchgan import (
     vanilla_loss,
 )
 from tinyldm.perceptual import Perceptual
+from tinyldm.pictures import save_grid
 from tinyldm.quantize import Codebook, count, perplexity
+from tinyldm.score import score
 
 
 def parse_args(argv=None):
@@ -189,7 +191,8 @@ def main(args):
                                    for v in x.split(64)])
             scores = {"held_out_psnr": psnr(x, x_rec).mean().item()}
             if args.data == "shapes":
-                scores["captions_still_true"] = shapes.score(x_rec, held_out.captions())
+                told = [{"caption": c} for c in held_out.captions()]
+                scores["captions_still_true"] = score("text", x_rec, told)["prompts_followed"]
             log.write(step, **scores)
             rows = [v[i:i + 10] for i in range(0, min(len(x), 30), 10) for v in (x, x_rec)]
             save_grid(torch.cat(rows), args.out / f"recon_{step:06d}.png", min(10, len(x)))

@@ -2,7 +2,7 @@
 
     python train_ldm.py                                     # toy, after train_ae.py: CPU, minutes
     python train_ldm.py --ae out/photos-ae/ckpt.pt --data photos/ --size 64 --n-token 24
-    python train_ldm.py --task class --out out/class        # or none: no condition
+    python train_ldm.py --task class --out out/class        # or none, layout, semantic, ...
     python train_ldm.py --preset sd-v1 --dry-run            # a row of the paper: only its sizes
     torchrun --nproc-per-node 8 train_ldm.py --data ...     # the same run, each batch shared by 8
 
@@ -18,19 +18,18 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import sample
 from tinyldm import BadInput, presets, shapes
 from tinyldm import training as tr
-from tinyldm.autoencoder import AEConfig, Autoencoder, Posterior
+from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, Posterior, build_autoencoder
 from tinyldm.checkpoint import half, load_checkpoint, same_config, save_checkpoint
-from tinyldm.conditioning import TASKS
-from tinyldm.data import BatchOrder, data_flags, encode_set, loader, open_data, save_grid
+from tinyldm.data import BatchOrder, data_flags, encode_set, loader, open_data
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, ldm_loss, snr_weight
+from tinyldm.generate import Model, defaults, draw
 from tinyldm.guidance import drop_condition
-from tinyldm.tokens import train_tokenizer
+from tinyldm.pictures import save_drawn
+from tinyldm.score import score
+from tinyldm.tasks import TASKS
 from tinyldm.unet import UNet, UNetConfig
-
-DRY = ("layout", "semantic", "superres", "inpaint")         # tasks of presets, sizes only yet
 
 
 def model_flags(parser) -> None:
@@ -55,7 +54,8 @@ def model_flags(parser) -> None:
     g.add_argument("--text-clip", action=BooleanOptionalAction, default=False,
                    help="tau as CLIP's: causal, with biases")
     g.add_argument("--n-classes", type=int, help="of labels or label maps")
-    g.add_argument("--vocab-size", type=int, default=8192, help="at most so many pieces of words")
+    g.add_argument("--vocab-size", type=int,
+                   help="at most so many pieces of words (8192), or places of a layout (1025)")
 
 
 def parse_args(argv=None):
@@ -63,10 +63,11 @@ def parse_args(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("run")
     g.add_argument("--out", default="out/ldm", type=Path, help="folder of what is written")
-    g.add_argument("--ae", default="out/ae/ckpt.pt", type=Path, help="stage one's checkpoint")
+    g.add_argument("--ae", default="out/ae/ckpt.pt", type=Path,
+                   help="stage one's checkpoint; none: diffuse pixels, f = 1")
     g.add_argument("--ae-preset", choices=[*presets.AE, "none"],
                    help="stage one's shape in a dry run without data; none: pixels")
-    g.add_argument("--task", choices=[*TASKS, *DRY], default="text", help="what the condition is")
+    g.add_argument("--task", choices=TASKS, default="text", help="what the condition is")
     g.add_argument("--steps", type=int)
     g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     data_flags(p)
@@ -82,7 +83,7 @@ def parse_args(argv=None):
                    help="the schedule's ends; default: its own")
     g.add_argument("--z-std", type=float, help="of stage one's latents; default: measured")
     g.add_argument("--T", type=int, default=1000)
-    g.add_argument("--p-drop", type=float, default=0.1, help="share of captions dropped")
+    g.add_argument("--p-drop", type=float, default=0.1, help="share of conditions dropped")
     tr.optimisation_flags(p)
     p.add_argument("--ema", type=float, help="decay of the averaged weights")
     p.add_argument("--ckpt-grad", action=BooleanOptionalAction, default=False,
@@ -93,19 +94,18 @@ def parse_args(argv=None):
 
 def check(args) -> None:
     """Raises BadInput for flags that clash."""
-    if args.task not in TASKS:
-        raise BadInput(f"--task {args.task}: only {', '.join(TASKS)} can be trained yet; "
-                       "--dry-run shows sizes")
     if args.n_head is None and args.d_head is None:
         raise BadInput("--d-head or --n-head: one of them is needed")
     if args.schedule == "cosine" and args.beta_range:
         raise BadInput("--beta-range: the cosine schedule has no ends to set")
 
 
-def load_stage_one(path: Path) -> Autoencoder:
+def load_stage_one(path: Path) -> Autoencoder | Pixels:
     """The frozen autoencoder of a checkpoint of stage one. Raises BadInput."""
+    if str(path) == "none":
+        return Pixels()
     ckpt = load_checkpoint(path, "autoencoder", "--ae")
-    ae = Autoencoder(AEConfig(**ckpt["config"]["autoencoder"]))
+    ae = build_autoencoder(ckpt["config"]["autoencoder"])
     ae.load_state_dict(ckpt["nets"]["ae"])
     return ae.eval().requires_grad_(False)
 
@@ -119,31 +119,17 @@ def configure(args, ae: AEConfig) -> UNetConfig:
     return unet
 
 
-def wording(args, data, held_out) -> tuple:
-    """-> tokenizer, the grids' prompts, tau's row; or BadInput where the data lack the field."""
-    toy, row = args.data == "shapes", vars(args)
-    if args.task == "none":
-        return None, [""] * 64, row | {"d_ctx": None}
+def examples(args, held_out, labels: list[str]) -> list[dict]:
+    """The conditions of the grids that show progress: held-out ones, or each class in turn."""
     if args.task == "class":
-        for r in getattr(data, "rows", []):
-            if "label" not in r:
-                raise BadInput(f'--data {args.data}: {r["file_name"]} has no label; put it into a '
-                               'sub-folder named so, or a "label" in metadata.jsonl')
-        names = [c for c in data.classes if not toy or tuple(c.split()) not in shapes.UNSEEN]
-        n = args.n_classes or len(data.classes) + 1
-        if n <= len(data.classes):
-            raise BadInput(f"--n-classes {n}: there are {len(data.classes)}, and the null class")
-        return None, names[:64], row | {"n_classes": n}
-    tokenizer = train_tokenizer(data.captions(), args.vocab_size)
-    prompts = shapes.prompts(64) if toy else (held_out.captions() or data.captions())[:16]
-    return tokenizer, prompts, row | {"vocab_size": tokenizer.get_vocab_size()}
-
-
-def shape_of(tau) -> dict:
-    """What rebuilds tau from a checkpoint."""
-    if hasattr(tau, "embedding"):
-        return dict(zip(("n_classes", "d"), tau.embedding.weight.shape))
-    return asdict(tau.cfg) if tau else {}
+        toy = args.data == "shapes"
+        return [{"label": i} for i, c in enumerate(labels)
+                if not toy or tuple(c.split()) not in shapes.UNSEEN][:64]
+    if args.data != "shapes":
+        return [held_out[i] for i in range(min(16, len(held_out)))]
+    if args.task == "text":
+        return [{"caption": p} for p in shapes.prompts(64)]
+    return [held_out[i] for i in range(64)]
 
 
 def wrap(net, compiled: bool, world: int):
@@ -171,14 +157,16 @@ def main(args):
     ae = load_stage_one(args.ae).to(device, memory_format=torch.channels_last)
 
     # ---- data
-    data, held_out = open_data(args), open_data(args, "held-out")
-    tokenizer, prompts, row = wording(args, data, held_out)
+    task = TASKS[args.task]
+    data, held_out = (open_data(args, split, task.fields) for split in ("train", "held-out"))
+    names = data.labels if args.task == "class" else data.classes
+    tokenizer = task.fit(args, data) if task.fit else None
 
     # ---- model
-    (field, null, to_y), cfg = TASKS[args.task], configure(argparse.Namespace(**row), ae.cfg)
+    cfg = configure(args, ae.cfg)
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
-        unet, tau = UNet(cfg), presets.condition_encoder(row)
+        unet, tau = UNet(cfg), presets.condition_encoder(vars(args), ae.cfg.f)
     if rank == 0:
         print(f"U-Net {tr.n_params(unet):,} parameters | tau {tr.n_params(tau) if tau else 0:,}, "
               f"task {args.task}, z ({cfg.c_in}, {cfg.side}, {cfg.side}), {len(data):,} pictures")
@@ -201,7 +189,7 @@ def main(args):
     # ---- resume
     path, step = args.out / "ckpt.pt", 0
     config = {"task": {"name": args.task}, "autoencoder": asdict(ae.cfg), "unet": asdict(cfg),
-              "tau": shape_of(tau), "schedule": schedule}
+              "tau": task.shape(vars(args), ae.cfg.f) if task.shape else {}, "schedule": schedule}
     if path.exists():
         ckpt = load_checkpoint(path, "ldm", "--out")
         same_config({"task": {"name": "text"}} | ckpt["config"], config, path)
@@ -211,13 +199,22 @@ def main(args):
             part.load_state_dict(state)
 
     # ---- latents
-    n = len(data) * (2 if args.flip else 1) if args.cache_latents else min(len(data), 4096)
+    n = len(data) * (2 if args.flip else 1)
+    m = Model(ae, unet, tau, tokenizer, abar, args.predict, args.task, tuple(names), tr.plain(args))
+
+    def to_y(batch):
+        return task.y(batch, tau, tokenizer)
+
+    y_null = to_y(task.null)
     with autocast():
-        cache, values = encode_set(ae, data, n, args.workers, device, rank == 0, field)
+        if args.cache_latents:
+            cache, y_cache = encode_set(ae, data, n, args.workers, device, rank == 0, to_y)
+        elif step == 0:
+            cache, _ = encode_set(ae, data, min(n, 4096), args.workers, device, rank == 0)
     if step == 0:
         ae.z_std.copy_(cache.std() if args.z_std is None else torch.tensor(args.z_std))
         cache = cache.scaled(ae.z_std.cpu())
-    y_cache, y_null = (to_y(v, tau, tokenizer) for v in (values, [null]))
+    items = examples(args, held_out if len(held_out) else data, data.labels)
     order = BatchOrder(len(data), args.batch, step, args.steps, args.seed, rank, world)
 
     def batches():
@@ -229,11 +226,11 @@ def main(args):
             for b in loader(data, order, args.workers, device.type == "cuda"):
                 with torch.no_grad(), autocast():
                     q = ae.encode(b["image"].to(device))
-                yield q, to_y(b[field] if field else [None] * len(q.mean), tau, tokenizer)
+                yield q, to_y(b)
 
     def save():
         out = {"kind": "tinyldm ldm", "step": step, "config": config, "size": args.size,
-               "args": tr.plain(args), "classes": list(data.classes),
+               "args": tr.plain(args), "classes": list(names),
                "tokenizer": tokenizer.to_str() if tokenizer else None}
         raw = {k: net.state_dict() for k, net in nets.items()}
         save_checkpoint({**out, "ae": ae.state_dict(), "nets": raw, "ema": ema.shadow,
@@ -241,19 +238,18 @@ def main(args):
         if step == args.steps:
             save_checkpoint(out | half({"ae": ae.state_dict(), "ema": ema.shadow}),
                             args.out / "model.pt")
-        how = sample.parse_args(["", "--steps", "25", "--size", str(args.size)])
         with ema.swapped(), autocast():
-            model = sample.Model(ae, unet, tau, tokenizer, abar, args.predict, args.task,
-                                 tuple(data.classes))
-            images = sample.draw(model, prompts, how)
-        save_grid(images[:16], args.out / f"samples_{step:06d}.png", 8)
+            images = draw(m, items, defaults(steps=min(25, args.T), size=(args.size, args.size)))
+        save_drawn(images[:16], items[:16], args.task, m.classes,
+                   args.out / f"samples_{step:06d}.png", 8)
         if args.data == "shapes":
-            log.write(step, prompts_followed=shapes.score(images, prompts, task=args.task))
+            log.write(step, **score(args.task, images, items))
 
     # ---- loop
     log = tr.Log(args, step, device, rank)
-    log.note("healthy: loss falls fast from 1 to 0.1, then slowly; gnorm below 1; z_std 1; each "
-             "grid shows\n  " + "\n  ".join(prompts[:16]))
+    log.note("healthy: loss falls fast from 1 to 0.1, then slowly; gnorm below 1; z_std 1")
+    if args.task == "text":
+        log.note("each grid shows\n  " + "\n  ".join(i["caption"] for i in items[:16]))
     stop = tr.Stop(device)
     for q, y in batches():
         step += 1
@@ -267,13 +263,13 @@ def main(args):
         drop = torch.rand(args.batch, generator=g) < args.p_drop
         noise, eps, t, drop = (tr.rows(v, rank, world).to(device) for v in (noise, eps, t, drop))
         z = Posterior(q.mean.to(device), q.logvar.to(device)).sample(noise)
-        y = drop_condition(y.to(device), y_null[0].to(device), drop)
+        y = drop_condition(y.to(device), y_null[0].to(device, y.dtype), drop)
         parts = list(zip(*(v.split(micro) for v in (z, t, eps, y))))
         values = {}
         for i, (z_i, t_i, eps_i, y_i) in enumerate(parts):
             last = i == len(parts) - 1
             with tr.sync_last(run_unet, last), tr.sync_last(run_tau, last), autocast():
-                ctx = run_tau(y_i) if tau else None
+                ctx = task.ctx(y_i, run_tau, ae)
                 loss = ldm_loss(eps_theta, z_i, t_i, eps_i, abar, ctx, args.loss)
                 loss = (loss * snr_weight(t_i, abar, *args.snr_clamp)).mean()
                 (loss / len(parts)).backward()

@@ -179,3 +179,24 @@ class Autoencoder(nn.Module):
     def last_layer(self) -> torch.Tensor:
         """Weight of D's last conv, where patchgan.adaptive_weight compares gradients."""
         return self.decoder.layers[-1].weight
+
+
+class Pixels(nn.Module):
+    """In stage one's place for diffusion in pixel space, f = 1: z = x / z_std, nothing learned."""
+    cfg = AEConfig(ch=0, ch_mult=(1,), c_z=3)
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("z_std", torch.ones(()))
+
+    def encode(self, x: torch.Tensor) -> Posterior:
+        return Posterior(x, torch.full_like(x, -torch.inf)).scaled(self.z_std)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return z * self.z_std
+
+
+def build_autoencoder(shape: dict) -> Autoencoder | Pixels:
+    """Of AEConfig's fields, as a checkpoint says them; width 0 stands for pixels."""
+    cfg = AEConfig(**shape)
+    return Autoencoder(cfg) if cfg.ch else Pixels()

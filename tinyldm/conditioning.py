@@ -1,22 +1,17 @@
-"""tau: the encoders that turn a condition y into the tokens ctx = tau(y) that the U-Net attends to.
+"""tau: the encoders of a condition y, ctx = tau(y), which the U-Net is given.
 
 Paper:   Sec. 3.3, App. E.2.1, Table 17; CLIP (Radford et al. 2021) for Stable Diffusion's tau.
-Symbols: y token ids (B, M), labels (B,) or maps; ctx (B, M, D); M tokens of width D.
-Reads:   attention.py, tokens.py
-
-TASKS says which field of a data set's item is the condition, how a list of its values becomes y,
-and which value is none at all, the null condition of guidance: tau learns what that means.
+Symbols: y token ids (B, M), labels (B,) or maps (B, H, W); ctx tokens (B, M, D) that the U-Net
+         attends to, or maps (B, c, h, w) that lie beside z_t: the paper's two ports.
+Reads:   attention.py
 """
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from tinyldm.attention import Attention
-from tinyldm.tokens import encode
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,8 @@ class ClassEmbedder(nn.Module):
 
 
 class SpatialRescaler(nn.Module):
-    """A one-hot label map (B, c_in, H, W) -> (B, c_out, H / 2^n, W / 2^n), to lie beside z_t.
+    """Label maps (B, H, W) of 0..c_in-1, or -1 where nothing is known, or their one-hot form
+    (B, c_in, H, W) -> (B, c_out, H / 2^n, W / 2^n), to lie beside z_t.
 
     Bilinear halving n times (on even sides the mean of 2 x 2 each time), then a 1x1 conv.
     """
@@ -106,43 +102,9 @@ class SpatialRescaler(nn.Module):
         self.conv = nn.Conv2d(c_in, c_out, 1, bias=False)
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
+        if y.ndim == 3:
+            y = F.one_hot(y.long() + 1, self.conv.in_channels + 1)[..., 1:]
+            y = y.permute(0, 3, 1, 2).to(self.conv.weight.dtype)                # (B, c_in, H, W)
         for _ in range(self.n):
             y = F.interpolate(y, scale_factor=0.5, mode="bilinear")
         return self.conv(y)                                                     # (B, c_out, h, w)
-
-
-class Task(NamedTuple):
-    """A kind of condition. to_y(values, tau, tokenizer) -> y (B, ...)."""
-    field: str | None       # of an item of the data set
-    null: str | None        # the value that says nothing
-    to_y: Callable
-
-
-def rebuild(task: str, shape: dict) -> nn.Module | None:
-    """tau from what a checkpoint says of its shape (train_ldm.py's shape_of)."""
-    if task == "none":
-        return None
-    return ClassEmbedder(**shape) if task == "class" else TextTransformer(TextConfig(**shape))
-
-
-def no_y(values: list, tau, tokenizer) -> torch.Tensor:
-    return torch.zeros(len(values), dtype=torch.int64)
-
-
-def class_y(values: list, tau: ClassEmbedder, tokenizer) -> torch.Tensor:
-    """labels, or None for the last class, the null one -> (B,)."""
-    null = tau.embedding.num_embeddings - 1
-    return torch.tensor([null if v is None else int(v) for v in values])
-
-
-def text_y(values: list, tau: TextTransformer, tokenizer) -> torch.Tensor:
-    """captions -> token ids (B, M); the empty one is M times [PAD]."""
-    return encode(tokenizer, values, tau.cfg.n_token)
-
-
-TASKS = {
-    #             field      null  to_y          all through cross-attention
-    "none":  Task(None,      None, no_y),
-    "class": Task("label",   None, class_y),
-    "text":  Task("caption", "",   text_y),
-}

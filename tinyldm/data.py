@@ -1,9 +1,10 @@
-"""Image folders, batches in a fixed order, the latent cache, and png grids.
+"""Image folders, batches in a fixed order, and the latent cache.
 
 Paper:   Sec. 3.1 and App. E.2: E encodes the set once; stage two never sees a pixel again.
 Shapes:  an item is a dict: image float (3, H, W) in [-1, 1], and what the set has of caption str,
-         label int, boxes (K, 5) [class, x0, y0, x1, y1 in 0..1], segmentation int (H, W).
-Reads:   autoencoder.py (Posterior), shapes.py
+         label int, boxes (K, 5) [class, x0, y0, x1, y1 in 0..1], segmentation int (H, W); and,
+         for a task that asks for them, what degrade.py makes: small, mask.
+Reads:   autoencoder.py (Posterior), shapes.py, degrade.py
 
 A folder, or a .zip of one, holds pictures in any depth. What is known of them stands in
 `metadata.jsonl` (file_name; text, label, boxes in pixels, mask = path of a label map), or else in a
@@ -15,24 +16,32 @@ import warnings
 import zipfile
 import zlib
 from argparse import BooleanOptionalAction
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tinyldm import BadInput
 from tinyldm.autoencoder import Posterior
+from tinyldm.degrade import Degraded, to_tensor
 from tinyldm.shapes import Shapes
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+COLUMNS = {                     # of metadata.jsonl, and what to do where a picture has none
+    "caption": ("text", 'give it a .txt beside it, or a "text" in metadata.jsonl'),
+    "label": ("label", 'put it into a sub-folder named so, or a "label" into metadata.jsonl'),
+    "boxes": ("boxes", 'give it "boxes" in metadata.jsonl: [[class, x0, y0, x1, y1 in px], ...]'),
+    "segmentation": ("mask", 'give it a "mask" in metadata.jsonl: the file of its label map')}
 UNREADABLE = (OSError, ValueError, SyntaxError, zipfile.BadZipFile, zlib.error,
               Image.DecompressionBombError, Image.DecompressionBombWarning)
 Image.MAX_IMAGE_PIXELS = 64_000_000                     # more is refused as a decompression bomb
 
 
-class Folder(torch.utils.data.Dataset):
+class Folder(Dataset):
     """The pictures of a folder or .zip as items of `size` px; one in 20 is held out.
 
     split: `train` or `held-out`. resize: the shorter side is scaled to `size` before the centre
@@ -42,12 +51,12 @@ class Folder(torch.utils.data.Dataset):
     """
 
     def __init__(self, path: str, size: int, split: str = "train", resize: bool = True,
-                 flip: bool = False):
+                 flip: bool = False, label: str = "label"):
         self.path, self.size, self.resize, self.flip = Path(path), size, resize, flip
         self.zip, self.bad = None, set()
-        rows = self._rows(self._names())
-        kinds = {r["label"] for r in rows if "label" in r}
-        self.classes = sorted(map(str, kinds | {b[0] for r in rows for b in r.get("boxes", [])}))
+        rows = [r | {"label": r[label]} if label in r else r for r in self._rows(self._names())]
+        self.labels = sorted({str(r["label"]) for r in rows if "label" in r})
+        self.classes = sorted({str(b[0]) for r in rows for b in r.get("boxes", [])})
         self.rows = [r for r in rows if (zlib.crc32(r["file_name"].encode()) % 20 == 0)
                      == (split == "held-out")]
         if not self.rows and split == "train":
@@ -56,13 +65,16 @@ class Folder(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.rows)
 
+    def need(self, field: str) -> None:
+        """Raises BadInput naming a picture without this field, and what to do."""
+        column, cure = COLUMNS.get(field, (None, ""))
+        for row in self.rows if column else []:
+            if row.get(column) is None:
+                raise BadInput(f"--data {self.path}: {row['file_name']} has no {field}; {cure}")
+
     def captions(self) -> list[str]:
-        """A caption a picture, in order. Raises BadInput for a picture without."""
-        for row in self.rows:
-            if not isinstance(row.get("text"), str):
-                raise BadInput(f"--data {self.path}: {row['file_name']} has no caption; give it a "
-                               '.txt beside it, or a "text" in metadata.jsonl')
-        return [row["text"] for row in self.rows]
+        self.need("caption")
+        return [str(row["text"]) for row in self.rows]
 
     def _names(self) -> list[str]:
         try:
@@ -121,11 +133,11 @@ class Folder(torch.utils.data.Dataset):
         mirror = self.flip and epoch % 2 == 1
         row, whole = self._readable(k)
         image = self._fit(whole, row["file_name"], mirror, Image.Resampling.LANCZOS)
-        item = {"image": torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1}
-        if isinstance(row.get("text"), str):
-            item["caption"] = row["text"]
+        item = {"image": to_tensor(image)}
+        if row.get("text") is not None:
+            item["caption"] = str(row["text"])
         if "label" in row:
-            item["label"] = self.classes.index(str(row["label"]))
+            item["label"] = self.labels.index(str(row["label"]))
         if "boxes" in row:
             item["boxes"] = self._boxes(row["boxes"], whole.size, mirror)
         if row.get("mask"):
@@ -208,50 +220,31 @@ class BatchOrder:
             yield out[self.slice]
 
 
-def loader(data: torch.utils.data.Dataset, order, workers: int, cuda: bool = False):
+def loader(data: Dataset, order, workers: int, cuda: bool = False):
     """Batches of items in the order of the lists that `order` yields: image (B, 3, H, W), and every
     other field that all of them have as a list."""
     def collate(items):
         common = set.intersection(*(set(i) for i in items))
         return {k: torch.stack([i[k] for i in items]) if k == "image" else [i[k] for i in items]
                 for k in common}
-    return torch.utils.data.DataLoader(data, batch_sampler=order, num_workers=workers,
-                                       collate_fn=collate, pin_memory=cuda)
+    return DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=collate,
+                      pin_memory=cuda)
 
 
 @torch.no_grad()
-def encode_set(ae: torch.nn.Module, data, n: int, workers: int, device,
-               show: bool, field: str | None = "caption") -> tuple[Posterior, list]:
-    """The latent cache: E's posterior for items 0..n-1 (from len on: mirrored), and their `field`s.
+def encode_set(ae: torch.nn.Module, data, n: int, workers: int, device, show: bool,
+               to_y: Callable = lambda batch: torch.zeros(1)) -> tuple[Posterior, torch.Tensor]:
+    """The latent cache: E's posterior for items 0..n-1 (from len on: mirrored), and their y.
 
     Means and log-variances (n, c_z, h, w) stay on the CPU; z is still sampled anew at each step.
     """
     order = [list(range(i, min(i + 64, n))) for i in range(0, n, 64)]
-    parts, values = [], []
+    parts = []
     for b in tqdm(loader(data, order, workers), "encoding", disable=not show, dynamic_ncols=True):
         q = ae.encode(b["image"].to(device))
-        parts.append((q.mean.float().cpu(), q.logvar.float().cpu()))
-        values += b[field] if field else [None] * len(q.mean)
-    return Posterior(*(torch.cat(v) for v in zip(*parts))), values
-
-
-def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """(3, H, W) in [-1, 1] -> (H, W, 3) uint8, rounded to nearest."""
-    x = (x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
-    return x.round().byte().permute(1, 2, 0).numpy()
-
-
-def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
-    """(n, 3, H, W) in [-1, 1] as one png, `columns` a row; enlarged to at least 96 px each."""
-    k, gap = -(-96 // images.shape[-1]), 4
-    w, h = images.shape[3] * k, images.shape[2] * k
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + gap) + gap), "white")
-    for i, x in enumerate(images):
-        tile = Image.fromarray(to_uint8(x)).resize((w, h), Image.Resampling.NEAREST)
-        sheet.paste(tile, (gap + i % columns * (w + gap), gap + i // columns * (h + gap)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+        parts.append((q.mean.float().cpu(), q.logvar.float().cpu(), to_y(b)))
+    mean, logvar, y = (torch.cat(v) for v in zip(*parts))
+    return Posterior(mean, logvar), y
 
 
 def data_flags(parser) -> None:
@@ -263,12 +256,22 @@ def data_flags(parser) -> None:
                    help="scale the shorter side to --size before the crop")
     g.add_argument("--flip", action=BooleanOptionalAction, default=False,
                    help="mirror the pictures in every second epoch")
+    g.add_argument("--label-column", default="label", help="of metadata.jsonl, for --task class")
+    g.add_argument("--degrade", choices=["bicubic", "chain"], default="bicubic",
+                   help="for --task superres; chain: blur, noise and JPEG, too")
 
 
-def open_data(args, split: str = "train") -> torch.utils.data.Dataset:
-    """The data set of the flags. Raises BadInput."""
+def open_data(args, split: str = "train", fields: tuple[str, ...] = ()) -> Dataset:
+    """The data set of the flags, with these fields in its items. Raises BadInput."""
     if args.data is None:
         raise BadInput(f"--data: preset {args.preset} has none of its own; give a folder or .zip")
     if args.data == "shapes":
-        return Shapes(args.n_shapes if split == "train" else 256, args.size, args.seed, split)
-    return Folder(args.data, args.size, split, args.resize, args.flip and split == "train")
+        data = Shapes(args.n_shapes if split == "train" else 256, args.size, args.seed, split)
+    else:
+        flip = args.flip and split == "train"
+        data = Folder(args.data, args.size, split, args.resize, flip, args.label_column)
+        for field in fields:
+            data.need(field)
+    if {"small", "mask"} & set(fields):
+        return Degraded(data, args.seed, args.degrade == "chain")
+    return data

@@ -24,10 +24,11 @@ from tinyldm import training as tr
 from tinyldm.attention import SelfAttention2d
 from tinyldm.autoencoder import AEConfig, Autoencoder, Decoder
 from tinyldm.checkpoint import load_checkpoint, read_state, write_state
-from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextTransformer, rebuild
+from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextTransformer
 from tinyldm.diffusion import SCHEDULES, cumulative
 from tinyldm.layers import ResBlock
 from tinyldm.patchgan import Discriminator
+from tinyldm.tasks import build_tau
 from tinyldm.unet import UNet, UNetConfig
 
 UNET, EMA, AE, TAU = ("model.diffusion_model.", "model_ema.diffusion_model", "first_stage_model.",
@@ -248,7 +249,7 @@ def export(path: Path, out: Path) -> None:
         return write_state(official_state(ae), out)
     nets = ckpt.get("nets", ckpt["ema"])
     unet, mean = UNet(UNetConfig(**config["unet"])), UNet(UNetConfig(**config["unet"]))
-    tau = rebuild(config.get("task", {"name": "text"})["name"], config["tau"])
+    tau = build_tau(config.get("task", {"name": "text"})["name"], config["tau"])
     for net, state in ((ae, ckpt["ae"]), (unet, nets["unet"]), (mean, ckpt["ema"]["unet"]),
                        (tau, ckpt["ema"].get("tau"))):
         if net:

@@ -1,17 +1,15 @@
 """Rows of defaults, one for each model: `--preset NAME` sets them, and any flag wins over its row.
 
 Paper:   Table 8 for the autoencoders; Tables 12-15 and 17 for the rest.
-Reads:   autoencoder.py, unet.py, conditioning.py
+Reads:   autoencoder.py, unet.py, tasks.py
 
 lr is the effective learning rate, of the whole batch. The toy rows are tuned for two CPU cores.
 """
-import math
-
 import torch
 from torch import nn
 
 from tinyldm.autoencoder import AEConfig, Autoencoder
-from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextConfig, TextTransformer
+from tinyldm.tasks import TASKS, build_tau
 from tinyldm.unet import UNet, UNetConfig
 
 AE = {
@@ -162,30 +160,20 @@ def ae_config(name: str) -> AEConfig | None:
 
 
 def unet_config(row: dict, ae: AEConfig | None) -> UNetConfig:
-    """The shape of eps_theta for a row of LDM, or a training script's flags, and its stage one.
-
-    What lies beside z_t: a rescaled label map or a small picture (3), or a masked picture's latents
-    and the mask.
-    """
+    """The shape of eps_theta for a row of LDM, or a training script's flags, and its stage one."""
     c_z, f = (ae.c_z, ae.f) if ae else (3, 1)
-    beside = {"semantic": 3, "superres": 3, "inpaint": c_z + 1}.get(row["task"], 0)
+    task = TASKS[row["task"]]
+    d_ctx = row["d_ctx"] if task.net and not task.beside else None
     return UNetConfig(
-        c_z + beside, c_z, row["size"] // f, row["ch"], tuple(row["ch_mult"]), row["n_res"],
-        tuple(row["attn_res"]), row["d_head"], row["n_head"], row["d_ctx"], row["depth"],
-        row["groups"], row["scale_shift"], row["res_updown"])
+        c_z + (task.beside(c_z) if task.beside else 0), c_z, row["size"] // f, row["ch"],
+        tuple(row["ch_mult"]), row["n_res"], tuple(row["attn_res"]), row["d_head"], row["n_head"],
+        d_ctx, row["depth"], row["groups"], row["scale_shift"], row["res_updown"])
 
 
-def condition_encoder(row: dict) -> nn.Module | None:
-    """tau of a row of LDM or a training script's flags; None where nothing is to be encoded."""
-    if row["task"] in ("text", "layout"):
-        return TextTransformer(TextConfig(
-            row["vocab_size"], row["n_token"], row["d_ctx"], row["text_depth"], row["text_heads"],
-            row["text_d_head"], row["text_clip"]))
-    if row["task"] == "class":
-        return ClassEmbedder(row["n_classes"], row["d_ctx"])
-    if row["task"] == "semantic":
-        return SpatialRescaler(row["n_classes"], 3, int(math.log2(ae_config(row["ae_preset"]).f)))
-    return None
+def condition_encoder(row: dict, f: int) -> nn.Module | None:
+    """tau of a row of LDM or a training script's flags; None where nothing is to be learned."""
+    shape = TASKS[row["task"]].shape
+    return shape and build_tau(row["task"], shape(row, f))
 
 
 def networks(row: dict) -> tuple[Autoencoder | None, UNet, nn.Module | None]:
@@ -193,4 +181,4 @@ def networks(row: dict) -> tuple[Autoencoder | None, UNet, nn.Module | None]:
     with torch.device("meta"):
         cfg = ae_config(row["ae_preset"])
         ae, unet = Autoencoder(cfg) if cfg else None, UNet(unet_config(row, cfg))
-        return ae, unet, condition_encoder(row)
+        return ae, unet, condition_encoder(row, cfg.f if cfg else 1)

@@ -142,3 +142,20 @@ def masked(sampler: Callable, z_T: torch.Tensor, z: torch.Tensor, mask: torch.Te
         z_t = mask * q_sample(z, each(t, z), randn(), abar) + (1 - mask) * z_t
         z_t = sampler(z_t, [t, s])
     return z_t
+
+
+def later(ts: list[int], strength: float) -> list[int]:
+    """The last `strength` (0..1] of the steps, for SDEdit (Meng et al. 2022): begin at later(ts)[0]
+    with a picture's z noised to that very timestep.
+
+    NB: the released img2img.py adds noise of one step and begins denoising at the step below.
+    """
+    return ts[-(max(1, round(strength * (len(ts) - 1))) + 1):]
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, w: float) -> torch.Tensor:
+    """From noise a (w = 0) to b (1) along the great circle, where all between is as likely."""
+    angle = torch.acos((a.flatten() @ b.flatten() / (a.norm() * b.norm())).clamp(-1, 1))
+    if angle < 1e-4:
+        return a
+    return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)

@@ -3,7 +3,7 @@
 A picture has one or two objects (4 shapes, 7 colours, 2 sizes) on a plain ground with faint grain;
 its caption names colour, shape, size and relation ("a small red circle left of a big blue square").
 Everything follows from (seed, index) by + - * / and sqrt, so it is the same on every machine.
-`score` looks at pictures alone and tells which share of the prompts was followed in full.
+What score.py finds in a picture can be asked back of it.
 
 Shapes: image (3, H, W) in [-1, 1]; boxes (K, 5) [class, x0, y0, x1, y1 in 0..1]; segmentation
         (H, W), 0 = ground, 1 + class. A class is a colour-shape pair. World unit: side / 32.
@@ -13,15 +13,12 @@ Reads:  nothing of ours.
     python -m tinyldm.shapes unseen 256                    # ... with never-seen colour-shape pairs
 """
 import itertools
-import re
 import sys
 import zlib
 from typing import NamedTuple
 
 import numpy as np
 import torch
-
-from tinyldm import BadInput
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {"red":  (.84, .10, .12), "orange": (.96, .52, .08), "yellow": (.97, .85, .10),
@@ -62,6 +59,28 @@ def coverage(shape: str, r: float, x: float, y: float, h: int, w: int) -> np.nda
         d = np.minimum(np.maximum(ax - 1.189 * r, ay - .3963 * r),
                        np.maximum(ax - .3963 * r, ay - 1.189 * r))
     return np.clip(.5 - d, 0, 1)
+
+
+def name(t: Thing) -> str:
+    return f"{t.colour} {t.shape}"
+
+
+def boxes(things: list[Thing], side: int) -> torch.Tensor:
+    """(K, 5) [class, x0, y0, x1, y1 in 0..1] of things in pixels, in a picture of side px."""
+    out = []
+    for t in things:
+        e, up, down = (v * t.r for v in EXTENT[t.shape])
+        out.append([CLASSES.index(name(t)),
+                    *((t.x - e) / side, (t.y - up) / side, (t.x + e) / side, (t.y + down) / side)])
+    return torch.tensor(out).reshape(-1, 5)
+
+
+def label_map(things: list[Thing], side: int) -> torch.Tensor:
+    """(side, side) of 0 = ground, or 1 + class, of things in pixels."""
+    out = np.zeros((side, side), np.int64)
+    for t in things:
+        out[coverage(t.shape, t.r, t.x, t.y, side, side) > .5] = 1 + CLASSES.index(name(t))
+    return torch.from_numpy(out)
 
 
 def caption(things: list[Thing], relation: str | None, sizes: bool = True) -> str:
@@ -110,7 +129,7 @@ def _place(things: list[Thing], relation: str | None, rng: np.random.Generator) 
 
 class Shapes(torch.utils.data.Dataset):
     """`n` pictures of `size` px: `train`, `held-out` or `unseen`; item i depends on (seed, i)."""
-    classes = CLASSES
+    classes = labels = CLASSES
 
     def __init__(self, n: int = 20_000, size: int = 32, seed: int = 0, split: str = "train"):
         self.n, self.size, self.key = n, size, [seed, zlib.crc32(split.encode())]
@@ -140,117 +159,20 @@ class Shapes(torch.utils.data.Dataset):
         things, text, rng = self.scene(i)
         side, unit = self.size, self.size / 32
         image = np.ones((side, side, 3)) * (.64 + .24 * rng.random())      # light grey ground
-        segmentation = np.zeros((side, side), np.int64)
-        boxes = []
+        things = [t._replace(r=t.r * unit, x=t.x * unit, y=t.y * unit) for t in things]
         for t in things:
-            cover = coverage(t.shape, t.r * unit, t.x * unit, t.y * unit, side, side)
-            kind = CLASSES.index(f"{t.colour} {t.shape}")
+            cover = coverage(t.shape, t.r, t.x, t.y, side, side)
             image += cover[..., None] * (PALETTE[list(COLOURS).index(t.colour)] - image)
-            segmentation[cover > .5] = 1 + kind
-            e, up, down = (v * t.r for v in EXTENT[t.shape])
-            boxes.append([kind, (t.x - e) / 32, (t.y - up) / 32, (t.x + e) / 32, (t.y + down) / 32])
         image += .04 * (rng.random((side, side, 1)) - .5)                  # faint grain
         image = torch.from_numpy(image.clip(-1, 1).astype(np.float32)).permute(2, 0, 1)
-        return {"image": image, "caption": text, "label": int(boxes[0][0]),
-                "boxes": torch.tensor(boxes), "segmentation": torch.from_numpy(segmentation)}
+        return {"image": image, "caption": text, "label": CLASSES.index(name(things[0])),
+                "boxes": boxes(things, side), "segmentation": label_map(things, side)}
 
 
 def prompts(n: int, split: str = "held-out", seed: int = 0) -> list[str]:
     """n captions of a split that say all: two objects, both sizes."""
     pairs = _specs(split)[1]
     return [caption(*pairs[i]) for i in np.random.default_rng(seed).permutation(len(pairs))[:n]]
-
-
-def _components(mask: np.ndarray) -> np.ndarray:
-    """(H, W) bool -> (H, W) int: 0, or one number for all pixels that touch, corners included."""
-    label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while (label != (label := _spread(label, 1) * mask)).any():
-        pass
-    return label
-
-
-def _spread(a: np.ndarray, k: int) -> np.ndarray:
-    """The largest value within k pixels of each pixel; (H, W) -> (H, W)."""
-    p = np.pad(a, k)
-    p = np.max([p[i:i + a.shape[0]] for i in range(2 * k + 1)], axis=0)
-    return np.max([p[:, j:j + a.shape[1]] for j in range(2 * k + 1)], axis=0)
-
-
-def find(image, unit: float | None = None) -> list[Thing]:
-    """The things in one picture (3, H, W) in [-1, 1], from its pixels alone; places in pixels.
-
-    Each connected patch that differs from the ground (the median colour) is explained by the
-    palette's nearest colour and the shape whose drawing, with the patch's own area and centroid,
-    errs least. A patch that no shape explains (more than 40 % of its area wrong) has shape "blob".
-    unit: pixels a world unit; by default the picture's side / 32.
-    """
-    image = np.asarray(image, np.float64)
-    h, w = image.shape[1:]
-    unit = unit or min(h, w) / 32
-    delta = image - np.median(image.reshape(3, -1), axis=1)[:, None, None]
-    away = np.sqrt((delta ** 2).sum(0))
-    label = _components(away > .5)
-    found = []
-    for k in np.unique(label)[1:]:
-        core = (label == k) & (away > .8 * away[label == k].max())
-        ink = np.median(delta[:, core], axis=1)                            # the object's own colour
-        near = _spread(label == k, 2) & ((label == k) | (label == 0))
-        alpha = near * (np.tensordot(ink, delta, 1) / (ink @ ink)).clip(0, 1)
-        alpha[alpha < .1] = 0
-        area = alpha.sum()
-        if area < 4 * unit ** 2:
-            continue                                                       # dust
-        x = (alpha * (np.arange(w) + .5)).sum() / area
-        y = (alpha.T * (np.arange(h) + .5)).sum() / area
-        r = np.sqrt(area / np.pi)
-        error = [np.abs(alpha - coverage(s, r, x, y, h, w)).sum() / area for s in SHAPES]
-        shape = SHAPES[int(np.argmin(error))] if min(error) < .4 else "blob"
-        colour = list(COLOURS)[int(((PALETTE - image[:, core].mean(1)) ** 2).sum(1).argmin())]
-        found.append(Thing(shape, colour, "small" if r < 4.3 * unit else "big", r, x, y))
-    return found
-
-
-def parse_prompt(prompt: str) -> tuple[list[Thing], str | None]:
-    """A sentence of this world -> its things (size "" if unsaid) and relation, or BadInput."""
-    thing = rf"(?:a )?(?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-    m = re.fullmatch(rf"{thing}(?: ({'|'.join(RELATIONS)}) {thing})?", prompt.strip().lower())
-    if not m:
-        raise BadInput(f"prompt {prompt!r} is not a sentence of the built-in world, so it cannot "
-                       'be scored; say it like "a small red circle left of a big blue square"')
-    g = m.groups()
-    return [Thing(s, c, z or "") for z, c, s in ((g[0:3], g[4:7]) if g[3] else (g[0:3],))], g[3]
-
-
-def follows(things: list[Thing], prompt: str) -> bool:
-    """Do the found things say the prompt in full: number, colours, shapes, sizes and relation?"""
-    asked, relation = parse_prompt(prompt)
-    if len(asked) != len(things):
-        return False
-    for order in itertools.permutations(things):
-        if all((a.shape, a.colour) == (t.shape, t.colour) and a.size in ("", t.size)
-               for a, t in zip(asked, order)):
-            if relation is None:
-                return True
-            dx, dy = order[0].x - order[1].x, order[0].y - order[1].y
-            rx, ry = RELATIONS[relation]
-            if (dx * rx > abs(dy)) if rx else (dy * ry > abs(dx)):
-                return True
-    return False
-
-
-def right(things: list[Thing], prompt: str, task: str) -> bool:
-    """Text: all as said. Class "red circle": one is in it. None: one or two things, none a blob."""
-    if task == "none":
-        return len(things) in (1, 2) and all(t.shape != "blob" for t in things)
-    if task == "class":
-        return any(f"{t.colour} {t.shape}" == prompt for t in things)
-    return follows(things, prompt)
-
-
-def score(images, prompts: list[str], unit: float | None = None, task: str = "text") -> float:
-    """The share of prompts followed in full; images (B, 3, H, W) in [-1, 1], one a prompt."""
-    done = [right(find(x, unit), p, task) for x, p in zip(images, prompts, strict=True)]
-    return sum(done) / len(prompts)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,11 @@ class UNetConfig:
 
 
 class UNet(nn.Module):
-    """eps_theta(z_t, t, ctx): z_t (B, c_in, h, w), t (B,), ctx (B, M, d_ctx) -> (B, c_out, h, w).
+    """eps_theta(z_t, t, ctx): z_t (B, c_out, h, w), t (B,) -> (B, c_out, h, w).
 
-    h and w must be divisible by 2^(levels - 1). Raises ValueError when a needed ctx is missing.
+    ctx: tokens (B, M, d_ctx) to attend to; without d_ctx, maps (B, c_in - c_out, h, w) that are
+    concatenated to z_t, or None. h and w must be divisible by 2^(levels - 1). Raises ValueError
+    when a needed ctx is missing.
     """
 
     def __init__(self, cfg: UNetConfig):
@@ -98,6 +100,8 @@ class UNet(nn.Module):
     def forward(self, z_t: torch.Tensor, t: torch.Tensor,
                 ctx: torch.Tensor | None = None) -> torch.Tensor:
         emb = self.time(timestep_embedding(t, self.cfg.ch).to(z_t.dtype))       # (B, 4 ch)
+        if ctx is not None and self.cfg.d_ctx is None:
+            z_t, ctx = torch.cat([z_t, ctx], dim=1), None                       # (B, c_in, h, w)
         h, skips = z_t, []
         run = run_lean if self.ckpt_grad and torch.is_grad_enabled() else run_stage
         for stage in self.down:

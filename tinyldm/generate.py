@@ -1,0 +1,167 @@
+"""A trained model, ours or a released one, and how it draws.
+
+Paper:   Sec. 3.3, 4.3-4.5; SDEdit (Meng et al. 2022) for --init.
+Shapes:  pictures (n, 3, H, W) in [-1, 1]; an item is a dict as in data.py, here of conditions.
+Reads:   samplers.py, guidance.py, tasks.py, official.py
+"""
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from torch.nn import functional as F
+
+from tinyldm import BadInput, official, presets, samplers
+from tinyldm.autoencoder import Autoencoder, Pixels, build_autoencoder
+from tinyldm.checkpoint import load_checkpoint
+from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, q_sample
+from tinyldm.guidance import guided
+from tinyldm.tasks import TASKS, build_tau
+from tinyldm.tokens import open_vocab
+from tinyldm.training import generator
+from tinyldm.unet import UNet, UNetConfig
+
+SAMPLERS = {"ddim": samplers.ddim, "ddpm": samplers.ddpm, "plms": samplers.plms,
+            "dpm++": samplers.dpm_solver_pp}
+TIMESTEPS = {"even": samplers.timesteps, "official": samplers.official_timesteps}
+
+
+class Model(NamedTuple):
+    """What drawing needs."""
+    ae: Autoencoder | Pixels
+    unet: UNet
+    tau: torch.nn.Module | None
+    tokenizer: Tokenizer | None
+    abar: torch.Tensor          # (T,) float64
+    predict: str                # what unet says: "eps" or "v"
+    task: str
+    classes: tuple[str, ...]    # their names, by number
+    flags: dict                 # that it was trained with
+
+    @property
+    def factor(self) -> int:
+        """A picture's sides must be multiples of it."""
+        return self.ae.cfg.f * self.unet.cfg.factor
+
+
+def load_model(path: Path, ema: bool, device: torch.device) -> Model:
+    """The model in a checkpoint of stage two. Raises BadInput."""
+    ckpt = load_checkpoint(path, "ldm", "--ckpt")
+    if not ema and "nets" not in ckpt:
+        raise BadInput(f"--no-ema: {path} holds averaged weights only; take the run's ckpt.pt")
+    try:
+        config, nets = ckpt["config"], ckpt["ema" if ema else "nets"]
+        task = config.get("task", {"name": "text"})["name"]
+        built = (build_autoencoder(config["autoencoder"]), UNet(UNetConfig(**config["unet"])),
+                 build_tau(task, config["tau"]))
+        for net, state in zip(filter(None, built), (ckpt["ae"], nets["unet"], nets.get("tau"))):
+            net.load_state_dict(state)
+            net.to(device).eval().requires_grad_(False)
+        schedule, tokenizer = config["schedule"], ckpt["tokenizer"]
+        betas = SCHEDULES[schedule["name"]](schedule["T"], *schedule.get("beta_range", ()))
+        return Model(*built, Tokenizer.from_str(tokenizer) if tokenizer else None,
+                     cumulative(betas).to(device), schedule["predict"], task,
+                     tuple(ckpt.get("classes", ())), ckpt["args"] | {"size": ckpt["size"]})
+    except Exception as e:
+        raise BadInput(f"--ckpt {path}: its parts do not fit together ({type(e).__name__})") from e
+
+
+def load_official(args, device: torch.device) -> Model:
+    """The model in a released file. Raises BadInput."""
+    m = official.load_model(args.official, args.preset, args.ema)
+    row = presets.LDM[m.preset]
+    if row["task"] == "text" and not args.vocab:
+        raise BadInput(f"--vocab: {m.preset} needs its tokenizer's vocabulary, CLIP's or BERT's")
+    if row["p_drop"] == 0:
+        if TASKS[row["task"]].s != 1 and args.scale not in (None, 1):
+            raise BadInput(f"--scale {args.scale:g}: {m.preset} has learned no null condition to "
+                           "guide away from; use --scale 1")
+        args.scale = 1.0
+    tokenizer = None
+    if row["task"] == "text":
+        tokenizer = open_vocab(args.vocab, m.tau.cfg.n_vocab, m.tau.cfg.n_token)
+    for net in filter(None, (m.ae, m.unet, m.tau)):
+        net.to(device)
+        if device.type == "cpu" or args.dtype == "fp32":        # a CPU is slow in fp16
+            net.float()
+    print(f"{args.official}: {m.preset}")
+    return Model(m.ae, m.unet, m.tau, tokenizer, m.abar.to(device), "eps", row["task"], (), row)
+
+
+def timesteps(args, T: int) -> list[int]:
+    """The timesteps to visit, and the end. Raises BadInput."""
+    try:
+        ts = TIMESTEPS[args.timesteps](T, min(50, T) if args.steps is None else args.steps)
+    except ValueError as e:
+        raise BadInput(f"--{e}") from e
+    return samplers.later(ts, args.strength) if args.init else ts
+
+
+def start(items: list[dict], args, first: int, shape: tuple) -> tuple[torch.Tensor, Callable]:
+    """z_T, and randn() for the steps: picture j has the noise of (args.seed, first + j).
+
+    With args.to_seed, pictures 0..n-1 walk from picture 0 of args.seed to that of args.to_seed.
+    """
+    generators = [generator(args.seed, first + j) for j in range(len(items))]
+
+    def randn():
+        return torch.stack([torch.randn(shape, generator=g) for g in generators])
+    z = randn()
+    if args.to_seed is not None:
+        a, b = (torch.randn(shape, generator=generator(s, 0)) for s in (args.seed, args.to_seed))
+        z = torch.stack([samplers.slerp(a, b, (first + j) / max(1, args.n - 1))
+                         for j in range(len(items))])
+    return z, randn
+
+
+@torch.no_grad()
+def draw(m: Model, items: list[dict], args, first: int = 0, tick: Callable = lambda: None,
+         wrap: Callable = lambda eps: eps) -> torch.Tensor:
+    """A picture an item, on the CPU; args as sample.py's parse_args makes them, size (H, W).
+
+    An item has what m's task asks for; with `init`, drawing begins at that picture, noised; with
+    `image` and `mask`, all but the mask's 1s is kept. tick() is called at each call of the U-Net.
+    """
+    task, device, f, (H, W) = TASKS[m.task], m.abar.device, m.ae.cfg.f, args.size
+    batch = {k: [item.get(k) for item in items] for k in ("image", *task.fields)}
+    y, null = (task.y(b, m.tau, m.tokenizer).to(device) for b in (batch, task.null))
+    ctx, ctx_null = (task.ctx(v, m.tau, m.ae) for v in (y, null.expand(1, *y.shape[1:])))
+
+    def net(z_t, t, ctx):
+        tick()
+        return m.unet(z_t, t, ctx).float()
+
+    def fields(name):
+        return torch.stack([item[name] for item in items]).to(device)
+
+    s = task.s if args.scale is None else args.scale
+    eps = wrap(guided(as_eps_theta(net, m.abar, m.predict), ctx_null, 1 if ctx is None else s))
+    z, randn_cpu = start(items, args, first, (m.ae.cfg.c_z, H // f, W // f))
+    z, ts = z.to(device), timesteps(args, len(m.abar))
+
+    def randn():
+        return randn_cpu().to(device)
+
+    def sampler(z_t, ts):
+        more = {"eta": args.eta} if args.sampler == "ddim" else {}
+        return SAMPLERS[args.sampler](eps, z_t, ctx, m.abar, ts, randn, **more)
+
+    if args.init:
+        z = q_sample(m.ae.encode(fields("init")).mean, samplers.each(ts[0], z), z, m.abar)
+    if "mask" in items[0] and m.task != "inpaint":
+        known = 1 - F.max_pool2d(fields("mask"), f)         # latents that no hole reaches into
+        z = samplers.masked(sampler, z, m.ae.encode(fields("image")).mean, known, m.abar, ts, randn)
+    else:
+        z = sampler(z, ts)
+    x = m.ae.decode(z).float().clamp(-1, 1)
+    if "mask" in items[0]:
+        x = torch.where(fields("mask") > 0, x, fields("image"))
+    return x.cpu()
+
+
+def defaults(**flags) -> Namespace:
+    """What draw() asks of sample.py's flags."""
+    return Namespace(**{"steps": 25, "timesteps": "even", "sampler": "ddim", "eta": 0.0, "seed": 0,
+                        "scale": None, "init": None, "strength": 1.0, "to_seed": None} | flags)

@@ -1,0 +1,68 @@
+"""What the programs show: png grids, and a condition as a picture.
+
+Shapes:  images (n, 3, H, W) in [-1, 1].
+Reads:   degrade.py
+"""
+import colorsys
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageColor, ImageDraw
+
+from tinyldm.degrade import to_image, to_tensor
+
+
+def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
+    """One png, `columns` a row; each picture enlarged to at least 96 px."""
+    k, gap = -(-96 // images.shape[-1]), 4
+    w, h = images.shape[3] * k, images.shape[2] * k
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + gap) + gap), "white")
+    for i, x in enumerate(images):
+        tile = to_image(x).resize((w, h), Image.Resampling.NEAREST)
+        sheet.paste(tile, (gap + i % columns * (w + gap), gap + i // columns * (h + gap)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def colour(k: int, names: tuple[str, ...]) -> tuple[int, ...]:
+    """Of class k: that which its name begins with, as in "red circle", or one of many hues."""
+    try:
+        return ImageColor.getrgb(names[k].split()[0])
+    except (ValueError, IndexError):
+        return tuple(int(255 * v) for v in colorsys.hsv_to_rgb(k * .618 % 1, .7, .5 + k % 3 / 4))
+
+
+def condition(task: str, item: dict, names: tuple[str, ...], h: int, w: int) -> torch.Tensor | None:
+    """What a spatial task was given, (3, h, w): map, boxes, small or masked picture; or None."""
+    sheet = Image.new("RGB", (w, h), "gainsboro")
+    if task == "semantic":
+        y = item["segmentation"]
+        out = to_tensor(sheet)
+        for k in y.unique().tolist():
+            if k > 0 or len(names) == 0:                # the built-in world's 0 is the ground
+                rgb = torch.tensor(colour(k - 1, names)) / 127.5 - 1
+                out = torch.where(y == k, rgb[:, None, None], out)
+        return out
+    if task == "layout":
+        for k, *b in item["boxes"].tolist():
+            corners = [v * s for v, s in zip(b, (w - 1, h - 1) * 2)]
+            ImageDraw.Draw(sheet).rectangle(corners, outline=colour(int(k), names))
+        return to_tensor(sheet)
+    if task == "superres":
+        return to_tensor(to_image(item["small"]).resize((w, h), Image.Resampling.NEAREST))
+    if task == "inpaint":
+        return item["image"] * (1 - item["mask"]) - item["mask"]
+    return None
+
+
+def save_drawn(images: torch.Tensor, items: list[dict], task: str, names: tuple[str, ...],
+               path: Path, columns: int) -> None:
+    """A grid of pictures, each row below the row of their conditions, where those can be seen."""
+    seen = [condition(task, item, names, *images.shape[2:]) for item in items]
+    if seen and seen[0] is not None:
+        rows = zip(torch.stack(seen).split(columns), images.split(columns))
+        blank = [torch.ones(-len(images) % columns, *images.shape[1:])]
+        images = torch.cat([torch.cat([part, *blank[:len(part) < columns]])
+                            for row in rows for part in row])
+    save_grid(images, path, columns)
