@@ -1,248 +1,309 @@
-"""Draw pictures of prompts with a trained model.
+"""Draw pictures with a trained model; its checkpoint says which task it learned.
 
     python sample.py "a red circle above a blue square"             # the bundled toy model
     python sample.py --ckpt out/ldm/ckpt.pt --n 16 --scale 4 "a small green cross"
     python sample.py --prompts prompts.txt --out pictures/          # one file a picture
-    python sample.py --official sd-v1-4.ckpt --vocab clip/ --scale 7.5 "a photo of a red house"
     python sample.py --ckpt out/class/ckpt.pt --label "red circle"  # without: all its classes
-    python sample.py --official cin256-v2.ckpt 88 207               # classes by their numbers
+    python sample.py --ckpt out/layout/ckpt.pt --boxes boxes.json   # without: held-out conditions
+    python sample.py --image photo.png --mask hole.png "a red circle"           # white is painted
+    python sample.py --init sketch.png --strength 0.5 "a red circle"            # img2img
+    python sample.py --to-seed 1 --n 8 "a red circle"               # from noise 0 to noise 1
+    python sample.py --attention words.png --trajectory steps.png "a red circle"
+    python sample.py --official sd-v1-4.ckpt --vocab clip/ --scale 7.5 "a photo of a red house"
 
 Writes one grid (--out FILE.png, a row a prompt) or, where --out does not end in .png, a folder.
 """
 import argparse
+import contextlib
+import json
 from argparse import BooleanOptionalAction
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from tinyldm import BadInput, official, presets, samplers, shapes
+from tinyldm import BadInput, presets, samplers, shapes
 from tinyldm import training as tr
-from tinyldm.autoencoder import AEConfig, Autoencoder
-from tinyldm.checkpoint import load_checkpoint
-from tinyldm.conditioning import TASKS, ClassEmbedder, TextTransformer, rebuild
-from tinyldm.data import save_grid, to_uint8
-from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative
-from tinyldm.guidance import guided
-from tinyldm.tokens import open_vocab
-from tinyldm.unet import UNet, UNetConfig
+from tinyldm.data import UNREADABLE, fit, load_rgb, open_data
+from tinyldm.degrade import to_image, to_tensor
+from tinyldm.generate import (
+    SAMPLERS,
+    TIMESTEPS,
+    Model,
+    draw,
+    load_model,
+    load_official,
+    timesteps,
+)
+from tinyldm.inside import attention_maps, record, save_attention
+from tinyldm.pictures import save_drawn, save_grid
+from tinyldm.score import parse_prompt, score
+from tinyldm.tasks import TASKS
 
 BUNDLED = Path(samplers.__file__).with_name("toy.pt")
-SAMPLERS = {"ddim": samplers.ddim, "ddpm": samplers.ddpm, "plms": samplers.plms,
-            "dpm++": samplers.dpm_solver_pp}
-TIMESTEPS = {"even": samplers.timesteps, "official": samplers.official_timesteps}
-
-
-class Model(NamedTuple):
-    """What sampling needs."""
-    ae: Autoencoder
-    unet: UNet
-    tau: TextTransformer | ClassEmbedder | None
-    tokenizer: Tokenizer | None
-    abar: torch.Tensor          # (T,) float64
-    predict: str                # what unet says: "eps" or "v"
-    task: str = "text"
-    classes: tuple[str, ...] = ()       # their names, by number
+NEAREST, LANCZOS = Image.Resampling.NEAREST, Image.Resampling.LANCZOS
+TAKES = {"none": (), "class": ("prompt", "prompts", "label"), "text": ("prompt", "prompts"),
+         "layout": ("boxes",), "semantic": ("map",), "superres": ("image",), "inpaint": ()}
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("prompt", nargs="*", help="one or more prompts, each in quotes")
-    p.add_argument("--label", nargs="+", default=[], help="names or numbers of classes")
-    p.add_argument("--prompts", type=Path, help="a file with one prompt a line")
-    p.add_argument("--ckpt", type=Path, default=BUNDLED, help="default: the bundled toy model")
-    p.add_argument("--official", type=Path, help="a released model's file, .ckpt or .safetensors")
-    p.add_argument("--preset", choices=[k for k in presets.LDM if k != "toy"],
+    g = p.add_argument_group("what to draw; spatial conditions: default the set's, held out")
+    g.add_argument("prompt", nargs="*", help="one or more prompts, each in quotes")
+    g.add_argument("--prompts", type=Path, help="a file with one prompt a line")
+    g.add_argument("--label", nargs="+", default=[], help="names or numbers of classes")
+    g.add_argument("--boxes", type=Path, help="json: [[class, x0, y0, x1, y1 in px], ...]")
+    g.add_argument("--map", type=Path, help="label map: a grey or palette png of class numbers")
+    g.add_argument("--image", type=Path, help="small picture (superres), or one to keep, but for")
+    g.add_argument("--mask", type=Path, help="its white parts, which are painted; any model")
+    g.add_argument("--init", type=Path, help="picture to begin with, noised; any model")
+    g.add_argument("--strength", type=float, default=0.5, help="how much: in 0..1 of the steps")
+    g.add_argument("--data", help="take conditions from this set; default: that of the training")
+    g.add_argument("--n", type=int, help="pictures a prompt (16; 1 where there are many prompts)")
+    g.add_argument("--size", type=int, help="px; default: as trained")
+    g = p.add_argument_group("model")
+    g.add_argument("--ckpt", type=Path, default=BUNDLED, help="default: the bundled toy model")
+    g.add_argument("--official", type=Path, help="a released model's file, .ckpt or .safetensors")
+    g.add_argument("--preset", choices=[k for k in presets.LDM if k != "toy"],
                    help="which model that is; default: found out")
-    p.add_argument("--vocab", type=Path, help="its tokenizer: a folder, vocab.txt, tokenizer.json")
-    p.add_argument("--ema", action=BooleanOptionalAction, default=True, help="averaged weights")
-    p.add_argument("--n", type=int, help="pictures a prompt (16; 1 where there are many prompts)")
-    p.add_argument("--sampler", choices=SAMPLERS, default="ddim")
-    p.add_argument("--steps", type=int, default=50, help="1..T; each calls the U-Net once")
-    p.add_argument("--timesteps", choices=TIMESTEPS, default="even",
+    g.add_argument("--vocab", type=Path, help="its tokenizer: a folder, vocab.txt, tokenizer.json")
+    g.add_argument("--ema", action=BooleanOptionalAction, default=True, help="averaged weights")
+    g = p.add_argument_group("how")
+    g.add_argument("--sampler", choices=SAMPLERS, default="ddim")
+    g.add_argument("--steps", type=int, help="1..T; each calls the U-Net once; default: 50")
+    g.add_argument("--timesteps", choices=TIMESTEPS, default="even",
                    help="even: from T-1 to z_0; official: the released code's rule (near --steps)")
-    p.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as DDPM")
-    p.add_argument("--scale", type=float, default=2.0, help="guidance s; 1 is none")
-    p.add_argument("--seed", type=int, default=0, help="same seed, same pictures")
-    p.add_argument("--size", type=int, help="px; default: as trained")
-    p.add_argument("--batch", type=int, default=64, help="pictures at a time")
-    p.add_argument("--score", action="store_true",
-                   help="print the share of prompts followed in full (built-in world only)")
-    p.add_argument("--out", type=Path, default=Path("out/samples.png"), help="FILE.png or a folder")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
+    g.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as DDPM")
+    g.add_argument("--scale", type=float, help="guidance s; 1 is none; default: the task's")
+    g.add_argument("--seed", type=int, default=0, help="same seed, same pictures")
+    g.add_argument("--to-seed", type=int, help="a strip of --n pictures from seed to seed")
+    g.add_argument("--batch", type=int, default=64, help="pictures at a time")
+    g.add_argument("--device", default="auto")
+    g.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
+    g = p.add_argument_group("what comes out")
+    g.add_argument("--out", type=Path, default=Path("out/samples.png"), help="FILE.png or a folder")
+    g.add_argument("--score", action="store_true",
+                   help="print how well the conditions are followed (built-in world; superres)")
+    g.add_argument("--attention", type=Path, help="FILE.png: where each word was looked at")
+    g.add_argument("--trajectory", type=Path, help="FILE.png: z_0 as predicted along the way")
+    g.add_argument("--at", type=int, nargs="+", help="steps, 1..., of these; default: all, and 8")
     return p.parse_args(argv)
 
 
-def load_model(path: Path, ema: bool, device: torch.device) -> tuple[Model, int]:
-    """The model in a checkpoint of stage two, and the size it was trained at. Raises BadInput."""
-    ckpt = load_checkpoint(path, "ldm", "--ckpt")
-    if not ema and "nets" not in ckpt:
-        raise BadInput(f"--no-ema: {path} holds averaged weights only; take the run's ckpt.pt")
+# ---- reading conditions
+
+def read(flag: str, path: Path, opened) -> Image.Image | dict | list | str:
+    """opened(bytes of the file). Raises BadInput."""
     try:
-        config, nets = ckpt["config"], ckpt["ema" if ema else "nets"]
-        task = config.get("task", {"name": "text"})["name"]
-        built = (Autoencoder(AEConfig(**config["autoencoder"])), UNet(UNetConfig(**config["unet"])),
-                 rebuild(task, config["tau"]))
-        for net, state in zip(filter(None, built), (ckpt["ae"], nets["unet"], nets.get("tau"))):
-            net.load_state_dict(state)
-            net.to(device).eval().requires_grad_(False)
-        schedule = config["schedule"]
-        tokenizer = Tokenizer.from_str(ckpt["tokenizer"]) if task == "text" else None
-        betas = SCHEDULES[schedule["name"]](schedule["T"], *schedule.get("beta_range", ()))
-        abar = cumulative(betas).to(device)
-        return Model(*built, tokenizer, abar, schedule["predict"], task,
-                     tuple(ckpt.get("classes", ()))), ckpt["size"]
-    except Exception as e:
-        raise BadInput(f"--ckpt {path}: its parts do not fit together ({type(e).__name__})") from e
+        return opened(path.read_bytes())
+    except (*UNREADABLE, RecursionError) as e:
+        raise BadInput(f"--{flag} {path}: cannot be read: {e}") from e
 
 
-def load_official(args, device: torch.device) -> tuple[Model, int]:
-    """The model in a released file, and the size it was trained at. Raises BadInput."""
-    m = official.load_model(args.official, args.preset, args.ema)
-    row = presets.LDM[m.preset]
-    if row["task"] not in ("text", "class", "none"):
-        raise BadInput(f"--official: {m.preset} wants a condition (task {row['task']}) that cannot "
-                       "be given here yet")
-    if row["task"] == "text" and not args.vocab:
-        raise BadInput(f"--vocab: {m.preset} needs its tokenizer's vocabulary, CLIP's or BERT's")
-    if row["p_drop"] == 0:
-        if m.tau and args.scale != 1:
-            raise BadInput(f"--scale {args.scale:g}: {m.preset} has learned no null condition to "
-                           "guide away from; use --scale 1")
-        args.scale = 1.0
-    tokenizer = None
-    if row["task"] == "text":
-        tokenizer = open_vocab(args.vocab, m.tau.cfg.n_vocab, m.tau.cfg.n_token)
-    for net in filter(None, (m.ae, m.unet, m.tau)):
-        net.to(device)
-        if device.type == "cpu" or args.dtype == "fp32":        # a CPU is slow in fp16
-            net.float()
-    print(f"{args.official}: {m.preset}")
-    return Model(m.ae, m.unet, m.tau, tokenizer, m.abar.to(device), "eps",
-                 row["task"]), row["size"]
+def fitted(flag: str, image: Image.Image, size: tuple[int, int], how) -> Image.Image:
+    """Scaled and cropped to the size (W, H), as training pictures are, with a notice."""
+    if image.size != size:
+        print(f"--{flag}: {image.width}x{image.height} is scaled and cropped to "
+              f"{size[0]}x{size[1]}{' (nearest)' if how == NEAREST else ''}")
+        image = fit(image, size[0], how)
+    return image
 
 
-def read_prompts(m: Model, prompts: list[str]) -> torch.Tensor:
-    """y: token ids, or class numbers, of which the last is the null one. Raises BadInput."""
-    if m.task == "class":
-        null, number = m.tau.embedding.num_embeddings - 1, {c: i for i, c in enumerate(m.classes)}
-        prompts = [str(number.get(p, p)) or None for p in prompts]
-        for p in filter(None, prompts):
-            if not (p.isdecimal() and int(p) <= null):
-                names = f", or a name, like {', '.join(m.classes[:3])}" if m.classes else ""
-                raise BadInput(f"{p}: prompts of this model are class numbers, 0..{null}{names}")
-    return TASKS[m.task].to_y(prompts, m.tau, m.tokenizer)
+def grey(flag: str, path: Path) -> Image.Image:
+    """A picture of one channel, as it is. Raises BadInput."""
+    def opened(data):
+        image = Image.open(Path(path))
+        image.load()
+        return image
+    image = read(flag, path, opened)
+    if len(image.getbands()) > 1 and flag == "map":
+        raise BadInput(f"--map {path}: has {len(image.getbands())} channels; a label map is a grey "
+                       "or palette png whose values are class numbers")
+    return image if flag == "map" else image.convert("L")
 
 
-def timesteps(args, T: int) -> list[int]:
-    """The timesteps to visit, and the end. Raises BadInput."""
-    try:
-        return TIMESTEPS[args.timesteps](T, args.steps)
-    except ValueError as e:
-        raise BadInput(f"--{e}") from e
+def read_hole(args, size: tuple[int, int]) -> dict:
+    """What is kept, and the mask: image (3, H, W), mask (1, H, W). Raises BadInput."""
+    image, mask = read("image", args.image, load_rgb), grey("mask", args.mask)
+    if mask.size != image.size:
+        print(f"--mask: {mask.width}x{mask.height} is resized (nearest) to --image's "
+              f"{image.width}x{image.height}")
+        mask = mask.resize(image.size, NEAREST)
+    mask = torch.from_numpy(np.array(fitted("mask", mask, size, NEAREST)) > 127).float()[None]
+    if mask.mean() in (0, 1):
+        raise BadInput(f"--mask {args.mask}: covers {'all' if mask.mean() else 'nothing'}; white "
+                       "is painted, black is kept")
+    return {"image": to_tensor(fitted("image", image, size, LANCZOS)), "mask": mask}
 
 
-@torch.no_grad()
-def draw(m: Model, prompts: list[str], args, first: int = 0, tick=lambda: None) -> torch.Tensor:
-    """One picture a prompt, (n, 3, size, size) in [-1, 1]; args as parse_args makes them.
-
-    Picture j has the noise of (args.seed, first + j). tick() is called at each call of the U-Net.
-    """
-    device, side = m.abar.device, args.size // m.ae.cfg.f
-    generators = [tr.generator(args.seed, first + j) for j in range(len(prompts))]
-
-    def randn():
-        shape = (m.ae.cfg.c_z, side, side)
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-
-    def net(z_t, t, ctx):
-        tick()
-        return m.unet(z_t, t, ctx).float()
-
-    ctx, ctx_null = (m.tau(read_prompts(m, p).to(device)) if m.tau else None
-                     for p in (prompts, [""]))
-    eps = guided(as_eps_theta(net, m.abar, m.predict), ctx_null, args.scale if m.tau else 1)
-    ts, more = timesteps(args, len(m.abar)), {"eta": args.eta} if args.sampler == "ddim" else {}
-    z = SAMPLERS[args.sampler](eps, randn(), ctx, m.abar, ts, randn, **more)
-    return m.ae.decode(z).float().clamp(-1, 1).cpu()
+def read_boxes(path: Path, names: tuple[str, ...], size: int) -> torch.Tensor:
+    """-> (K, 5) as in data.py. Raises BadInput."""
+    out, n = [], len(names)
+    rows = read("boxes", path, json.loads)
+    for row in rows if isinstance(rows, list) else [rows]:
+        say = f"--boxes {path}: {json.dumps(row)[:80]}: "
+        if not (isinstance(row, list) and len(row) == 5
+                and all(isinstance(v, int | float) for v in row[1:])):
+            raise BadInput(say + "a box is [class, x0, y0, x1, y1]")
+        x0, y0, x1, y1 = row[1:]
+        if not (0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size):
+            raise BadInput(say + f"must have 0 <= x0 < x1 <= {size} and so y, in pixels")
+        out.append([class_number(str(row[0]), names, n, say), *(v / size for v in row[1:])])
+    return torch.tensor(out, dtype=torch.float32).reshape(-1, 5)
 
 
-def check(args, m: Model, trained: int) -> list[str]:
-    """Fill in --size and --n, make the folder of --out, return a prompt a picture; or BadInput."""
-    prompts = args.prompt + args.label
-    if args.label and m.task != "class":
-        raise BadInput(f"--label: this model's task is {m.task}, not class")
-    if args.prompts:
-        try:
-            prompts += args.prompts.read_text("utf8").splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            raise BadInput(f"--prompts {args.prompts}: cannot be read: {e}") from e
-    prompts = [p.strip() for p in prompts if p.strip()]
-    if m.tau is None:
-        prompts, args.scale = [""], 1.0
-    elif m.task == "class":
-        prompts = prompts or list(m.classes)
-        read_prompts(m, prompts)
-    if not prompts:
-        raise BadInput('no prompt: give one, like "a red circle above a blue square", or --prompts')
-    timesteps(args, len(m.abar))
+def class_number(name: str, names: tuple[str, ...], n: int, say: str) -> int:
+    """Of a class that is given by its name or number. Raises BadInput."""
+    if name in names:
+        return names.index(name)
+    if name.isdecimal() and int(name) < n:
+        return int(name)
+    more = f", or a name, like {', '.join(names[:3])}" if names else ""
+    raise BadInput(f"{say}{name!r} is no class of this model; they are numbers, 0..{n - 1}{more}")
+
+
+def asked(args, m: Model) -> list[dict]:
+    """The items to draw, each with what m's task asks for; sets args.size. Raises BadInput."""
+    side = args.size[0]
+    if m.task in ("text", "class"):
+        lines = args.prompt + args.label
+        if args.prompts:
+            lines += read("prompts", args.prompts, lambda b: b.decode("utf8")).splitlines()
+        lines = [p.strip() for p in lines if p.strip()]
+        if m.task == "text":
+            return [{"caption": p} for p in lines]
+        n = m.tau.embedding.num_embeddings
+        some = shapes.SEEN if m.flags.get("data") == "shapes" else range(len(m.classes))
+        return [{"label": class_number(p, m.classes, n, "")} for p in lines] or [
+            {"label": i} for i in some]
+    if m.task == "none" or args.mask:
+        return [{}]
+    if args.boxes:
+        return [{"boxes": read_boxes(args.boxes, m.classes, side)}]
+    if args.map:
+        y = np.array(fitted("map", grey("map", args.map), (side, side), NEAREST))
+        return [{"segmentation": torch.from_numpy(y.astype(np.int64))}]
+    if args.image:
+        image, k = read("image", args.image, load_rgb), -(-m.factor // 4)
+        w, h = (v - v % k for v in image.size)
+        if (w, h) != image.size:
+            print(f"--image: {image.width}x{image.height} is cropped to {w}x{h}, multiples of {k}")
+        args.size = 4 * h, 4 * w
+        return [{"small": to_tensor(image.crop((0, 0, w, h)))}]
+    flags = {"label_column": "label", "degrade": "bicubic", "resize": True, "seed": 0,
+             "n_shapes": 0, "flip": False} | m.flags | {"size": side}
+    flags["data"] = args.data or flags.get("data")
+    data = open_data(argparse.Namespace(**flags), "held-out", TASKS[m.task].fields)
+    if m.task == "layout" and tuple(data.classes) != m.classes:
+        raise BadInput(f"--data {flags['data']}: its classes are not those of the model")
+    n, args.n = args.n or 16, 1
+    return [data[i % max(1, len(data))] for i in range(n)]
+
+
+def check(args, m: Model) -> list[dict]:
+    """Fill in flags, make the folder of --out, return an item a picture. Raises BadInput."""
+    takes = TAKES[m.task] + (("image", "mask") if m.task != "superres" else ())
+    for flag in ("prompt", "prompts", "label", "boxes", "map", "image", "mask"):
+        if getattr(args, flag) and flag not in takes:
+            raise BadInput(f"--{flag}: this model's task is {m.task}, which takes "
+                           + (", ".join("--" + f for f in takes)))
+    if m.task != "superres" and (args.image is None) != (args.mask is None):
+        raise BadInput("--image and --mask belong together: what is kept, and where it is painted")
+    for flag in ("n", "batch"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise BadInput(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if not 0 < args.strength <= 1:
+        raise BadInput(f"--strength {args.strength:g}: must be above 0 and at most 1")
     if args.eta and args.sampler != "ddim":
         raise BadInput(f"--eta {args.eta:g}: only --sampler ddim takes it")
-    args.n = 16 // min(len(prompts), 16) if args.n is None else args.n
-    for flag in ("n", "batch"):
-        if getattr(args, flag) < 1:
-            raise BadInput(f"--{flag} {getattr(args, flag)}: must be at least 1")
-    factor = m.ae.cfg.f * m.unet.cfg.factor
-    args.size = trained if args.size is None else args.size
-    if args.size < factor or args.size % factor:
-        raise BadInput(f"--size {args.size}: must be a multiple of {factor}, the autoencoder's f "
+    side = m.flags["size"] if args.size is None else args.size
+    if side < m.factor or side % m.factor:
+        raise BadInput(f"--size {side}: must be a multiple of {m.factor}, the autoencoder's f "
                        "times the U-Net's factor")
-    if args.score and m.task == "text":
-        for p in prompts:
-            shapes.parse_prompt(p)
+    n_steps = len(timesteps(args, len(m.abar))) - 1
+    if args.at and not all(1 <= k <= n_steps for k in args.at):
+        raise BadInput(f"--at: steps must be 1..{n_steps}")
+    if args.attention and m.task != "text":
+        raise BadInput(f"--attention: is of words, but this model's task is {m.task}")
+    args.size = side, side
+    items = asked(args, m)
+    if not items:
+        raise BadInput('no prompt: give one, like "a red circle above a blue square", or --prompts')
+    if args.score:
+        for item in items:
+            if m.task == "text":
+                parse_prompt(item["caption"])
+            elif m.task == "superres" and "image" not in item or m.flags.get("data") != "shapes":
+                raise BadInput("--score: needs the built-in world, or the truth (no --image)")
+    if args.init:
+        init = read("init", args.init, load_rgb)
+        items = [i | {"init": to_tensor(fitted("init", init, args.size[::-1], LANCZOS))}
+                 for i in items]
+    if args.mask:
+        hole = read_hole(args, args.size[::-1])
+        items = [i | hole for i in items]
+    if args.n is None:
+        args.n = 16 // min(len(items), 16) if args.to_seed is None else 8
     try:
-        folder = args.out.parent if args.out.suffix == ".png" else args.out
-        folder.mkdir(parents=True, exist_ok=True)
+        for out in filter(None, (args.out, args.attention, args.trajectory)):
+            (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise BadInput(f"--out {args.out}: cannot be written: {e.strerror or e}") from e
-    return [p for p in prompts for _ in range(args.n)]
+        raise BadInput(f"--out {out}: cannot be written: {e.strerror or e}") from e
+    return [i for i in items for _ in range(args.n)]
 
 
-def write(images: torch.Tensor, args) -> None:
+def write(images: torch.Tensor, items: list[dict], args, m: Model) -> None:
     """A grid, or one file a picture. Raises BadInput."""
     try:
         if args.out.suffix == ".png":
-            save_grid(images, args.out, args.n if args.n < len(images) else min(args.n, 8))
+            row = args.n if 1 < args.n < len(images) or args.to_seed is not None else 8
+            save_drawn(images, items, m.task, m.classes, args.out, min(row, len(images)))
         else:
             for i, x in enumerate(images):
-                Image.fromarray(to_uint8(x)).save(args.out / f"{i:06d}.png")
+                to_image(x).save(args.out / f"{i:06d}.png")
     except OSError as e:
         raise BadInput(f"--out {args.out}: cannot be written: {e.strerror or e}") from e
 
 
 def main(args):
     device, autocast, _, _ = tr.setup(args.device, args.dtype)
-    if args.official:
-        m, trained = load_official(args, device)
-    else:
-        m, trained = load_model(args.ckpt, args.ema, device)
-    prompts = check(args, m, trained)
-    chunks, n_steps = range(0, len(prompts), args.batch), len(timesteps(args, len(m.abar))) - 1
-    calls = n_steps + (args.sampler == "plms")
+    m = (load_official(args, device) if args.official
+         else load_model(args.ckpt, args.ema, device))
+    items = check(args, m)
+    chunks, n_steps = range(0, len(items), args.batch), len(timesteps(args, len(m.abar))) - 1
+    calls, images, z_0s, maps = n_steps + (args.sampler == "plms"), [], [], []
     with tqdm(total=len(chunks) * calls, unit="step", dynamic_ncols=True) as bar, autocast():
-        images = torch.cat([draw(m, prompts[i:i + args.batch], args, i, bar.update)
-                            for i in chunks])
-    write(images, args)
+        for i in chunks:
+            part, wrap, watch = items[i:i + args.batch], lambda eps: eps, contextlib.nullcontext([])
+            if i == 0 and args.trajectory:
+                def wrap(eps):
+                    return record(eps, m.abar, z_0s)
+            if i == 0 and args.attention:
+                watch = attention_maps(m.unet, len(part), *(v // m.ae.cfg.f for v in args.size),
+                                       {k - 1 for k in args.at} if args.at else None)
+            with watch as new:
+                images.append(draw(m, part, args, i, bar.update, wrap))
+                maps += new
+    images = torch.cat(images)
+    write(images, items, args, m)
     print(f"{len(images)} picture(s) -> {args.out}")
+    if args.attention:
+        maps = torch.stack(maps).mean(0)
+        save_attention(images[:len(maps)], maps, m.tokenizer.encode_batch(
+            [i["caption"] for i in items[:len(maps)]]), args.attention)
+    if args.trajectory:
+        at = args.at or [1 + round(k * (n_steps - 1) / 7) for k in range(8)]
+        with torch.no_grad(), autocast():
+            x = torch.stack([m.ae.decode(z_0s[k - 1][:4]).float().cpu() for k in at], dim=1)
+        save_grid(x.flatten(0, 1), args.trajectory, len(at))
     if args.score:
-        share = shapes.score(images, prompts, trained / 32, m.task)
-        print(f"{share:.1%} of {len(images)} prompts followed in full (s = {args.scale:g}, "
-              f"{n_steps} {args.sampler.upper()} steps)")
+        figures = score(m.task, images, items, m.flags["size"] / 32)
+        told = [f"{k} {v:.4g}" for k, v in figures.items()]
+        print(f"{len(images)} pictures, s = {args.scale or TASKS[m.task].s:g}, {n_steps} "
+              f"{args.sampler.upper()} steps: " + ", ".join(told))
 
 
 if __name__ == "__main__":

@@ -160,14 +160,10 @@ class Folder(Dataset):
 
     def _fit(self, image: Image.Image, name: str, mirror: bool, how) -> Image.Image:
         """Scale and crop to size x size."""
-        s, short = self.size, min(image.size)
-        if self.resize and short != s:
-            image = image.resize([max(s, round(v * s / short)) for v in image.size], how)
-        elif short < s:
+        if not self.resize and min(image.size) < self.size:
             raise BadInput(f"--data: {name} is {image.width}x{image.height}, smaller than the crop "
-                           f"of {s}; drop --no-resize or take a smaller --size")
-        x, y = (image.width - s) // 2, (image.height - s) // 2
-        image = image.crop((x, y, x + s, y + s))
+                           f"of {self.size}; drop --no-resize or take a smaller --size")
+        image = fit(image, self.size, how, self.resize)
         return ImageOps.mirror(image) if mirror else image
 
     def _boxes(self, boxes: list, whole: tuple[int, int], mirror: bool) -> torch.Tensor:
@@ -180,6 +176,15 @@ class Folder(Dataset):
         if mirror:
             out[:, [1, 3]] = 1 - out[:, [3, 1]]
         return out[(out[:, 3] > out[:, 1]) & (out[:, 4] > out[:, 2])]
+
+
+def fit(image: Image.Image, size: int, how, resize: bool = True) -> Image.Image:
+    """Scale the shorter side to `size`, then cut size x size from the middle."""
+    short = min(image.size)
+    if resize and short != size:
+        image = image.resize([max(size, round(v * size / short)) for v in image.size], how)
+    x, y = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((x, y, x + size, y + size))
 
 
 def load_rgb(data: bytes) -> Image.Image:

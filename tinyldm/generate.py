@@ -75,7 +75,7 @@ def load_official(args, device: torch.device) -> Model:
     if row["task"] == "text" and not args.vocab:
         raise BadInput(f"--vocab: {m.preset} needs its tokenizer's vocabulary, CLIP's or BERT's")
     if row["p_drop"] == 0:
-        if TASKS[row["task"]].s != 1 and args.scale not in (None, 1):
+        if m.tau and args.scale not in (None, 1):
             raise BadInput(f"--scale {args.scale:g}: {m.preset} has learned no null condition to "
                            "guide away from; use --scale 1")
         args.scale = 1.0

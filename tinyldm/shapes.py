@@ -28,6 +28,7 @@ SIZES = {"small": (3.4, 3.7), "big": (5.0, 5.3)}  # radius of the disc of the sa
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 UNSEEN = {("purple", "circle"), ("orange", "square"), ("cyan", "triangle"), ("yellow", "cross")}
 CLASSES = [f"{c} {s}" for c in COLOURS for s in SHAPES]
+SEEN = [i for i, c in enumerate(CLASSES) if tuple(c.split()) not in UNSEEN]
 PALETTE = np.array(list(COLOURS.values())) * 2 - 1
 # Half-extents (left/right, up, down) in radii. All shapes of a size have the same area and their
 # centroid in the middle, so the scorer gets size and place from sums over pixels alone.
