@@ -15,6 +15,7 @@ Writes one grid (--out FILE.png, a row a prompt) or, where --out does not end in
 """
 import argparse
 import contextlib
+import io
 import json
 from argparse import BooleanOptionalAction
 from pathlib import Path
@@ -25,18 +26,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from tinyldm import BadInput, presets, samplers, shapes
+from tinyldm import generate as gen
 from tinyldm import training as tr
 from tinyldm.data import UNREADABLE, fit, load_rgb, open_data
 from tinyldm.degrade import to_image, to_tensor
-from tinyldm.generate import (
-    SAMPLERS,
-    TIMESTEPS,
-    Model,
-    draw,
-    load_model,
-    load_official,
-    timesteps,
-)
 from tinyldm.inside import attention_maps, record, save_attention
 from tinyldm.pictures import save_drawn, save_grid
 from tinyldm.score import parse_prompt, score
@@ -46,7 +39,6 @@ BUNDLED = Path(samplers.__file__).with_name("toy.pt")
 NEAREST, LANCZOS = Image.Resampling.NEAREST, Image.Resampling.LANCZOS
 TAKES = {"none": (), "class": ("prompt", "prompts", "label"), "text": ("prompt", "prompts"),
          "layout": ("boxes",), "semantic": ("map",), "superres": ("image",), "inpaint": ()}
-
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -72,9 +64,9 @@ def parse_args(argv=None):
     g.add_argument("--vocab", type=Path, help="its tokenizer: a folder, vocab.txt, tokenizer.json")
     g.add_argument("--ema", action=BooleanOptionalAction, default=True, help="averaged weights")
     g = p.add_argument_group("how")
-    g.add_argument("--sampler", choices=SAMPLERS, default="ddim")
+    g.add_argument("--sampler", choices=gen.SAMPLERS, default="ddim")
     g.add_argument("--steps", type=int, help="1..T; each calls the U-Net once; default: 50")
-    g.add_argument("--timesteps", choices=TIMESTEPS, default="even",
+    g.add_argument("--timesteps", choices=gen.TIMESTEPS, default="even",
                    help="even: from T-1 to z_0; official: the released code's rule (near --steps)")
     g.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as DDPM")
     g.add_argument("--scale", type=float, help="guidance s; 1 is none; default: the task's")
@@ -92,7 +84,6 @@ def parse_args(argv=None):
     g.add_argument("--at", type=int, nargs="+", help="steps, 1..., of these; default: all, and 8")
     return p.parse_args(argv)
 
-
 # ---- reading conditions
 
 def read(flag: str, path: Path, opened) -> Image.Image | dict | list | str:
@@ -102,7 +93,6 @@ def read(flag: str, path: Path, opened) -> Image.Image | dict | list | str:
     except (*UNREADABLE, RecursionError) as e:
         raise BadInput(f"--{flag} {path}: cannot be read: {e}") from e
 
-
 def fitted(flag: str, image: Image.Image, size: tuple[int, int], how) -> Image.Image:
     """Scaled and cropped to the size (W, H), as training pictures are, with a notice."""
     if image.size != size:
@@ -111,19 +101,13 @@ def fitted(flag: str, image: Image.Image, size: tuple[int, int], how) -> Image.I
         image = fit(image, size[0], how)
     return image
 
-
 def grey(flag: str, path: Path) -> Image.Image:
-    """A picture of one channel, as it is. Raises BadInput."""
-    def opened(data):
-        image = Image.open(Path(path))
-        image.load()
-        return image
-    image = read(flag, path, opened)
-    if len(image.getbands()) > 1 and flag == "map":
+    """A picture of one channel: of a mask its brightness, of a map its numbers. Raises BadInput."""
+    image = read(flag, path, lambda data: Image.open(io.BytesIO(data)).copy())
+    if flag == "map" and len(image.getbands()) > 1:
         raise BadInput(f"--map {path}: has {len(image.getbands())} channels; a label map is a grey "
                        "or palette png whose values are class numbers")
     return image if flag == "map" else image.convert("L")
-
 
 def read_hole(args, size: tuple[int, int]) -> dict:
     """What is kept, and the mask: image (3, H, W), mask (1, H, W). Raises BadInput."""
@@ -138,11 +122,9 @@ def read_hole(args, size: tuple[int, int]) -> dict:
                        "is painted, black is kept")
     return {"image": to_tensor(fitted("image", image, size, LANCZOS)), "mask": mask}
 
-
 def read_boxes(path: Path, names: tuple[str, ...], size: int) -> torch.Tensor:
     """-> (K, 5) as in data.py. Raises BadInput."""
-    out, n = [], len(names)
-    rows = read("boxes", path, json.loads)
+    rows, out = read("boxes", path, json.loads), []
     for row in rows if isinstance(rows, list) else [rows]:
         say = f"--boxes {path}: {json.dumps(row)[:80]}: "
         if not (isinstance(row, list) and len(row) == 5
@@ -151,9 +133,9 @@ def read_boxes(path: Path, names: tuple[str, ...], size: int) -> torch.Tensor:
         x0, y0, x1, y1 = row[1:]
         if not (0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size):
             raise BadInput(say + f"must have 0 <= x0 < x1 <= {size} and so y, in pixels")
-        out.append([class_number(str(row[0]), names, n, say), *(v / size for v in row[1:])])
+        k = class_number(str(row[0]), names, len(names), say)
+        out.append([k, *(v / size for v in row[1:])])
     return torch.tensor(out, dtype=torch.float32).reshape(-1, 5)
-
 
 def class_number(name: str, names: tuple[str, ...], n: int, say: str) -> int:
     """Of a class that is given by its name or number. Raises BadInput."""
@@ -164,8 +146,7 @@ def class_number(name: str, names: tuple[str, ...], n: int, say: str) -> int:
     more = f", or a name, like {', '.join(names[:3])}" if names else ""
     raise BadInput(f"{say}{name!r} is no class of this model; they are numbers, 0..{n - 1}{more}")
 
-
-def asked(args, m: Model) -> list[dict]:
+def asked(args, m: gen.Model) -> list[dict]:
     """The items to draw, each with what m's task asks for; sets args.size. Raises BadInput."""
     side = args.size[0]
     if m.task in ("text", "class"):
@@ -202,8 +183,7 @@ def asked(args, m: Model) -> list[dict]:
     n, args.n = args.n or 16, 1
     return [data[i % max(1, len(data))] for i in range(n)]
 
-
-def check(args, m: Model) -> list[dict]:
+def check(args, m: gen.Model) -> list[dict]:
     """Fill in flags, make the folder of --out, return an item a picture. Raises BadInput."""
     takes = TAKES[m.task] + (("image", "mask") if m.task != "superres" else ())
     for flag in ("prompt", "prompts", "label", "boxes", "map", "image", "mask"):
@@ -223,7 +203,7 @@ def check(args, m: Model) -> list[dict]:
     if side < m.factor or side % m.factor:
         raise BadInput(f"--size {side}: must be a multiple of {m.factor}, the autoencoder's f "
                        "times the U-Net's factor")
-    n_steps = len(timesteps(args, len(m.abar))) - 1
+    n_steps = len(gen.timesteps(args, len(m.abar))) - 1
     if args.at and not all(1 <= k <= n_steps for k in args.at):
         raise BadInput(f"--at: steps must be 1..{n_steps}")
     if args.attention and m.task != "text":
@@ -254,8 +234,7 @@ def check(args, m: Model) -> list[dict]:
         raise BadInput(f"--out {out}: cannot be written: {e.strerror or e}") from e
     return [i for i in items for _ in range(args.n)]
 
-
-def write(images: torch.Tensor, items: list[dict], args, m: Model) -> None:
+def write(images: torch.Tensor, items: list[dict], args, m: gen.Model) -> None:
     """A grid, or one file a picture. Raises BadInput."""
     try:
         if args.out.suffix == ".png":
@@ -267,13 +246,12 @@ def write(images: torch.Tensor, items: list[dict], args, m: Model) -> None:
     except OSError as e:
         raise BadInput(f"--out {args.out}: cannot be written: {e.strerror or e}") from e
 
-
 def main(args):
     device, autocast, _, _ = tr.setup(args.device, args.dtype)
-    m = (load_official(args, device) if args.official
-         else load_model(args.ckpt, args.ema, device))
+    m = (gen.load_official(args, device) if args.official
+         else gen.load_model(args.ckpt, args.ema, device))
     items = check(args, m)
-    chunks, n_steps = range(0, len(items), args.batch), len(timesteps(args, len(m.abar))) - 1
+    chunks, n_steps = range(0, len(items), args.batch), len(gen.timesteps(args, len(m.abar))) - 1
     calls, images, z_0s, maps = n_steps + (args.sampler == "plms"), [], [], []
     with tqdm(total=len(chunks) * calls, unit="step", dynamic_ncols=True) as bar, autocast():
         for i in chunks:
@@ -285,7 +263,7 @@ def main(args):
                 watch = attention_maps(m.unet, len(part), *(v // m.ae.cfg.f for v in args.size),
                                        {k - 1 for k in args.at} if args.at else None)
             with watch as new:
-                images.append(draw(m, part, args, i, bar.update, wrap))
+                images.append(gen.draw(m, part, args, i, bar.update, wrap))
                 maps += new
     images = torch.cat(images)
     write(images, items, args, m)
@@ -304,7 +282,6 @@ def main(args):
         told = [f"{k} {v:.4g}" for k, v in figures.items()]
         print(f"{len(images)} pictures, s = {args.scale or TASKS[m.task].s:g}, {n_steps} "
               f"{args.sampler.upper()} steps: " + ", ".join(told))
-
 
 if __name__ == "__main__":
     tr.run(main, parse_args)

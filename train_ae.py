@@ -16,24 +16,17 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from tinyldm import BadInput, presets
+from tinyldm import BadInput, patchgan, presets
 from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.checkpoint import load_checkpoint, same_config, save_checkpoint
 from tinyldm.data import BatchOrder, data_flags, loader, open_data
 from tinyldm.metrics import psnr
-from tinyldm.patchgan import (
-    Discriminator,
-    adaptive_weight,
-    generator_loss,
-    hinge_loss,
-    vanilla_loss,
-)
+from tinyldm.patchgan import Discriminator, adaptive_weight, generator_loss
 from tinyldm.perceptual import Perceptual
 from tinyldm.pictures import save_grid
 from tinyldm.quantize import Codebook, count, perplexity
 from tinyldm.score import score
-
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -76,7 +69,6 @@ def parse_args(argv=None):
     tr.system_flags(p)
     return tr.parse(p, presets.AE, argv)
 
-
 def configure(args) -> AEConfig:
     """The shape of E, D and the latent space. Raises BadInput."""
     if args.reg == "vq" and args.n_codes < 1:
@@ -86,7 +78,6 @@ def configure(args) -> AEConfig:
     if args.size % cfg.f:
         raise BadInput(f"--size {args.size} is not divisible by f = {cfg.f}, which --ch-mult sets")
     return cfg
-
 
 def losses(args, perceptual, x, x_rec, q) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """-> loss_rec, the weighted loss_reg, and what to log; q is the Autoencoder's second output.
@@ -109,7 +100,6 @@ def losses(args, perceptual, x, x_rec, q) -> tuple[torch.Tensor, torch.Tensor, d
         told |= dict(codebook=loss_vq, z_std=q.z.std())
     return loss_pixel + args.perceptual_weight * loss_p, loss_reg, told
 
-
 def track_codes(codebook: Codebook, idle: torch.Tensor, used: list, args, g) -> dict:
     """After a VQ step, from the (k, z) of its parts: restart codes long idle; -> what to log.
 
@@ -124,12 +114,10 @@ def track_codes(codebook: Codebook, idle: torch.Tensor, used: list, args, g) -> 
         idle[stale] = 0
     return dict(codes_used=(n > 0).sum(), perplexity=perplexity(n))
 
-
 HEALTHY = {
     "kl": "kl 1..9 nats a latent value; z_std 0.5..4",
     "vq": "codebook far below rec; z_std steady; codes_used and perplexity rise towards --n-codes "
           "(where they stay at a few, try --restart-codes 50)"}
-
 
 def main(args):
     # ---- setup
@@ -157,7 +145,7 @@ def main(args):
     perceptual = None
     if args.perceptual != "none":
         perceptual = Perceptual(args.perceptual, args.vgg_weights).to(device)
-    disc_loss = {"hinge": hinge_loss, "vanilla": vanilla_loss}[args.disc_loss]
+    disc_loss = {"hinge": patchgan.hinge_loss, "vanilla": patchgan.vanilla_loss}[args.disc_loss]
     run_ae, run_disc = (torch.compile(net) if args.compile else net for net in (ae, disc))
     if world > 1:                           # D_psi's BatchNorm sees its own process only
         run_ae, run_disc = DDP(run_ae), DDP(run_disc, broadcast_buffers=False)
@@ -166,20 +154,20 @@ def main(args):
     opts = [torch.optim.Adam(net.parameters(), betas=args.betas, fused=True) for net in (ae, disc)]
 
     # ---- resume
-    path, step = args.out / "ckpt.pt", 0
+    path, done = args.out / "ckpt.pt", 0
     idle = torch.zeros(cfg.n_codes or 0, dtype=torch.int64, device=device)
     config = {"autoencoder": asdict(cfg),
               "discriminator": {"ch": args.disc_ch, "n_layers": args.disc_layers}}
     if path.exists():
         ckpt = load_checkpoint(path, "autoencoder", "--out")
         same_config(ckpt["config"], config, path)
-        step = ckpt["step"]
+        done = ckpt["step"]
         for net, opt, name in zip((ae, disc), opts, ("ae", "disc")):
             net.load_state_dict(ckpt["nets"][name])
             opt.load_state_dict(ckpt["opts"][name])
         idle.copy_(ckpt["idle"])
 
-    def save():
+    def save(step):
         save_checkpoint({"kind": "tinyldm autoencoder", "step": step, "config": config,
                          "args": tr.plain(args), "idle": idle,
                          "nets": {"ae": ae.state_dict(), "disc": disc.state_dict()},
@@ -198,13 +186,12 @@ def main(args):
             save_grid(torch.cat(rows), args.out / f"recon_{step:06d}.png", min(10, len(x)))
 
     # ---- loop
-    log = tr.Log(args, step, device, rank)
+    log = tr.Log(args, done, device, rank)
     log.note(f"healthy: rec and perceptual fall; {HEALTHY[args.reg]}; with D_psi, lam "
              "stays below 10 and d_real a little above d_fake")
-    stop = tr.Stop(device)
-    order = BatchOrder(len(data), args.batch, step, args.steps, args.seed, rank, world)
-    for batch in loader(data, order, args.workers, device.type == "cuda"):
-        step += 1
+    order = BatchOrder(len(data), args.batch, done, args.steps, args.seed, rank, world)
+    batches = loader(data, order, args.workers, device.type == "cuda")
+    for step, batch in zip(tr.steps(args, done, log, save), batches):
         gan = args.disc_weight > 0 and step > args.disc_start
         lr = tr.lr_at(step, args)
         for opt in opts:
@@ -246,14 +233,6 @@ def main(args):
         if gan:
             opts[1].step()
         log.step(step, **values, lr=lr, gnorm=gnorm)
-        stopping = stop.asked()
-        if rank == 0 and (step % args.save_every == 0 or step == args.steps or stopping):
-            with log.aside():
-                save()
-        if stopping:
-            break
-    log.close()
-
 
 if __name__ == "__main__":
     tr.run(main, parse_args)

@@ -31,7 +31,6 @@ from tinyldm.score import score
 from tinyldm.tasks import TASKS
 from tinyldm.unet import UNet, UNetConfig
 
-
 def model_flags(parser) -> None:
     g = parser.add_argument_group("model")
     g.add_argument("--ch", type=int, help="width of the U-Net")
@@ -56,7 +55,6 @@ def model_flags(parser) -> None:
     g.add_argument("--n-classes", type=int, help="of labels or label maps")
     g.add_argument("--vocab-size", type=int,
                    help="at most so many pieces of words (8192), or places of a layout (1025)")
-
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -91,14 +89,12 @@ def parse_args(argv=None):
     tr.system_flags(p)
     return tr.parse(p, presets.LDM, argv)
 
-
 def check(args) -> None:
     """Raises BadInput for flags that clash."""
     if args.n_head is None and args.d_head is None:
         raise BadInput("--d-head or --n-head: one of them is needed")
     if args.schedule == "cosine" and args.beta_range:
         raise BadInput("--beta-range: the cosine schedule has no ends to set")
-
 
 def load_stage_one(path: Path) -> Autoencoder | Pixels:
     """The frozen autoencoder of a checkpoint of stage one. Raises BadInput."""
@@ -109,7 +105,6 @@ def load_stage_one(path: Path) -> Autoencoder | Pixels:
     ae.load_state_dict(ckpt["nets"]["ae"])
     return ae.eval().requires_grad_(False)
 
-
 def configure(args, ae: AEConfig) -> UNetConfig:
     """The shape of eps_theta. Raises BadInput when the latents do not fit it."""
     unet = presets.unet_config(vars(args), ae)
@@ -117,7 +112,6 @@ def configure(args, ae: AEConfig) -> UNetConfig:
         raise BadInput(f"--size {args.size} is not a multiple of {ae.f * unet.factor}, the "
                        f"autoencoder's f = {ae.f} times the U-Net's factor {unet.factor}")
     return unet
-
 
 def examples(args, held_out, labels: list[str]) -> list[dict]:
     """The conditions of the grids that show progress: held-out ones, or each class in turn."""
@@ -130,21 +124,18 @@ def examples(args, held_out, labels: list[str]) -> list[dict]:
         return [{"caption": p} for p in shapes.prompts(64)]
     return [held_out[i] for i in range(64)]
 
-
 def wrap(net, compiled: bool, world: int):
     """net compiled, and shared by processes, as the flags say."""
     net = torch.compile(net) if compiled else net
     return DDP(net) if world > 1 else net
-
 
 def plan(args) -> None:
     """The dry run of a row that has no data: its networks' sizes, stage one's too."""
     ae, unet, tau = presets.networks(vars(args))
     n_ae, n_unet, n_tau = (tr.n_params(net) if net else 0 for net in (ae, unet, tau))
     print(f"U-Net {n_unet:,} | tau {n_tau:,} | autoencoder {args.ae_preset} {n_ae:,} parameters | "
-          f"task {args.task}, z_t ({unet.cfg.c_in}, {unet.cfg.side}, {unet.cfg.side})")
+          f"task {args.task}, U-Net's input ({unet.cfg.c_in}, {unet.cfg.side}, {unet.cfg.side})")
     tr.dry_run(args, *filter(None, (unet, tau)))
-
 
 def main(args):
     # ---- setup
@@ -186,35 +177,34 @@ def main(args):
     ema = tr.EMA(nets, args.ema)
 
     # ---- resume
-    path, step = args.out / "ckpt.pt", 0
+    path, done = args.out / "ckpt.pt", 0
     config = {"task": {"name": args.task}, "autoencoder": asdict(ae.cfg), "unet": asdict(cfg),
               "tau": task.shape(vars(args), ae.cfg.f) if task.shape else {}, "schedule": schedule}
     if path.exists():
         ckpt = load_checkpoint(path, "ldm", "--out")
         same_config({"task": {"name": "text"}} | ckpt["config"], config, path)
-        step, ema.shadow, ema.n = ckpt["step"], ckpt["ema"], ckpt["ema_n"]
+        done, ema.shadow, ema.n = ckpt["step"], ckpt["ema"], ckpt["ema_n"]
         for part, state in ((opt, ckpt["opt"]), (ae, ckpt["ae"]),
                             *((net, ckpt["nets"][k]) for k, net in nets.items())):
             part.load_state_dict(state)
 
     # ---- latents
-    n = len(data) * (2 if args.flip else 1)
     m = Model(ae, unet, tau, tokenizer, abar, args.predict, args.task, tuple(names), tr.plain(args))
 
     def to_y(batch):
         return task.y(batch, tau, tokenizer)
 
     y_null = to_y(task.null)
-    with autocast():
-        if args.cache_latents:
+    n = len(data) * (2 if args.flip else 1)
+    if args.cache_latents or done == 0:
+        n = n if args.cache_latents else min(n, 4096)
+        with autocast():
             cache, y_cache = encode_set(ae, data, n, args.workers, device, rank == 0, to_y)
-        elif step == 0:
-            cache, _ = encode_set(ae, data, min(n, 4096), args.workers, device, rank == 0)
-    if step == 0:
+    if done == 0:
         ae.z_std.copy_(cache.std() if args.z_std is None else torch.tensor(args.z_std))
         cache = cache.scaled(ae.z_std.cpu())
     items = examples(args, held_out if len(held_out) else data, data.labels)
-    order = BatchOrder(len(data), args.batch, step, args.steps, args.seed, rank, world)
+    order = BatchOrder(len(data), args.batch, done, args.steps, args.seed, rank, world)
 
     def batches():
         """q(z | x) and y of this process's pictures, step by step."""
@@ -227,7 +217,7 @@ def main(args):
                     q = ae.encode(b["image"].to(device))
                 yield q, to_y(b)
 
-    def save():
+    def save(step):
         out = {"kind": "tinyldm ldm", "step": step, "config": config, "size": args.size,
                "args": tr.plain(args), "classes": list(names),
                "tokenizer": tokenizer.to_str() if tokenizer else None}
@@ -245,13 +235,11 @@ def main(args):
             log.write(step, **score(args.task, images, items))
 
     # ---- loop
-    log = tr.Log(args, step, device, rank)
+    log = tr.Log(args, done, device, rank)
     log.note("healthy: loss falls fast from 1 to 0.1, then slowly; gnorm below 1; z_std 1")
     if args.task == "text":
         log.note("each grid shows\n  " + "\n  ".join(i["caption"] for i in items[:16]))
-    stop = tr.Stop(device)
-    for q, y in batches():
-        step += 1
+    for step, (q, y) in zip(tr.steps(args, done, log, save), batches()):
         g = tr.generator(args.seed, step)
         opt.param_groups[0]["lr"] = lr = tr.lr_at(step, args)
         opt.zero_grad()
@@ -278,14 +266,6 @@ def main(args):
         opt.step()
         ema.update()
         log.step(step, **values, lr=lr, gnorm=gnorm, z_std=z.std())
-        stopping = stop.asked()
-        if rank == 0 and (step % args.save_every == 0 or step == args.steps or stopping):
-            with log.aside():
-                save()
-        if stopping:
-            break
-    log.close()
-
 
 if __name__ == "__main__":
     tr.run(main, parse_args)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-
 def golden(name: str):
     """The arrays of tests/golden/<name>.npz by key; z["out/y"] is a numpy array."""
     return np.load(Path(__file__).parent / "golden" / f"{name}.npz")

@@ -9,7 +9,6 @@ from torch.testing import assert_close
 from tinyldm import BadInput
 from tinyldm.checkpoint import half, load_checkpoint, same_config, save_checkpoint
 
-
 def good(path, kind="autoencoder"):
     save_checkpoint({"kind": f"tinyldm {kind}", "x": torch.arange(1000)}, path)
     return path

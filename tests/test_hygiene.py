@@ -28,7 +28,7 @@ def test_sizes():
 
 @pytest.mark.parametrize("path", CODE, ids=lambda p: p.name)
 def test_only_the_allowed_packages_are_imported(path):
-    allowed = {"torch", "numpy", "PIL", "tokenizers", "tqdm", "tinyldm", "sample"}
+    allowed = {"torch", "numpy", "PIL", "tokenizers", "tqdm", "tinyldm"}
     assert {p for p, _ in imports(path)} <= allowed | set(sys.stdlib_module_names)
 
 

@@ -25,7 +25,6 @@ from tinyldm.patchgan import (
 from tinyldm.perceptual import STAGES, Perceptual
 from tinyldm.quantize import Quantised
 
-
 def pictures(n=2, side=32):
     g = torch.Generator().manual_seed(0)
     return torch.rand(n, 3, side, side, generator=g) * 2 - 1

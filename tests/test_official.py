@@ -18,7 +18,7 @@ from test_tokens import clip_vocab
 from torch.testing import assert_close
 
 import sample
-from tinyldm import BadInput, presets, samplers
+from tinyldm import BadInput, generate, presets, samplers
 from tinyldm.autoencoder import Autoencoder
 from tinyldm.checkpoint import read_state, write_state
 from tinyldm.diffusion import ldm_loss, q_sample
@@ -178,7 +178,7 @@ def test_sample_py_draws_classes_from_a_released_file(tiny, cli, tmp_path):
     common = ("--official", tiny, "--steps", 2, "--n", 2, "--out", out, "--device", "cpu")
     assert "tiny" in cli("sample.py", *common, "--scale", 1, 4, 7) and out.exists()
     assert "0..10" in cli("sample.py", *common, "--scale", 1, "cat", code=2)
-    assert "null condition" in cli("sample.py", *common, 4, code=2)
+    assert "null condition" in cli("sample.py", *common, "--scale", 2, 4, code=2)
     presets.LDM["tiny"]["p_drop"] = 0.1
     cli("sample.py", *common, 4)
 
@@ -246,7 +246,7 @@ def test_what_we_train_is_exported_and_read_back(tmp_path):
         [sys.executable, "-m", "tinyldm.official", "--export", str(sample.BUNDLED), str(out)],
         capture_output=True, text=True, check=True)
     assert "32 groups" in said.stderr
-    m, _ = sample.load_model(sample.BUNDLED, True, torch.device("cpu"))
+    m = generate.load_model(sample.BUNDLED, True, torch.device("cpu"))
     state = read_state(out)
     for net, prefix in ((m.unet, UNET), (m.ae, AE), (m.tau, TAU)):
         again = load_into(type(net)(net.cfg), state, prefix).state_dict()

@@ -9,7 +9,6 @@ from torch.testing import assert_close
 from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.quantize import Codebook, Quantised, count, perplexity
 
-
 def latents(b=2, c=3, h=4, w=5):
     return torch.randn(b, c, h, w, generator=torch.Generator().manual_seed(0))
 

@@ -15,7 +15,6 @@ from PIL import Image
 import sample
 from tinyldm.checkpoint import load_checkpoint
 
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, cli):
     """A folder with a tiny autoencoder and LDM, 2 steps each, in ae/ and ldm/."""

@@ -8,7 +8,6 @@ from torch.testing import assert_close
 from tinyldm import BadInput
 from tinyldm import training as tr
 
-
 def test_ema_is_the_weighted_sum_and_warms_up():
     """Decay min(.99, (1 + n) / (10 + n)) after n updates, unrolled by hand in float64."""
     net = torch.nn.Linear(1, 1, bias=False)

@@ -22,7 +22,6 @@ Symbols (ASCII for the paper's)
 Dims: B batch; C, H, W image or features; c, h, w latent; N places; M tokens; D width.
 """
 
-
 class BadInput(Exception):
     """Something that the user gave is wrong. The message is one line that names the file or flag
     and what to do; the scripts print it and leave with exit code 2."""

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from tinyldm.layers import group_norm, zero_
 
-
 class Attention(nn.Module):
     """Multi-head attention, x (B, N, d_x), ctx (B, M, d_ctx) -> (B, N, d_x).
 
@@ -37,7 +36,6 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)     # 1 / sqrt(d_head)
         return self.to_out(h.transpose(1, 2).flatten(2))                # (B, N, d_x)
 
-
 class GEGLU(nn.Module):
     """The block's MLP: value * GELU(gate), inner width 4 d; (B, N, d) -> (B, N, d)."""
 
@@ -50,7 +48,6 @@ class GEGLU(nn.Module):
         # Chunking the weight and not the result saves a copy of the widest activation in backward.
         (w_value, w_gate), (b_value, b_gate) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
         return self.out(F.linear(x, w_value, b_value) * F.gelu(F.linear(x, w_gate, b_gate)))
-
 
 class TransformerBlock(nn.Module):
     """Table 16's block: x (B, N, D), ctx (B, M, d_ctx) -> (B, N, D)."""
@@ -67,7 +64,6 @@ class TransformerBlock(nn.Module):
         x = x + self.self_attn(h, h)
         x = x + self.cross_attn(self.norm2(x), ctx)
         return x + self.mlp(self.norm3(x))
-
 
 class SpatialTransformer(nn.Module):
     """A transformer over the places of a feature map, conditioned by cross-attention (Table 16).
@@ -95,7 +91,6 @@ class SpatialTransformer(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, ctx)
         return x + self.proj_out(tokens.transpose(1, 2).unflatten(2, h.shape[2:]))
-
 
 class SelfAttention2d(nn.Module):
     """Self-attention between the places of a feature map, (B, C, H, W) -> the same.

@@ -16,7 +16,6 @@ from tinyldm.attention import SelfAttention2d
 from tinyldm.layers import Downsample, ResBlock, Upsample, group_norm
 from tinyldm.quantize import Codebook, Quantised
 
-
 @dataclass(frozen=True)
 class AEConfig:
     """What shapes E, D and the latent space; presets.py has Table 8's values."""
@@ -36,13 +35,11 @@ class AEConfig:
     def f(self) -> int:
         return 2 ** (len(self.ch_mult) - 1)
 
-
 def middle(c: int, cfg: AEConfig) -> list[nn.Module]:
     """E and D have the same layers at the lowest resolution."""
     g = cfg.groups
     attn = [SelfAttention2d(c, groups=g)] if cfg.attn_mid else []
     return [ResBlock(c, c, groups=g), *attn, ResBlock(c, c, groups=g)]
-
 
 class Encoder(nn.Module):
     """x (B, c_x, H, W) -> (B, c_out, H/f, W/f), what quant_conv reads; c_out = 2 c_e for KL."""
@@ -69,7 +66,6 @@ class Encoder(nn.Module):
             x = layer(x)
         return x
 
-
 class Decoder(nn.Module):
     """(B, c_in, h, w) from post_quant_conv -> (B, c_x, f h, f w), about [-1, 1]; not clamped."""
 
@@ -94,7 +90,6 @@ class Decoder(nn.Module):
         for layer in self.layers:
             z = layer(z)
         return z
-
 
 @dataclass
 class Posterior:
@@ -126,7 +121,6 @@ class Posterior:
         NB: the paper's code takes the first batch only; give this one many pictures.
         """
         return (self.mean.var() + self.logvar.exp().mean()).sqrt()
-
 
 class Autoencoder(nn.Module):
     """E, D and the 1x1 convs beside the latent. Scaling by z_std happens here and nowhere else.
@@ -180,7 +174,6 @@ class Autoencoder(nn.Module):
         """Weight of D's last conv, where patchgan.adaptive_weight compares gradients."""
         return self.decoder.layers[-1].weight
 
-
 class Pixels(nn.Module):
     """In stage one's place for diffusion in pixel space, f = 1: z = x / z_std, nothing learned."""
     cfg = AEConfig(ch=0, ch_mult=(1,), c_z=3)
@@ -194,7 +187,6 @@ class Pixels(nn.Module):
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         return z * self.z_std
-
 
 def build_autoencoder(shape: dict) -> Autoencoder | Pixels:
     """Of AEConfig's fields, as a checkpoint says them; width 0 stands for pixels."""

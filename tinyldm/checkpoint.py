@@ -17,7 +17,6 @@ import torch
 
 from tinyldm import BadInput
 
-
 def save_checkpoint(ckpt: dict, path: Path) -> None:
     """Write under a temporary name, then rename: a crash leaves the old file. Raises BadInput."""
     part = path.with_name(path.name + ".part")
@@ -30,7 +29,6 @@ def save_checkpoint(ckpt: dict, path: Path) -> None:
         part.replace(path)
     except (OSError, RuntimeError) as e:
         raise BadInput(f"cannot write {path}: {e}") from e
-
 
 def load_checkpoint(path: str | Path, kind: str | None, flag: str) -> dict:
     """A checkpoint of a kind ("autoencoder", "ldm", None: either); code in it never runs.
@@ -54,7 +52,6 @@ def load_checkpoint(path: str | Path, kind: str | None, flag: str) -> dict:
         raise BadInput(f"{flag} {path}: holds a {found}, but a tinyldm {kind} belongs here")
     return ckpt
 
-
 def same_config(old: dict, new: dict, path: Path) -> None:
     """Resuming needs the architecture that was saved. Raises BadInput naming what differs."""
     for part in new:
@@ -63,11 +60,9 @@ def same_config(old: dict, new: dict, path: Path) -> None:
                 raise BadInput(f"{path} was made with {part} {k} = {old[part].get(k)}, now it is "
                                f"{v}; use the same flags, or another --out to start anew")
 
-
 def half(tree: dict) -> dict:
     """A nested dict of tensors, in fp16."""
     return {k: half(v) if isinstance(v, dict) else v.half() for k, v in tree.items()}
-
 
 # ---- released models
 
@@ -80,7 +75,6 @@ class Inert(dict):
     def __setstate__(self, _):
         pass
 
-
 ALLOWED = [(Inert, name) for name in (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
@@ -89,7 +83,6 @@ ALLOWED = [(Inert, name) for name in (
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
-
 
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors, or a pickle of torch with or without Lightning's wrapping.
@@ -117,7 +110,6 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
                        else f"{path}: not a checkpoint, or it could run code when loaded") from e
     except Exception as e:
         raise BadInput(f"{path}: truncated, or not a checkpoint ({type(e).__name__})") from e
-
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """8 bytes: n, little-endian; n bytes of JSON {name: {dtype, shape, data_offsets}}; the data.
@@ -150,7 +142,6 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         aligned = (8 + n + a) % dtype.itemsize == 0
         out[name] = (raw if aligned else raw.clone()).view(dtype).reshape(shape)
     return out
-
 
 def write_state(state: dict[str, torch.Tensor], path: Path) -> None:
     """Write tensors as .safetensors or, for another suffix, as {"state_dict": ...}; or BadInput."""

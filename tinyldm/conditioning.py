@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from tinyldm.attention import Attention
 
-
 @dataclass(frozen=True)
 class TextConfig:
     """What shapes tau; Table 17's text-to-image row has seq 77, depth 32, dim 1280."""
@@ -25,13 +24,11 @@ class TextConfig:
     d_head: int = 64
     clip: bool = False                  # CLIP's: causal, biases in attention, another GELU
 
-
 class QuickGELU(nn.Module):
     """CLIP's approximation of GELU: x sigmoid(1.702 x)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * torch.sigmoid(1.702 * x)
-
 
 class TextBlock(nn.Module):
     """Pre-norm self-attention and a GELU MLP of width 4 D: (B, M, D) -> (B, M, D)."""
@@ -48,7 +45,6 @@ class TextBlock(nn.Module):
         x = self.norm1(h)
         h = h + self.attn(x, x)
         return h + self.mlp(self.norm2(h))
-
 
 class TextTransformer(nn.Module):
     """ids (B, M) -> ctx (B, M, D): token + position embeddings, blocks, LayerNorm. No padding mask.
@@ -73,7 +69,6 @@ class TextTransformer(nn.Module):
             h = block(h)
         return self.norm(h)
 
-
 class ClassEmbedder(nn.Module):
     """labels (B,) in 0..n_classes-1 -> ctx (B, 1, D), a single token.
 
@@ -87,7 +82,6 @@ class ClassEmbedder(nn.Module):
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         return self.embedding(y)[:, None]
-
 
 class SpatialRescaler(nn.Module):
     """Label maps (B, H, W) of 0..c_in-1, or -1 where nothing is known, or their one-hot form

@@ -40,7 +40,6 @@ UNREADABLE = (OSError, ValueError, SyntaxError, zipfile.BadZipFile, zlib.error,
               Image.DecompressionBombError, Image.DecompressionBombWarning)
 Image.MAX_IMAGE_PIXELS = 64_000_000                     # more is refused as a decompression bomb
 
-
 class Folder(Dataset):
     """The pictures of a folder or .zip as items of `size` px; one in 20 is held out.
 
@@ -177,7 +176,6 @@ class Folder(Dataset):
             out[:, [1, 3]] = 1 - out[:, [3, 1]]
         return out[(out[:, 3] > out[:, 1]) & (out[:, 4] > out[:, 2])]
 
-
 def fit(image: Image.Image, size: int, how, resize: bool = True) -> Image.Image:
     """Scale the shorter side to `size`, then cut size x size from the middle."""
     short = min(image.size)
@@ -185,7 +183,6 @@ def fit(image: Image.Image, size: int, how, resize: bool = True) -> Image.Image:
         image = image.resize([max(size, round(v * size / short)) for v in image.size], how)
     x, y = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((x, y, x + size, y + size))
-
 
 def load_rgb(data: bytes) -> Image.Image:
     """A picture file's bytes -> RGB, upright as its EXIF says, transparency laid on white."""
@@ -196,7 +193,6 @@ def load_rgb(data: bytes) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-
 
 class BatchOrder:
     """The items of each training step: a new shuffle each epoch, a function of (seed, epoch).
@@ -224,7 +220,6 @@ class BatchOrder:
                 out += (shuffled[1][k:k + self.batch - len(out)] + epoch * self.n).tolist()
             yield out[self.slice]
 
-
 def loader(data: Dataset, order, workers: int, cuda: bool = False):
     """Batches of items in the order of the lists that `order` yields: image (B, 3, H, W), and every
     other field that all of them have as a list."""
@@ -234,7 +229,6 @@ def loader(data: Dataset, order, workers: int, cuda: bool = False):
                 for k in common}
     return DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=collate,
                       pin_memory=cuda)
-
 
 @torch.no_grad()
 def encode_set(ae: torch.nn.Module, data, n: int, workers: int, device, show: bool,
@@ -251,7 +245,6 @@ def encode_set(ae: torch.nn.Module, data, n: int, workers: int, device, show: bo
     mean, logvar, y = (torch.cat(v) for v in zip(*parts))
     return Posterior(mean, logvar), y
 
-
 def data_flags(parser) -> None:
     g = parser.add_argument_group("data")
     g.add_argument("--data", help="shapes (the built-in world), or a folder or .zip of pictures")
@@ -264,7 +257,6 @@ def data_flags(parser) -> None:
     g.add_argument("--label-column", default="label", help="of metadata.jsonl, for --task class")
     g.add_argument("--degrade", choices=["bicubic", "chain"], default="bicubic",
                    help="for --task superres; chain: blur, noise and JPEG, too")
-
 
 def open_data(args, split: str = "train", fields: tuple[str, ...] = ()) -> Dataset:
     """The data set of the flags, with these fields in its items. Raises BadInput."""

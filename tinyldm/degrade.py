@@ -14,22 +14,18 @@ from PIL import Image, ImageDraw, ImageFilter
 
 BICUBIC = Image.Resampling.BICUBIC
 
-
 def to_image(x: torch.Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> 8 bits a channel, rounded to nearest."""
     x = (x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
     return Image.fromarray(x.round().byte().permute(1, 2, 0).numpy())
 
-
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """RGB -> (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
-
 def bicubic(x: torch.Tensor, w: int, h: int) -> torch.Tensor:
     """Pillow's bicubic, which averages where it shrinks; (3, H, W) -> (3, h, w)."""
     return to_tensor(to_image(x).resize((w, h), BICUBIC))
-
 
 def shrink(x: torch.Tensor, rng: np.random.Generator, chain: bool) -> torch.Tensor:
     """A quarter of each side: bicubic or, with `chain`, blur, a shrink of any kind, noise, JPEG."""
@@ -43,7 +39,6 @@ def shrink(x: torch.Tensor, rng: np.random.Generator, chain: bool) -> torch.Tens
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
         file, "JPEG", quality=int(rng.integers(60, 96)), subsampling=0)
     return to_tensor(Image.open(file))
-
 
 def draw_mask(side: int, rng: np.random.Generator) -> torch.Tensor:
     """Boxes, or strokes, wide or narrow, that hide a part of the picture: (1, side, side)."""
@@ -65,7 +60,6 @@ def draw_mask(side: int, rng: np.random.Generator) -> torch.Tensor:
                 at = to
     mask = torch.from_numpy(np.array(canvas))[None] / 255.
     return mask if 0 < mask.mean() < 1 else draw_mask(side, rng)
-
 
 class Degraded(torch.utils.data.Dataset):
     """data's items, each with `small` and `mask`; what item i loses follows from (seed, i)."""

@@ -11,14 +11,12 @@ from collections.abc import Callable
 
 import torch
 
-
 def sqrt_linear_betas(T: int = 1000, start: float = 0.0015, end: float = 0.0195) -> torch.Tensor:
     """The paper's schedule (App. E.2.1): sqrt(beta) rises linearly from sqrt(start) to sqrt(end).
 
     NB: the released code calls this "linear", and "sqrt_linear" what is linear in beta itself.
     """
     return torch.linspace(start ** 0.5, end ** 0.5, T, dtype=torch.float64) ** 2
-
 
 def sd_betas(T: int = 1000, start: float = 0.00085, end: float = 0.012) -> torch.Tensor:
     """The same with the ends of the released text-to-image models (Stable Diffusion's too).
@@ -27,26 +25,21 @@ def sd_betas(T: int = 1000, start: float = 0.00085, end: float = 0.012) -> torch
     """
     return sqrt_linear_betas(T, start, end)
 
-
 def cosine_betas(T: int = 1000, offset: float = 0.008) -> torch.Tensor:
     """Nichol and Dhariwal 2021, Eq. (17): abar_t ~ cos^2, every beta at most 0.999."""
     u = (torch.arange(T + 1, dtype=torch.float64) / T + offset) / (1 + offset)
     abar = (u * math.pi / 2).cos() ** 2
     return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
 
-
 SCHEDULES = {"sqrt-linear": sqrt_linear_betas, "sd": sd_betas, "cosine": cosine_betas}
-
 
 def cumulative(betas: torch.Tensor) -> torch.Tensor:
     """abar_t = prod_{s <= t} (1 - beta_s), (T,) float64."""
     return (1 - betas).cumprod(0)
 
-
 def at(abar: torch.Tensor, t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """abar_t as (B, 1, 1, 1) in z's dtype, from float64 abar (T,)."""
     return abar[t].to(z.dtype).view(-1, 1, 1, 1)
-
 
 def q_sample(z: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
              abar: torch.Tensor) -> torch.Tensor:
@@ -54,11 +47,9 @@ def q_sample(z: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
     a = at(abar, t, z)
     return a.sqrt() * z + (1 - a).sqrt() * eps
 
-
 def predict_z_0(z_t: torch.Tensor, eps: torch.Tensor, abar_t: torch.Tensor) -> torch.Tensor:
     """q_sample solved for z: z_0 = (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t); abar_t a number."""
     return (z_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
-
 
 def posterior(z_0: torch.Tensor, z_t: torch.Tensor, abar_t: torch.Tensor,
               abar_s: torch.Tensor) -> tuple:
@@ -73,7 +64,6 @@ def posterior(z_0: torch.Tensor, z_t: torch.Tensor, abar_t: torch.Tensor,
     mean = (abar_s.sqrt() * beta * z_0 + alpha.sqrt() * (1 - abar_s) * z_t) / (1 - abar_t)
     return mean, beta * (1 - abar_s) / (1 - abar_t)
 
-
 def ldm_loss(eps_theta: Callable, z: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
              abar: torch.Tensor, ctx: torch.Tensor | None = None, norm: str = "l2") -> torch.Tensor:
     """LDM Eq. (2), with ctx Eq. (3): |eps - eps_theta(z_t, t, ctx)|^2, mean over c, h, w -> (B,).
@@ -83,7 +73,6 @@ def ldm_loss(eps_theta: Callable, z: torch.Tensor, t: torch.Tensor, eps: torch.T
     """
     d = eps - eps_theta(q_sample(z, t, eps, abar), t, ctx).float()
     return (d.abs() if norm == "l1" else d ** 2).flatten(1).mean(1)
-
 
 def as_eps_theta(net: Callable, abar: torch.Tensor, predict: str) -> Callable:
     """eps_theta(z_t, t, ctx) from a net that says "eps" (the paper) or "v" (Salimans and Ho 2022):
@@ -95,7 +84,6 @@ def as_eps_theta(net: Callable, abar: torch.Tensor, predict: str) -> Callable:
         a = at(abar, t, z_t)
         return (1 - a).sqrt() * z_t + a.sqrt() * net(z_t, t, ctx).float()
     return net if predict == "eps" else eps_theta
-
 
 def snr_weight(t: torch.Tensor, abar: torch.Tensor, low: float, high: float) -> torch.Tensor:
     """Factors (B,) on ldm_loss that clamp the weight of an error of z_0 to low..high.

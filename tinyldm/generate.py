@@ -27,7 +27,6 @@ SAMPLERS = {"ddim": samplers.ddim, "ddpm": samplers.ddpm, "plms": samplers.plms,
             "dpm++": samplers.dpm_solver_pp}
 TIMESTEPS = {"even": samplers.timesteps, "official": samplers.official_timesteps}
 
-
 class Model(NamedTuple):
     """What drawing needs."""
     ae: Autoencoder | Pixels
@@ -44,7 +43,6 @@ class Model(NamedTuple):
     def factor(self) -> int:
         """A picture's sides must be multiples of it."""
         return self.ae.cfg.f * self.unet.cfg.factor
-
 
 def load_model(path: Path, ema: bool, device: torch.device) -> Model:
     """The model in a checkpoint of stage two. Raises BadInput."""
@@ -67,7 +65,6 @@ def load_model(path: Path, ema: bool, device: torch.device) -> Model:
     except Exception as e:
         raise BadInput(f"--ckpt {path}: its parts do not fit together ({type(e).__name__})") from e
 
-
 def load_official(args, device: torch.device) -> Model:
     """The model in a released file. Raises BadInput."""
     m = official.load_model(args.official, args.preset, args.ema)
@@ -89,7 +86,6 @@ def load_official(args, device: torch.device) -> Model:
     print(f"{args.official}: {m.preset}")
     return Model(m.ae, m.unet, m.tau, tokenizer, m.abar.to(device), "eps", row["task"], (), row)
 
-
 def timesteps(args, T: int) -> list[int]:
     """The timesteps to visit, and the end. Raises BadInput."""
     try:
@@ -97,7 +93,6 @@ def timesteps(args, T: int) -> list[int]:
     except ValueError as e:
         raise BadInput(f"--{e}") from e
     return samplers.later(ts, args.strength) if args.init else ts
-
 
 def start(items: list[dict], args, first: int, shape: tuple) -> tuple[torch.Tensor, Callable]:
     """z_T, and randn() for the steps: picture j has the noise of (args.seed, first + j).
@@ -114,7 +109,6 @@ def start(items: list[dict], args, first: int, shape: tuple) -> tuple[torch.Tens
         z = torch.stack([samplers.slerp(a, b, (first + j) / max(1, args.n - 1))
                          for j in range(len(items))])
     return z, randn
-
 
 @torch.no_grad()
 def draw(m: Model, items: list[dict], args, first: int = 0, tick: Callable = lambda: None,
@@ -159,7 +153,6 @@ def draw(m: Model, items: list[dict], args, first: int = 0, tick: Callable = lam
     if "mask" in items[0]:
         x = torch.where(fields("mask") > 0, x, fields("image"))
     return x.cpu()
-
 
 def defaults(**flags) -> Namespace:
     """What draw() asks of sample.py's flags."""

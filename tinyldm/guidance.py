@@ -10,11 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-
 def drop_condition(y: torch.Tensor, y_null: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
     """y with the rows where drop (B,) is true replaced by the null condition y_null (...)."""
     return torch.where(drop.view(-1, *[1] * (y.ndim - 1)), y_null, y)
-
 
 def guided(eps_theta: Callable, ctx_null: torch.Tensor, s: float) -> Callable:
     """eps(z_t, t, ctx) = eps_theta(null) + s (eps_theta(ctx) - eps_theta(null)), both in one call.

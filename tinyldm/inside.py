@@ -18,7 +18,6 @@ from tinyldm.attention import TransformerBlock
 from tinyldm.degrade import to_image
 from tinyldm.diffusion import predict_z_0
 
-
 @contextlib.contextmanager
 def attention_maps(unet: torch.nn.Module, n: int, h: int, w: int, calls: set[int] | None = None):
     """Yields a list that fills with one tensor (n, M, h, w) a layer and call of unet in `calls`
@@ -46,7 +45,6 @@ def attention_maps(unet: torch.nn.Module, n: int, h: int, w: int, calls: set[int
         for hook in hooks:
             hook.remove()
 
-
 def record(eps_theta: Callable, abar: torch.Tensor, kept: list) -> Callable:
     """eps_theta, which also appends the predicted z_0 of each call to `kept`."""
     def eps(z_t, t, ctx):
@@ -54,7 +52,6 @@ def record(eps_theta: Callable, abar: torch.Tensor, kept: list) -> Callable:
         kept.append(predict_z_0(z_t, e, abar[t[0]]))
         return e
     return eps
-
 
 def save_attention(images: torch.Tensor, maps: torch.Tensor, encodings: list, path: Path) -> None:
     """A row a picture: the picture, then one tile a word, bright where it was looked at most.

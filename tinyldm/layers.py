@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
 def group_norm(c: int, groups: int = 32, eps: float = 1e-6) -> nn.GroupNorm:
     """GroupNorm over (B, c, H, W); the paper's nets have 32 groups, a narrow net wants fewer.
 
@@ -18,13 +17,11 @@ def group_norm(c: int, groups: int = 32, eps: float = 1e-6) -> nn.GroupNorm:
     """
     return nn.GroupNorm(groups, c, eps=eps)
 
-
 def zero_(module: nn.Module) -> nn.Module:
     """Zero a module's weights: a residual branch that ends in it begins as the identity."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
-
 
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     """Sinusoidal features [cos | sin] of t (B,) in 0..T-1 -> (B, dim), zero-padded if dim is odd.
@@ -35,7 +32,6 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     freq = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
     angle = t[:, None].float() * freq
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, dim % 2))
-
 
 class ResBlock(nn.Module):
     """norm, SiLU, conv, twice, plus the input; between the two the timestep's features, if any.
@@ -70,7 +66,6 @@ class ResBlock(nn.Module):
             h = self.norm2(h + e)
         return self.skip(self.resample(x)) + self.conv2(F.silu(h))
 
-
 class Downsample(nn.Module):
     """3x3 conv of stride 2: (B, C, H, W) -> (B, C, H/2, W/2).
 
@@ -84,7 +79,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
-
 
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a 3x3 conv: (B, C, H, W) -> (B, C, 2H, 2W)."""

@@ -7,12 +7,10 @@ Reads:   nothing of ours.
 import torch
 from torch.nn import functional as F
 
-
 def psnr(x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of each picture, x_rec clamped to [-1, 1]; the peak is 2."""
     mse = (x - x_rec.clamp(-1, 1)).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / mse)
-
 
 def ssim(x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
     """Structural similarity, Wang et al. 2004 Eq. (13): a Gaussian window of 11 x 11 and std 1.5,

@@ -63,13 +63,11 @@ PASSENGERS = re.compile(r"betas|(\w+_)?alphas_cumprod(_prev)?|posterior_\w+|lvlb
                         r"scale_factor|model_ema\.(decay|num_updates)|(first_stage_model\.)?loss\..+|"
                         r"(.*\.)?to_logits\.\w+|(.*\.)?position_ids")
 
-
 class Source(NamedTuple):
     """Where a tensor of ours comes from."""
     keys: tuple[str, ...]               # official tensors, to be joined in dimension 0
     shape: tuple[int, ...]              # of each
     n_head: int = 1                     # rows are ordered (head, q|k|v), ours (q|k|v, head)
-
 
 def places(ae: Autoencoder, net: nn.Module) -> list[str]:
     """The official names of E's or D's layers; up.0 is D's finest level, though it runs last."""
@@ -89,7 +87,6 @@ def places(ae: Autoencoder, net: nn.Module) -> list[str]:
     names = mid + names if way == "up" else names + mid
     return ["conv_in", *names, "norm_out", "", "conv_out"]
 
-
 def rules_of(net: nn.Module) -> list[tuple[str, str | Callable]]:
     """The renaming rules of a network."""
     if isinstance(net, Autoencoder):
@@ -99,7 +96,6 @@ def rules_of(net: nn.Module) -> list[tuple[str, str | Callable]]:
         return CLIP_RULES if net.cfg.clip else TEXT_RULES
     return {UNet: UNET_RULES, Discriminator: [("^layers", "main")], ClassEmbedder: [],
             SpatialRescaler: [("^conv", "channel_mapper")]}[type(net)]
-
 
 def table(net: nn.Module) -> dict[str, Source]:
     """Our key -> its official source, for a network of any size."""
@@ -119,7 +115,6 @@ def table(net: nn.Module) -> dict[str, Source]:
             shape = (shape[0] // 3, *shape[1:])
         out[key] = Source(names, shape, n_head)
     return out
-
 
 # ---- from their tensors to ours, and back
 
@@ -150,7 +145,6 @@ def load_into(net: nn.Module, state: dict, prefix: str = "") -> nn.Module:
     net.load_state_dict(ours, strict=False, assign=True)
     return net
 
-
 def official_state(net: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
     """The inverse of load_into."""
     out, state = {}, net.state_dict()
@@ -161,7 +155,6 @@ def official_state(net: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
         out |= {prefix + k: part.reshape(shape) for k, part in zip(keys, t.chunk(len(keys)))}
     return out
 
-
 # ---- whole models
 
 class Loaded(NamedTuple):
@@ -171,7 +164,6 @@ class Loaded(NamedTuple):
     unet: UNet
     tau: nn.Module | None
     abar: torch.Tensor
-
 
 def detect(state: dict) -> str:
     """The first row of presets.LDM whose networks have the shapes of state. Raises BadInput."""
@@ -189,7 +181,6 @@ def detect(state: dict) -> str:
             return name
     raise BadInput("no preset has these tensors; --preset NAME says what differs from a row")
 
-
 def averaged(state: dict, unet: UNet) -> dict:
     """state with the EMA's weights in place of the U-Net's raw ones, where it has any.
 
@@ -203,7 +194,6 @@ def averaged(state: dict, unet: UNet) -> dict:
         odd = min(found ^ names.keys())
         raise BadInput(f"{odd} is {'unexpected' if odd in found else 'missing'} among the EMA's")
     return state | {names[k]: state[k] for k in found}
-
 
 def load_model(path: Path, preset: str | None = None, ema: bool = True) -> Loaded:
     """The model in a released .ckpt or .safetensors; preset: which, else it is found out.
@@ -235,7 +225,6 @@ def load_model(path: Path, preset: str | None = None, ema: bool = True) -> Loade
     abar = cumulative(SCHEDULES[row["schedule"]](1000, *row["beta_range"]))
     return Loaded(preset, ae, unet, tau, abar)
 
-
 def export(path: Path, out: Path) -> None:
     """Write one of our checkpoints in the official layout, .safetensors or .ckpt. Raises BadInput.
 
@@ -262,7 +251,6 @@ def export(path: Path, out: Path) -> None:
     of_tau = official_state(tau, TAU) if tau else {}
     write_state(official_state(unet, UNET) | official_state(ae, AE) | of_tau | averages
                 | {"scale_factor": 1 / ae.z_std.float()}, out)
-
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
 class Discriminator(nn.Module):
     """4x4 convs, stride 2 in the first n_layers, BatchNorm between, LeakyReLU 0.2; pix2pix's init.
 
@@ -35,16 +34,13 @@ class Discriminator(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)
 
-
 def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """loss_disc = (E max(0, 1 - D(x)) + E max(0, 1 + D(x_rec))) / 2; 1 when D knows nothing."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
-
 def vanilla_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """loss_disc = (-E log sigmoid(D(x)) - E log(1 - sigmoid(D(x_rec)))) / 2."""
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())  # log 2 when D knows nothing
-
 
 def generator_loss(disc: nn.Module, x_rec: torch.Tensor) -> torch.Tensor:
     """loss_adv = -E D(x_rec), with D_psi frozen: the generator's step must not train D_psi."""
@@ -52,7 +48,6 @@ def generator_loss(disc: nn.Module, x_rec: torch.Tensor) -> torch.Tensor:
     loss = -disc(x_rec).mean()
     disc.requires_grad_(True)
     return loss
-
 
 def adaptive_weight(loss_rec: torch.Tensor, loss_adv: torch.Tensor,
                     last_layer: torch.Tensor) -> torch.Tensor:

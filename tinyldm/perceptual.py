@@ -18,7 +18,6 @@ from tinyldm import BadInput
 URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
-
 class Perceptual(nn.Module):
     """kind: `vgg16`, from the file `weights` or fetched once into torch's hub cache; or `random`.
 

@@ -11,7 +11,6 @@ from PIL import Image, ImageColor, ImageDraw
 
 from tinyldm.degrade import to_image, to_tensor
 
-
 def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
     """One png, `columns` a row; each picture enlarged to at least 96 px."""
     k, gap = -(-96 // images.shape[-1]), 4
@@ -24,14 +23,12 @@ def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
-
 def colour(k: int, names: tuple[str, ...]) -> tuple[int, ...]:
     """Of class k: that which its name begins with, as in "red circle", or one of many hues."""
     try:
         return ImageColor.getrgb(names[k].split()[0])
     except (ValueError, IndexError):
         return tuple(int(255 * v) for v in colorsys.hsv_to_rgb(k * .618 % 1, .7, .5 + k % 3 / 4))
-
 
 def condition(task: str, item: dict, names: tuple[str, ...], h: int, w: int) -> torch.Tensor | None:
     """What a spatial task was given, (3, h, w): map, boxes, small or masked picture; or None."""
@@ -54,7 +51,6 @@ def condition(task: str, item: dict, names: tuple[str, ...], h: int, w: int) -> 
     if task == "inpaint":
         return item["image"] * (1 - item["mask"]) - item["mask"]
     return None
-
 
 def save_drawn(images: torch.Tensor, items: list[dict], task: str, names: tuple[str, ...],
                path: Path, columns: int) -> None:

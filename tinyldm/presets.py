@@ -152,12 +152,10 @@ for f, (ae, attn, *tables) in SWEEP.items():
         row = (ae, ch, mult, attn, 32, None, A, "l2", batch, lr, steps)
         LDM[f"{name}-f{f}"] = PAPER | dict(zip(LDM_COLUMNS, row)) | task
 
-
 def ae_config(name: str) -> AEConfig | None:
     """The shape of a row of AE; None for "none", where pixels are diffused."""
     row = {k: v for k, v in AE.get(name, {}).items() if k in AEConfig.__dataclass_fields__}
     return AEConfig(**row, side=AE[name]["size"]) if row else None
-
 
 def unet_config(row: dict, ae: AEConfig | None) -> UNetConfig:
     """The shape of eps_theta for a row of LDM, or a training script's flags, and its stage one."""
@@ -169,12 +167,10 @@ def unet_config(row: dict, ae: AEConfig | None) -> UNetConfig:
         tuple(row["ch_mult"]), row["n_res"], tuple(row["attn_res"]), row["d_head"], row["n_head"],
         d_ctx, row["depth"], row["groups"], row["scale_shift"], row["res_updown"])
 
-
 def condition_encoder(row: dict, f: int) -> nn.Module | None:
     """tau of a row of LDM or a training script's flags; None where nothing is to be learned."""
     shape = TASKS[row["task"]].shape
     return shape and build_tau(row["task"], shape(row, f))
-
 
 def networks(row: dict) -> tuple[Autoencoder | None, UNet, nn.Module | None]:
     """Stage one, eps_theta and tau of a row, on the meta device: shapes without memory."""

@@ -13,7 +13,6 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-
 @dataclass
 class Quantised:
     """What a Codebook makes of z: z and zq (B, c_z, h, w), k (B, h, w)."""
@@ -35,7 +34,6 @@ class Quantised:
         terms = {"codebook": (self.zq - self.z.detach()).square().mean(),
                  "commitment": (self.zq.detach() - self.z).square().mean()}
         return beta * terms.pop(beta_on) + sum(terms.values())
-
 
 class Codebook(nn.Module):
     """n_codes vectors of width c_z; z (B, c_z, h, w) -> Quantised, in float32."""
@@ -72,14 +70,12 @@ class Codebook(nn.Module):
         pick = torch.randint(len(rows), idle.shape, generator=g).to(rows.device)
         self.codes.copy_(torch.where(idle[:, None], rows[pick], self.codes))
 
-
 def count(k: torch.Tensor, n_codes: int) -> torch.Tensor:
     """How often each code was chosen, in all processes together: k (...) -> (n_codes,) int."""
     n = torch.bincount(k.flatten(), minlength=n_codes)
     if dist.is_initialized():
         dist.all_reduce(n)
     return n
-
 
 def perplexity(n: torch.Tensor) -> torch.Tensor:
     """exp(-sum_j p_j log p_j) of counts n (n_codes,): 1 .. n_codes, as if so many were in use."""

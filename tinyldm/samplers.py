@@ -16,13 +16,11 @@ import torch
 
 from tinyldm.diffusion import posterior, predict_z_0, q_sample
 
-
 def timesteps(T: int, S: int) -> list[int]:
     """S timesteps from T-1 down, evenly spaced, then -1. Raises ValueError unless 1 <= S <= T."""
     if not 1 <= S <= T:
         raise ValueError(f"steps {S}: must be 1..{T}")
     return [T - 1 - i * T // S for i in range(S)] + [-1]
-
 
 def official_timesteps(T: int, S: int) -> list[int]:
     """The released rule, range(0, T, T // S) + 1 read backwards, then 0: for published samples.
@@ -38,17 +36,14 @@ def official_timesteps(T: int, S: int) -> list[int]:
         raise ValueError(f"steps {S}: the official rule would visit timestep {T} of 0..{T - 1}")
     return ts[::-1] + [0]
 
-
 def pairs(ts: list[int], abar: torch.Tensor) -> list[tuple]:
     """(t, abar_t, abar_s) a step; abar_{-1} = 1, where z is z_0."""
     abar = torch.cat([abar, abar.new_ones(1)])
     return [(t, abar[t], abar[s]) for t, s in zip(ts, ts[1:])]
 
-
 def each(t: int, z: torch.Tensor) -> torch.Tensor:
     """t for each of z's samples, (B,)."""
     return torch.full((len(z),), t, device=z.device)
-
 
 @torch.no_grad()
 def ddpm(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: list[int],
@@ -62,12 +57,10 @@ def ddpm(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: li
             z = z + var.sqrt() * randn()
     return z
 
-
 def ddim_step(z: torch.Tensor, eps: torch.Tensor, abar_t, abar_s, sigma=0.0) -> torch.Tensor:
     """DDIM Eq. (12) but for its noise: sqrt(abar_s) z_0 + sqrt(1 - abar_s - sigma^2) eps."""
     z_0 = predict_z_0(z, eps, abar_t)
     return abar_s.sqrt() * z_0 + (1 - abar_s - sigma ** 2).clamp(min=0).sqrt() * eps
-
 
 @torch.no_grad()
 def ddim(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: list[int],
@@ -85,7 +78,6 @@ def ddim(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: li
         if sigma > 0:
             z = z + sigma * randn()
     return z
-
 
 @torch.no_grad()
 def plms(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: list[int],
@@ -109,7 +101,6 @@ def plms(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: li
         z = ddim_step(z, eps, abar_t, abar_s)
     return z
 
-
 @torch.no_grad()
 def dpm_solver_pp(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: list[int],
                   randn: Callable | None = None) -> torch.Tensor:
@@ -128,7 +119,6 @@ def dpm_solver_pp(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tenso
         z_0_last, h_last = z_0, h
     return z
 
-
 @torch.no_grad()
 def masked(sampler: Callable, z_T: torch.Tensor, z: torch.Tensor, mask: torch.Tensor,
            abar: torch.Tensor, ts: list[int], randn: Callable) -> torch.Tensor:
@@ -143,7 +133,6 @@ def masked(sampler: Callable, z_T: torch.Tensor, z: torch.Tensor, mask: torch.Te
         z_t = sampler(z_t, [t, s])
     return z_t
 
-
 def later(ts: list[int], strength: float) -> list[int]:
     """The last `strength` (0..1] of the steps, for SDEdit (Meng et al. 2022): begin at later(ts)[0]
     with a picture's z noised to that very timestep.
@@ -151,7 +140,6 @@ def later(ts: list[int], strength: float) -> list[int]:
     NB: the released img2img.py adds noise of one step and begins denoising at the step below.
     """
     return ts[-(max(1, round(strength * (len(ts) - 1))) + 1):]
-
 
 def slerp(a: torch.Tensor, b: torch.Tensor, w: float) -> torch.Tensor:
     """From noise a (w = 0) to b (1) along the great circle, where all between is as likely."""

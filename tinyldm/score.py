@@ -9,23 +9,10 @@ import re
 import numpy as np
 import torch
 
-from tinyldm import BadInput
+from tinyldm import BadInput, shapes
 from tinyldm.degrade import bicubic
 from tinyldm.metrics import psnr, ssim
-from tinyldm.shapes import (
-    CLASSES,
-    COLOURS,
-    PALETTE,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    Thing,
-    boxes,
-    coverage,
-    label_map,
-    name,
-)
-
+from tinyldm.shapes import COLOURS, PALETTE, RELATIONS, SHAPES, SIZES, Thing, coverage, name
 
 def _components(mask: np.ndarray) -> np.ndarray:
     """(H, W) bool -> (H, W) int: 0, or one number for all pixels that touch, corners included."""
@@ -34,13 +21,11 @@ def _components(mask: np.ndarray) -> np.ndarray:
         pass
     return label
 
-
 def _spread(a: np.ndarray, k: int) -> np.ndarray:
     """The largest value within k pixels of each pixel; (H, W) -> (H, W)."""
     p = np.pad(a, k)
     p = np.max([p[i:i + a.shape[0]] for i in range(2 * k + 1)], axis=0)
     return np.max([p[:, j:j + a.shape[1]] for j in range(2 * k + 1)], axis=0)
-
 
 def find(image, unit: float | None = None) -> list[Thing]:
     """The things in one picture (3, H, W) in [-1, 1], from its pixels alone; places in pixels.
@@ -75,7 +60,6 @@ def find(image, unit: float | None = None) -> list[Thing]:
         found.append(Thing(shape, colour, "small" if r < 4.3 * unit else "big", r, x, y))
     return found
 
-
 def parse_prompt(prompt: str) -> tuple[list[Thing], str | None]:
     """A sentence of this world -> its things (size "" if unsaid) and relation, or BadInput."""
     thing = rf"(?:a )?(?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
@@ -85,7 +69,6 @@ def parse_prompt(prompt: str) -> tuple[list[Thing], str | None]:
                        'be scored; say it like "a small red circle left of a big blue square"')
     g = m.groups()
     return [Thing(s, c, z or "") for z, c, s in ((g[0:3], g[4:7]) if g[3] else (g[0:3],))], g[3]
-
 
 def follows(things: list[Thing], prompt: str) -> bool:
     """Do the found things say the prompt in full: number, colours, shapes, sizes and relation?"""
@@ -103,12 +86,10 @@ def follows(things: list[Thing], prompt: str) -> bool:
                 return True
     return False
 
-
 # ---- one function a task: the pictures and the items that were asked for -> figures
 
 def whole(things: list[Thing]) -> list[Thing]:
     return [t for t in things if t.shape != "blob"]
-
 
 def none_score(images, items, found) -> dict:
     """Well-formed: something is in the picture, and all of it has one of the four shapes."""
@@ -116,15 +97,12 @@ def none_score(images, items, found) -> dict:
     return {"well_formed": np.mean([f != [] and whole(f) == f for f in found]),
             "things": np.mean([len(f) for f in found])}
 
-
 def class_score(images, items, found) -> dict:
-    return {"classes_right": np.mean([CLASSES[i["label"]] in map(name, f)
+    return {"classes_right": np.mean([shapes.CLASSES[i["label"]] in map(name, f)
                                       for i, f in zip(items, found)])}
-
 
 def text_score(images, items, found) -> dict:
     return {"prompts_followed": np.mean([follows(f, i["caption"]) for i, f in zip(items, found)])}
-
 
 def iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Intersection over union of boxes (K, 4) and (L, 4), [x0, y0, x1, y1] -> (K, L)."""
@@ -134,12 +112,11 @@ def iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
                             (sides, a[..., 2:] - a[..., :2], b[..., 2:] - b[..., :2]))
     return area / (area_a + area_b - area)
 
-
 def layout_score(images, items, found) -> dict:
     """Asked and found boxes are paired for the largest IoU; one that is left over counts as 0."""
     ious, right = [], []
     for x, item, things in zip(images, items, found):
-        a, b = item["boxes"], boxes(whole(things)[:6], x.shape[-1])
+        a, b = item["boxes"], shapes.boxes(whole(things)[:6], x.shape[-1])
         n = max(len(a), len(b), len(things))
         table = torch.zeros(n, n)
         table[:len(a), :len(b)] = iou(a[:, 1:], b[:, 1:])
@@ -150,21 +127,18 @@ def layout_score(images, items, found) -> dict:
                   for i, j in enumerate(best[:len(a)])]
     return {"mean_iou": np.mean(ious), "classes_right": np.mean(right)}
 
-
 def semantic_score(images, items, found) -> dict:
     """Agreement of all pixels, and of those where an object was asked for or found."""
     a = torch.stack([i["segmentation"] for i in items])
-    b = torch.stack([label_map(whole(f), a.shape[-1]) for f in found])
+    b = torch.stack([shapes.label_map(whole(f), a.shape[-1]) for f in found])
     return {"pixels_right": (a == b).double().mean(),
             "object_pixels_right": (a == b)[(a > 0) | (b > 0)].double().mean()}
-
 
 def superres_score(images, items, found) -> dict:
     truth = torch.stack([i["image"] for i in items])
     blur = torch.stack([bicubic(i["small"], *truth.shape[:1:-1]) for i in items])
     return {"psnr": psnr(truth, images).mean(), "ssim": ssim(truth, images).mean(),
             "bicubic_psnr": psnr(truth, blur).mean(), "bicubic_ssim": ssim(truth, blur).mean()}
-
 
 def inpaint_score(images, items, found) -> dict:
     """A hole makes sense where nothing in the picture is a blob, and each object of the truth that
@@ -179,15 +153,12 @@ def inpaint_score(images, items, found) -> dict:
         known.append(((x - item["image"]) * (1 - hole)).abs().max())
     return {"holes_sensible": np.mean(sense), "known_error": max(known)}
 
-
 def share_seen(t: Thing, hole: torch.Tensor) -> float:
     cover = coverage(t.shape, t.r, t.x, t.y, *hole.shape)
     return float((cover * (1 - hole.numpy())).sum() / cover.sum())
 
-
 SCORES = {"none": none_score, "class": class_score, "text": text_score, "layout": layout_score,
           "semantic": semantic_score, "superres": superres_score, "inpaint": inpaint_score}
-
 
 def score(task: str, images: torch.Tensor, items: list[dict],
           unit: float | None = None) -> dict[str, float]:

@@ -36,7 +36,6 @@ EXTENT = {"circle": (1., 1., 1.), "square": (.8862, .8862, .8862),
           "triangle": (1.3468, 1.5551, .7776), "cross": (1.1890, 1.1890, 1.1890)}
 GAP, MARGIN = 2.0, 0.5                              # between objects; to the edge
 
-
 class Thing(NamedTuple):
     shape: str
     colour: str
@@ -44,7 +43,6 @@ class Thing(NamedTuple):
     r: float = 0.0          # radius of the disc of the same area
     x: float = 0.0          # centroid, right and down
     y: float = 0.0
-
 
 def coverage(shape: str, r: float, x: float, y: float, h: int, w: int) -> np.ndarray:
     """Share of each pixel in the shape, (h, w) in [0, 1], from its signed distance; in pixels."""
@@ -61,10 +59,8 @@ def coverage(shape: str, r: float, x: float, y: float, h: int, w: int) -> np.nda
                        np.maximum(ax - .3963 * r, ay - 1.189 * r))
     return np.clip(.5 - d, 0, 1)
 
-
 def name(t: Thing) -> str:
     return f"{t.colour} {t.shape}"
-
 
 def boxes(things: list[Thing], side: int) -> torch.Tensor:
     """(K, 5) [class, x0, y0, x1, y1 in 0..1] of things in pixels, in a picture of side px."""
@@ -75,7 +71,6 @@ def boxes(things: list[Thing], side: int) -> torch.Tensor:
                     *((t.x - e) / side, (t.y - up) / side, (t.x + e) / side, (t.y + down) / side)])
     return torch.tensor(out).reshape(-1, 5)
 
-
 def label_map(things: list[Thing], side: int) -> torch.Tensor:
     """(side, side) of 0 = ground, or 1 + class, of things in pixels."""
     out = np.zeros((side, side), np.int64)
@@ -83,11 +78,9 @@ def label_map(things: list[Thing], side: int) -> torch.Tensor:
         out[coverage(t.shape, t.r, t.x, t.y, side, side) > .5] = 1 + CLASSES.index(name(t))
     return torch.from_numpy(out)
 
-
 def caption(things: list[Thing], relation: str | None, sizes: bool = True) -> str:
     names = [f"a {t.size + ' ' if sizes else ''}{t.colour} {t.shape}" for t in things]
     return f" {relation} ".join(names)
-
 
 def _specs(split: str) -> tuple[list, list]:
     """All (things, relation) of one and of two objects that belong to a split.
@@ -107,7 +100,6 @@ def _specs(split: str) -> tuple[list, list]:
                       ([b, a], {"left of": "right of", "above": "below"}[relation])]
     return singles if split != "held-out" else [], pairs
 
-
 def _place(things: list[Thing], relation: str | None, rng: np.random.Generator) -> list[Thing]:
     """Give each thing a radius and a place: in the picture, apart, the relation beyond doubt."""
     r = [SIZES[t.size][0] + (SIZES[t.size][1] - SIZES[t.size][0]) * rng.random() for t in things]
@@ -126,7 +118,6 @@ def _place(things: list[Thing], relation: str | None, rng: np.random.Generator) 
         at[a][k] = low[a][k] + slack * .25 * rng.random()
         at[b][k] = high[b][k] - slack * .25 * rng.random()
     return [t._replace(r=ri, x=p[0], y=p[1]) for t, ri, p in zip(things, r, at)]
-
 
 class Shapes(torch.utils.data.Dataset):
     """`n` pictures of `size` px: `train`, `held-out` or `unseen`; item i depends on (seed, i)."""
@@ -169,12 +160,10 @@ class Shapes(torch.utils.data.Dataset):
         return {"image": image, "caption": text, "label": CLASSES.index(name(things[0])),
                 "boxes": boxes(things, side), "segmentation": label_map(things, side)}
 
-
 def prompts(n: int, split: str = "held-out", seed: int = 0) -> list[str]:
     """n captions of a split that say all: two objects, both sizes."""
     pairs = _specs(split)[1]
     return [caption(*pairs[i]) for i in np.random.default_rng(seed).permutation(len(pairs))[:n]]
-
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in ("held-out", "unseen") or not sys.argv[2].isdigit():

@@ -22,13 +22,11 @@ from tinyldm.tokens import encode, train_tokenizer
 
 # ---- what the flags leave open and the data set decides
 
-
 def fit_text(args, data):
     """-> the tokenizer of the set's captions."""
     tokenizer = train_tokenizer(data.captions(), args.vocab_size or 8192)
     args.vocab_size = tokenizer.get_vocab_size()
     return tokenizer
-
 
 def fit_class(args, data) -> None:
     """One class more than the set has: the null one. Raises BadInput."""
@@ -37,7 +35,6 @@ def fit_class(args, data) -> None:
         raise BadInput(f"--n-classes {args.n_classes}: there are {len(data.labels)}, and the null "
                        "class")
 
-
 def fit_layout(args, data) -> None:
     """A grid of 32 x 32 places unless --vocab-size says otherwise. Raises BadInput."""
     args.vocab_size = args.vocab_size or 32 * 32 + 1
@@ -45,29 +42,21 @@ def fit_layout(args, data) -> None:
         raise BadInput(f"--vocab-size {args.vocab_size}: there are {len(data.classes)} classes, "
                        "and a token for none")
 
-
 def fit_semantic(args, data) -> None:
     """As many classes as the largest label asks for; looks at the whole set, so may take a while"""
     if args.n_classes is None:
         args.n_classes = 1 + max(int(data[i]["segmentation"].max()) for i in range(len(data)))
 
-
 # ---- from a batch of items to y
-
-def no_y(batch: dict, tau, tokenizer) -> torch.Tensor:
-    return torch.zeros(len(batch["image"]), dtype=torch.int64)
-
 
 def class_y(batch: dict, tau: ClassEmbedder, tokenizer) -> torch.Tensor:
     """labels, or None for the last class, the null one -> (B,)."""
     null = tau.embedding.num_embeddings - 1
     return torch.tensor([null if v is None else v for v in batch["label"]])
 
-
 def text_y(batch: dict, tau: TextTransformer, tokenizer) -> torch.Tensor:
     """captions -> token ids (B, M); the empty one is M times [PAD]."""
     return encode(tokenizer, batch["caption"], tau.cfg.n_token)
-
 
 def layout_y(batch: dict, tau: TextTransformer, tokenizer) -> torch.Tensor:
     """boxes (K, 5) [class, x0, y0, x1, y1 in 0..1] -> token ids (B, M), the largest boxes first.
@@ -87,7 +76,6 @@ def layout_y(batch: dict, tau: TextTransformer, tokenizer) -> torch.Tensor:
         row[:ids.numel()] = ids.flatten()
     return y
 
-
 def semantic_y(batch: dict, tau: SpatialRescaler, tokenizer) -> torch.Tensor:
     """Label maps -> (B, H, W) int16. Raises BadInput for a label that the model has not."""
     y, n = torch.stack(batch["segmentation"]), tau.conv.in_channels
@@ -96,33 +84,17 @@ def semantic_y(batch: dict, tau: SpatialRescaler, tokenizer) -> torch.Tensor:
                        f"go up to {n - 1}")
     return y.to(torch.int16)
 
-
-def superres_y(batch: dict, tau, tokenizer) -> torch.Tensor:
-    """Pictures of a quarter of the side -> (B, 3, H / 4, W / 4) in [-1, 1]."""
-    return torch.stack(batch["small"])
-
-
 def inpaint_y(batch: dict, tau, tokenizer) -> torch.Tensor:
     """Pictures, grey (0) where their mask is 1, and that mask -> (B, 4, H, W)."""
     image, hole = torch.stack(list(batch["image"])), torch.stack(batch["mask"])
     return torch.cat([image * (1 - hole), hole], dim=1)
 
-
 # ---- from y to ctx
 
-def tau_of_y(y: torch.Tensor, tau: Callable, ae) -> torch.Tensor:
-    return tau(y)
-
-
-def no_ctx(y: torch.Tensor, tau, ae) -> None:
-    return None
-
-
 def superres_ctx(y: torch.Tensor, tau, ae) -> torch.Tensor:
-    """The small picture on the latents' grid: as it is where f = 4."""
+    """The picture of a quarter of the side, on the latents' grid: as it is where f = 4."""
     f = ae.cfg.f
     return y if f == 4 else F.interpolate(y, scale_factor=4 / f, mode="bicubic", antialias=f > 4)
-
 
 @torch.no_grad()
 def inpaint_ctx(y: torch.Tensor, tau, ae) -> torch.Tensor:
@@ -130,50 +102,49 @@ def inpaint_ctx(y: torch.Tensor, tau, ae) -> torch.Tensor:
     z = ae.encode(y[:, :3]).mean
     return torch.cat([z, 2 * F.interpolate(y[:, 3:], z.shape[2:]) - 1], dim=1)
 
-
 class Task(NamedTuple):
     """A kind of condition. A batch has a list, or a tensor, of each field of its items."""
     fields: tuple[str, ...]         # of an item of the data set, which y is made of
     y: Callable                     # (batch, tau, tokenizer) -> y (B, ...)
     null: dict                      # the batch whose y, stretched, is the null condition
-    ctx: Callable = tau_of_y        # (y, tau, ae) -> ctx
+    ctx: Callable                   # (y, tau, ae) -> ctx
     net: Callable | None = None     # tau(**shape); None: nothing to learn
     shape: Callable | None = None   # (row of flags, f) -> what shapes tau
     fit: Callable | None = None     # (flags, data set) -> tokenizer or None; fills in flags
     beside: Callable | None = None  # c_z -> channels that lie beside z_t
     s: float = 1.0                  # guidance scale to sample with, unless a flag says otherwise
 
-
-def text_net(**shape) -> TextTransformer:
-    return TextTransformer(TextConfig(**shape))
-
-
 def text_shape(row: dict, f: int) -> dict:
     return dict(n_vocab=row["vocab_size"], n_token=row["n_token"], d=row["d_ctx"],
                 depth=row["text_depth"], n_head=row["text_heads"], d_head=row["text_d_head"],
                 clip=row["text_clip"])
 
+def tau_of_y(y: torch.Tensor, tau: Callable, ae) -> torch.Tensor:
+    return tau(y)
+
+def text_net(**shape) -> TextTransformer:
+    return TextTransformer(TextConfig(**shape))
 
 BLANK, ALL = torch.zeros(3, 1, 1), torch.ones(1, 1, 1)
 TASKS = {
-    "none": Task((), no_y, {"image": [None]}, no_ctx),
+    "none": Task((), lambda batch, *_: torch.zeros(len(batch["image"])), {"image": [None]},
+                 lambda *_: None),
     "class": Task(
-        ("label",), class_y, {"label": [None]}, net=ClassEmbedder, fit=fit_class, s=2.0,
+        ("label",), class_y, {"label": [None]}, tau_of_y, ClassEmbedder, fit=fit_class, s=2.0,
         shape=lambda row, f: dict(n_classes=row["n_classes"], d=row["d_ctx"])),
-    "text": Task(("caption",), text_y, {"caption": [""]}, net=text_net, shape=text_shape,
-                 fit=fit_text, s=2.0),
-    "layout": Task(("boxes",), layout_y, {"boxes": [torch.zeros(0, 5)]}, net=text_net,
-                   shape=text_shape, fit=fit_layout, s=2.0),
+    "text": Task(("caption",), text_y, {"caption": [""]}, tau_of_y, text_net, text_shape, fit_text,
+                 s=2.0),
+    "layout": Task(("boxes",), layout_y, {"boxes": [torch.zeros(0, 5)]}, tau_of_y, text_net,
+                   text_shape, fit_layout, s=2.0),
     "semantic": Task(
-        ("segmentation",), semantic_y, {"segmentation": [-torch.ones(1, 1)]}, net=SpatialRescaler,
-        fit=fit_semantic, beside=lambda c_z: 3,
+        ("segmentation",), semantic_y, {"segmentation": [-torch.ones(1, 1)]}, tau_of_y,
+        SpatialRescaler, fit=fit_semantic, beside=lambda c_z: 3, s=1.5,
         shape=lambda row, f: dict(c_in=row["n_classes"], c_out=3, n=int(math.log2(f)))),
-    "superres": Task(("small",), superres_y, {"small": [BLANK]}, superres_ctx,
-                     beside=lambda c_z: 3),
+    "superres": Task(("small",), lambda batch, *_: torch.stack(batch["small"]), {"small": [BLANK]},
+                     superres_ctx, beside=lambda c_z: 3),
     "inpaint": Task(("image", "mask"), inpaint_y, {"image": [BLANK], "mask": [ALL]}, inpaint_ctx,
                     beside=lambda c_z: c_z + 1),
 }
-
 
 def build_tau(task: str, shape: dict) -> nn.Module | None:
     """tau of a shape, as Task.shape or a checkpoint says it; None where nothing is learned."""

@@ -23,7 +23,6 @@ from tinyldm import BadInput
 PAD, UNK = "[PAD]", "[UNK]"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"           # CLIP's
 
-
 def train_tokenizer(captions: list[str], vocab_size: int = 8192) -> Tokenizer:
     """Learn at most vocab_size pieces from the captions, lower-cased; keep those that they use.
 
@@ -40,7 +39,6 @@ def train_tokenizer(captions: list[str], vocab_size: int = 8192) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=[PAD, UNK], show_progress=False))
     used = {piece for e in full.encode_batch(captions) for piece in e.tokens} - {PAD, UNK}
     return blank({piece: i for i, piece in enumerate([PAD, UNK, *sorted(used)])})
-
 
 def encode(tokenizer: Tokenizer, captions: list[str], M: int) -> torch.Tensor:
     """ids (n, M), padded with 0. Warns of words cut off at M tokens and of unknown words."""
@@ -61,13 +59,11 @@ def encode(tokenizer: Tokenizer, captions: list[str], M: int) -> torch.Tensor:
                       stacklevel=2)
     return rows
 
-
 def brief(words) -> str:
     """At most eight quoted words, and how many more there are."""
     words = list(words)
     more = f" and {len(words) - 8} more" if len(words) > 8 else ""
     return ", ".join(map(repr, words[:8])) + more
-
 
 def bert(vocab: Path) -> Tokenizer:
     """bert-base-uncased's: a piece a line; [CLS] words [SEP]."""
@@ -77,7 +73,6 @@ def bert(vocab: Path) -> Tokenizer:
     t.post_processor = processors.BertProcessing(("[SEP]", pieces["[SEP]"]),
                                                  ("[CLS]", pieces["[CLS]"]))
     return t
-
 
 def clip(folder: Path) -> Tokenizer:
     """CLIP's byte pairs, of vocab.json and merges.txt; lower case; BOS words EOS."""
@@ -92,7 +87,6 @@ def clip(folder: Path) -> Tokenizer:
     t.post_processor = processors.BertProcessing((EOS, t.token_to_id(EOS)),
                                                  (BOS, t.token_to_id(BOS)))
     return t
-
 
 def open_vocab(path: Path, n_vocab: int, M: int) -> Tokenizer:
     """A released text encoder's tokenizer; it cuts, and pads to M: CLIP's with EOS, BERT's with 0.

@@ -32,7 +32,6 @@ def parse(parser: argparse.ArgumentParser, presets: dict, argv: list[str] | None
     parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].preset, {}))
     return parser.parse_args(argv)
 
-
 def optimisation_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("optimisation")
     g.add_argument("--batch", type=int, help="pictures a step, of all processes together")
@@ -42,7 +41,6 @@ def optimisation_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--warmup", type=int, help="steps of linear warm-up")
     g.add_argument("--cosine", action=BooleanOptionalAction, help="let the lr fall to 0 at the end")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-
 
 def system_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("system")
@@ -55,11 +53,9 @@ def system_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--log-every", type=int, default=50, help="steps between log lines")
     g.add_argument("--dry-run", action="store_true", help="print sizes and memory, then exit")
 
-
 def plain(args: argparse.Namespace) -> dict:
     """The flags as plain values, for checkpoints and printing."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-
 
 def check_batch(args, world: int) -> int:
     """Pictures at a time in one process. Raises BadInput when the batch cannot be split so."""
@@ -71,7 +67,6 @@ def check_batch(args, world: int) -> int:
         raise BadInput(f"--micro-batch {micro} does not divide the {each} pictures of each process")
     return micro
 
-
 def dry_run(args, *nets: torch.nn.Module) -> None:
     """Print the configuration, and the memory of weights, gradients, Adam's two moments and EMA."""
     n = sum(map(n_params, nets))
@@ -79,10 +74,8 @@ def dry_run(args, *nets: torch.nn.Module) -> None:
     print(f"{n:,} parameters in training: {20 * n / 2 ** 30:.2f} GiB with gradients, Adam and EMA; "
           "activations come on top")
 
-
 def n_params(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
 
 # ---- processes
 
@@ -102,7 +95,6 @@ def run(main, parse_args) -> None:
     if error:                                   # main's frame is gone, and with it its progress bar
         print(error, file=sys.stderr)
         sys.exit(2)
-
 
 def setup(device: str, dtype: str):
     """-> device, autocast context factory, rank, world size; joins torchrun's process group."""
@@ -125,16 +117,13 @@ def setup(device: str, dtype: str):
     bf16 = dtype == "bf16" or (dtype == "auto" and dev.type == "cuda")
     return dev, lambda: torch.autocast(dev.type, torch.bfloat16, enabled=bf16), rank, world
 
-
 def rows(x: torch.Tensor, rank: int, world: int) -> torch.Tensor:
     """This process's share of what was drawn for the whole batch."""
     return x.chunk(world)[rank]
 
-
 def sync_last(net, last: bool):
     """Let DDP exchange gradients only on the last micro-batch."""
     return contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync()
-
 
 class Stop:
     """Notes SIGINT and SIGTERM, so that the loop can save and leave; a second one ends at once."""
@@ -155,6 +144,19 @@ class Stop:
             dist.all_reduce(self.flag, dist.ReduceOp.MAX)
         return bool(self.flag)
 
+def steps(args, done: int, log: "Log", save):
+    """The steps after `done`: 1, 2, ... Between them save(step), where it is due; leaves when asked
+    to. (zip the batches behind it: it must be the first to be asked for more.)"""
+    stop = Stop(log.device)
+    for step in range(done + 1, args.steps + 1):
+        yield step
+        stopping = stop.asked()
+        if log.main and (step % args.save_every == 0 or step == args.steps or stopping):
+            with log.aside():
+                save(step)
+        if stopping:
+            break
+    log.close()
 
 # ---- optimisation
 
@@ -168,19 +170,16 @@ def generator(seed: int, i: int) -> torch.Generator:
     mixed = np.random.SeedSequence([seed, i]).generate_state(1)[0]
     return torch.Generator().manual_seed(int(mixed))
 
-
 def lr_at(step: int, args) -> float:
     """Step 1, 2, ...: linear warm-up, then constant (the paper's) or a cosine down to zero."""
     fall = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / args.steps) if args.cosine else 1.0
     return args.lr * min(1.0, step / max(1, args.warmup)) * fall
-
 
 def check_finite(value: torch.Tensor, step: int, path: Path) -> None:
     if not torch.isfinite(value):
         raise BadInput(f"the loss or its gradient is {value.item()} at step {step}: training stops "
                        f"and {path} keeps the last good state; try a lower --lr, a longer "
                        "--warmup, or --dtype fp32")
-
 
 class EMA:
     """Exponential moving average of the weights of some modules, {name: module}, in float32.
@@ -215,7 +214,6 @@ class EMA:
             for k, net in self.nets.items():
                 net.load_state_dict(raw[k])
 
-
 # ---- log
 
 def add(total: dict, values: dict, weight: float) -> None:
@@ -223,7 +221,6 @@ def add(total: dict, values: dict, weight: float) -> None:
     for k, v in values.items():
         v = v.detach() if isinstance(v, torch.Tensor) else v
         total[k] = total.get(k, 0.0) + weight * v
-
 
 class Log:
     """The progress bar, log lines, and log.jsonl in args.out. Only rank 0 prints and writes.
@@ -287,7 +284,6 @@ class Log:
 
     def close(self) -> None:
         self.bar.close()
-
 
 def peak_memory() -> int:
     """Most memory this process has held, bytes; 0 where the system does not say."""

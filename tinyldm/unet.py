@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from tinyldm.attention import SelfAttention2d, SpatialTransformer
 from tinyldm.layers import Downsample, ResBlock, Upsample, group_norm, timestep_embedding, zero_
 
-
 @dataclass(frozen=True)
 class UNetConfig:
     """What shapes eps_theta; the names of Tables 12-15 in brackets."""
@@ -39,7 +38,6 @@ class UNetConfig:
     def factor(self) -> int:
         """The latent's sides must be multiples of it."""
         return 2 ** (len(self.ch_mult) - 1)
-
 
 class UNet(nn.Module):
     """eps_theta(z_t, t, ctx): z_t (B, c_out, h, w), t (B,) -> (B, c_out, h, w).
@@ -112,7 +110,6 @@ class UNet(nn.Module):
             h = run(stage, torch.cat([h, skips.pop()], dim=1), emb, ctx)
         return self.conv_out(F.silu(self.norm_out(h)))                          # (B, c_out, h, w)
 
-
 def run_stage(stage: nn.ModuleList, h: torch.Tensor, emb: torch.Tensor, ctx: torch.Tensor | None):
     """Apply a stage's layers in turn, giving each what it takes."""
     for layer in stage:
@@ -123,7 +120,6 @@ def run_stage(stage: nn.ModuleList, h: torch.Tensor, emb: torch.Tensor, ctx: tor
         else:
             h = layer(h)
     return h
-
 
 def run_lean(*args):
     """run_stage, keeping only its input: backward runs it again (gradient checkpointing)."""
