@@ -2,17 +2,16 @@
 
     python sample.py "a red circle above a blue square"             # the bundled toy model
     python sample.py --ckpt out/ldm/ckpt.pt --n 16 --scale 4 "a small green cross"
-    python sample.py --prompts prompts.txt --out pictures/          # one file a picture
     python sample.py --ckpt out/class/ckpt.pt --label "red circle"  # without: all its classes
     python sample.py --ckpt out/layout/ckpt.pt --boxes boxes.json   # without: held-out conditions
     python sample.py --image photo.png --mask hole.png "a red circle"           # white is painted
     python sample.py --init sketch.png --strength 0.5 "a red circle"            # img2img
-    python sample.py --to-seed 1 --n 8 "a red circle"               # from noise 0 to noise 1
     python sample.py --attention words.png --trajectory steps.png "a red circle"
     python sample.py --official sd-v1-4.ckpt --vocab clip/ --scale 7.5 "a photo of a red house"
 
 Writes one grid (--out FILE.png, a row a prompt) or, where --out does not end in .png, a folder.
-"""
+--score needs the built-in world, or superres with the truth. --timesteps even: from T-1 to z_0 in
+--steps; official: the released code's rule, near --steps."""
 import argparse
 import contextlib
 import io
@@ -59,15 +58,13 @@ def parse_args(argv=None):
     g = p.add_argument_group("model")
     g.add_argument("--ckpt", type=Path, default=BUNDLED, help="default: the bundled toy model")
     g.add_argument("--official", type=Path, help="a released model's file, .ckpt or .safetensors")
-    g.add_argument("--preset", choices=[k for k in presets.LDM if k != "toy"],
-                   help="which model that is; default: found out")
+    g.add_argument("--preset", choices=[*presets.LDM][1:], help="which; default: found out")
     g.add_argument("--vocab", type=Path, help="its tokenizer: a folder, vocab.txt, tokenizer.json")
     g.add_argument("--ema", action=BooleanOptionalAction, default=True, help="averaged weights")
     g = p.add_argument_group("how")
     g.add_argument("--sampler", choices=gen.SAMPLERS, default="ddim")
     g.add_argument("--steps", type=int, help="1..T; each calls the U-Net once; default: 50")
-    g.add_argument("--timesteps", choices=gen.TIMESTEPS, default="even",
-                   help="even: from T-1 to z_0; official: the released code's rule (near --steps)")
+    g.add_argument("--timesteps", choices=gen.TIMESTEPS, default="even", help="rule of the steps")
     g.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as DDPM")
     g.add_argument("--scale", type=float, help="guidance s; 1 is none; default: the task's")
     g.add_argument("--seed", type=int, default=0, help="same seed, same pictures")
@@ -77,8 +74,7 @@ def parse_args(argv=None):
     g.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
     g = p.add_argument_group("what comes out")
     g.add_argument("--out", type=Path, default=Path("out/samples.png"), help="FILE.png or a folder")
-    g.add_argument("--score", action="store_true",
-                   help="print how well the conditions are followed (built-in world; superres)")
+    g.add_argument("--score", action="store_true", help="how well conditions are followed")
     g.add_argument("--attention", type=Path, help="FILE.png: where each word was looked at")
     g.add_argument("--trajectory", type=Path, help="FILE.png: z_0 as predicted along the way")
     g.add_argument("--at", type=int, nargs="+", help="steps, 1..., of these; default: all, and 8")
@@ -160,7 +156,7 @@ def asked(args, m: gen.Model) -> list[dict]:
         some = shapes.SEEN if m.flags.get("data") == "shapes" else range(len(m.classes))
         return [{"label": class_number(p, m.classes, n, "")} for p in lines] or [
             {"label": i} for i in some]
-    if m.task == "none" or args.mask:
+    if m.task == "none" or args.mask and m.task == "inpaint":
         return [{}]
     if args.boxes:
         return [{"boxes": read_boxes(args.boxes, m.classes, side)}]

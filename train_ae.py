@@ -6,8 +6,7 @@
     torchrun --nproc-per-node 8 train_ae.py --data photos/  # the same run, each batch shared by 8
 
 Writes OUT/ckpt.pt (all that resuming needs), OUT/log.jsonl and OUT/recon_*.png (pictures, each row
-above its reconstructions). The same command again goes on where it stopped.
-"""
+above its reconstructions). The same command again goes on where it stopped."""
 import argparse
 from argparse import BooleanOptionalAction
 from dataclasses import asdict
@@ -43,8 +42,7 @@ def parse_args(argv=None):
     g.add_argument("--c-z", type=int, help="latent channels")
     g.add_argument("--groups", type=int, help="of GroupNorm")
     g.add_argument("--attn-res", type=int, nargs="*", default=(), help="sides of grids that attend")
-    g.add_argument("--attn-mid", action=BooleanOptionalAction, default=True,
-                   help="attention at the lowest resolution")
+    g.add_argument("--attn-mid", action=BooleanOptionalAction, default=True, help="in the middle")
     g.add_argument("--reg", choices=["kl", "vq"], default="kl", help="regulariser of the latents")
     g.add_argument("--n-codes", type=int, default=256, help="size of the codebook; vq only")
     g = p.add_argument_group("loss")
@@ -52,14 +50,12 @@ def parse_args(argv=None):
     g.add_argument("--perceptual", choices=["vgg16", "random", "none"])
     g.add_argument("--perceptual-weight", type=float)
     g.add_argument("--vgg-weights", help="torchvision's vgg16-397923af.pth; default: fetched once")
-    g.add_argument("--kl-weight", type=float, default=1e-6,
-                   help="of the KL summed over z, a pixel value")
+    g.add_argument("--kl-weight", type=float, default=1e-6, help="of z's KL, a pixel value")
     g.add_argument("--codebook-weight", type=float, default=1.0, help="of VQ's two terms together")
     g.add_argument("--vq-beta", type=float, default=0.25, help="weight of one of VQ's terms")
     g.add_argument("--vq-beta-on", choices=["codebook", "commitment"], default="codebook",
                    help="that term; VQ-VAE: commitment, the paper's models: codebook")
-    g.add_argument("--restart-codes", type=int, default=0, metavar="N",
-                   help="move codes that were idle for N steps to random latents; 0: never")
+    g.add_argument("--restart-codes", type=int, default=0, help="idle for so many steps; 0: never")
     g.add_argument("--disc-weight", type=float, help="of the adversarial term, times lam; 0: none")
     g.add_argument("--disc-start", type=int, help="step after which D_psi is trained and used")
     g.add_argument("--disc-loss", choices=["hinge", "vanilla"], default="hinge")
@@ -84,8 +80,7 @@ def losses(args, perceptual, x, x_rec, q) -> tuple[torch.Tensor, torch.Tensor, d
 
     NB: the released KL model's loss is summed over pixels and divided by B, its VQ model's is a
     mean. Ours are means: times 3HW they are the former. The sum is also divided by exp(logvar), a
-    parameter that reaches no optimiser and stays 0; it is left out.
-    """
+    parameter that reaches no optimiser and stays 0; it is left out."""
     d = x - x_rec.float()
     loss_pixel = d.abs().mean() if args.pixel_loss == "l1" else d.square().mean()
     loss_p = perceptual(x, x_rec).mean() if perceptual else 0 * loss_pixel
@@ -103,8 +98,7 @@ def losses(args, perceptual, x, x_rec, q) -> tuple[torch.Tensor, torch.Tensor, d
 def track_codes(codebook: Codebook, idle: torch.Tensor, used: list, args, g) -> dict:
     """After a VQ step, from the (k, z) of its parts: restart codes long idle; -> what to log.
 
-    idle (n_codes,): steps since each code was last chosen; updated in place. g: the step's.
-    """
+    idle (n_codes,): steps since each code was last chosen; updated in place. g: the step's."""
     n = count(torch.cat([k for k, _ in used]), len(idle))
     idle += 1
     idle[n > 0] = 0

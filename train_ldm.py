@@ -8,8 +8,7 @@
 
 Writes OUT/ckpt.pt (everything, for resuming and sampling), OUT/log.jsonl, OUT/samples_*.png and at
 the end OUT/model.pt (only what sampling needs: averaged weights in fp16). The same command again
-goes on where it stopped.
-"""
+goes on where it stopped."""
 import argparse
 from argparse import BooleanOptionalAction
 from dataclasses import asdict
@@ -33,6 +32,7 @@ from tinyldm.unet import UNet, UNetConfig
 
 def model_flags(parser) -> None:
     g = parser.add_argument_group("model")
+    switch = dict(action=BooleanOptionalAction, default=False)
     g.add_argument("--ch", type=int, help="width of the U-Net")
     g.add_argument("--ch-mult", type=int, nargs="+", help="width of each level")
     g.add_argument("--n-res", type=int, help="ResBlocks a level")
@@ -41,60 +41,44 @@ def model_flags(parser) -> None:
     g.add_argument("--n-head", type=int, help="number of heads, at each place that attends")
     g.add_argument("--depth", type=int, help="transformer blocks at each place that attends")
     g.add_argument("--groups", type=int, help="of GroupNorm")
-    g.add_argument("--scale-shift", action=BooleanOptionalAction, default=False,
-                   help="the timestep scales and shifts norms; else it is added before them")
-    g.add_argument("--res-updown", action=BooleanOptionalAction, default=False,
-                   help="ResBlocks down- and upsample; else convs do")
+    g.add_argument("--scale-shift", **switch, help="the timestep scales and shifts norms")
+    g.add_argument("--res-updown", **switch, help="ResBlocks, not convs, down- and upsample")
     g.add_argument("--n-token", type=int, help="longest caption, in tokens")
     g.add_argument("--d-ctx", type=int, help="width of tau and its context")
     g.add_argument("--text-depth", type=int, help="blocks of tau")
     g.add_argument("--text-heads", type=int, help="heads of tau")
     g.add_argument("--text-d-head", type=int, help="and their width")
-    g.add_argument("--text-clip", action=BooleanOptionalAction, default=False,
-                   help="tau as CLIP's: causal, with biases")
+    g.add_argument("--text-clip", **switch, help="tau as CLIP's: causal, with biases")
     g.add_argument("--n-classes", type=int, help="of labels or label maps")
-    g.add_argument("--vocab-size", type=int,
-                   help="at most so many pieces of words (8192), or places of a layout (1025)")
+    g.add_argument("--vocab-size", type=int, help="most pieces of words (8192), or places (1025)")
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("run")
     g.add_argument("--out", default="out/ldm", type=Path, help="folder of what is written")
-    g.add_argument("--ae", default="out/ae/ckpt.pt", type=Path,
-                   help="stage one's checkpoint; none: diffuse pixels, f = 1")
-    g.add_argument("--ae-preset", choices=[*presets.AE, "none"],
-                   help="stage one's shape in a dry run without data; none: pixels")
+    g.add_argument("--ae", default="out/ae/ckpt.pt", type=Path, help="stage one; none: pixels")
+    g.add_argument("--ae-preset", choices=[*presets.AE, "none"], help="the same, for a dry run")
     g.add_argument("--task", choices=TASKS, default="text", help="what the condition is")
     g.add_argument("--steps", type=int)
     g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     data_flags(p)
-    p.add_argument("--cache-latents", action=BooleanOptionalAction, default=True,
-                   help="encode the set once and keep it in memory")
+    p.add_argument("--cache-latents", action=BooleanOptionalAction, default=True, help="in memory")
     model_flags(p)
     g = p.add_argument_group("diffusion")
     g.add_argument("--predict", choices=["eps", "v"], help="what the U-Net says; paper: eps")
     g.add_argument("--snr-clamp", type=float, nargs=2, help="weights of z_0's errors; paper: 0 inf")
     g.add_argument("--loss", choices=["l1", "l2"], default="l2")
     g.add_argument("--schedule", choices=SCHEDULES)
-    g.add_argument("--beta-range", type=float, nargs=2, default=(), metavar=("START", "END"),
-                   help="the schedule's ends; default: its own")
+    g.add_argument("--beta-range", type=float, nargs=2, default=(), help="the schedule's ends")
     g.add_argument("--z-std", type=float, help="of stage one's latents; default: measured")
     g.add_argument("--T", type=int, default=1000)
     g.add_argument("--p-drop", type=float, default=0.1, help="share of conditions dropped")
     tr.optimisation_flags(p)
     p.add_argument("--ema", type=float, help="decay of the averaged weights")
-    p.add_argument("--ckpt-grad", action=BooleanOptionalAction, default=False,
-                   help="keep fewer activations and compute them twice")
+    p.add_argument("--ckpt-grad", action="store_true", help="less memory: compute twice")
     tr.system_flags(p)
     return tr.parse(p, presets.LDM, argv)
-
-def check(args) -> None:
-    """Raises BadInput for flags that clash."""
-    if args.n_head is None and args.d_head is None:
-        raise BadInput("--d-head or --n-head: one of them is needed")
-    if args.schedule == "cosine" and args.beta_range:
-        raise BadInput("--beta-range: the cosine schedule has no ends to set")
 
 def load_stage_one(path: Path) -> Autoencoder | Pixels:
     """The frozen autoencoder of a checkpoint of stage one. Raises BadInput."""
@@ -106,7 +90,11 @@ def load_stage_one(path: Path) -> Autoencoder | Pixels:
     return ae.eval().requires_grad_(False)
 
 def configure(args, ae: AEConfig) -> UNetConfig:
-    """The shape of eps_theta. Raises BadInput when the latents do not fit it."""
+    """The shape of eps_theta. Raises BadInput for flags that clash, or do not fit the latents."""
+    if args.n_head is None and args.d_head is None:
+        raise BadInput("--d-head or --n-head: one of them is needed")
+    if args.schedule == "cosine" and args.beta_range:
+        raise BadInput("--beta-range: the cosine schedule has no ends to set")
     unet = presets.unet_config(vars(args), ae)
     if args.size % (ae.f * unet.factor):
         raise BadInput(f"--size {args.size} is not a multiple of {ae.f * unet.factor}, the "
@@ -115,14 +103,12 @@ def configure(args, ae: AEConfig) -> UNetConfig:
 
 def examples(args, held_out, labels: list[str]) -> list[dict]:
     """The conditions of the grids that show progress: held-out ones, or each class in turn."""
+    toy = args.data == "shapes"
     if args.task == "class":
-        some = shapes.SEEN if args.data == "shapes" else range(min(64, len(labels)))
-        return [{"label": i} for i in some]
-    if args.data != "shapes":
-        return [held_out[i] for i in range(min(16, len(held_out)))]
-    if args.task == "text":
+        return [{"label": i} for i in (shapes.SEEN if toy else range(min(64, len(labels))))]
+    if args.task == "text" and toy:
         return [{"caption": p} for p in shapes.prompts(64)]
-    return [held_out[i] for i in range(64)]
+    return [held_out[i] for i in range(min(64 if toy else 16, len(held_out)))]
 
 def wrap(net, compiled: bool, world: int):
     """net compiled, and shared by processes, as the flags say."""
@@ -141,7 +127,6 @@ def main(args):
     # ---- setup
     if args.dry_run and not args.data:
         return plan(args)
-    check(args)
     device, autocast, rank, world = tr.setup(args.device, args.dtype)
     micro = tr.check_batch(args, world)
     ae = load_stage_one(args.ae).to(device, memory_format=torch.channels_last)

@@ -8,11 +8,13 @@ import torch
 from goldens import close, golden
 
 from tinyldm import samplers as s
-from tinyldm.diffusion import cumulative, predict_z_0, sd_betas, sqrt_linear_betas
+from tinyldm.diffusion import cumulative, predict_z_0, sqrt_linear_betas
 from tinyldm.guidance import guided
+from tinyldm.presets import SD
 
 G, H = golden("samplers"), golden("diffusers_schedulers")
-ABAR = {"cin256": cumulative(sqrt_linear_betas()), "txt2img_sd": cumulative(sd_betas())}
+ABAR = {k: cumulative(sqrt_linear_betas(1000, *ends)) for k, ends in
+        (("cin256", ()), ("txt2img_sd", SD))}
 Z_T, NOISE, CTX, CTX_NULL, X0, MASK = (torch.from_numpy(G[f"in/{k}"]) for k in (
     "x_T", "noise", "context", "uncond_context", "x0", "mask"))
 TS = s.official_timesteps(1000, 10)

@@ -257,28 +257,3 @@ def test_the_bundled_model_is_small_and_draws(tmp_path, cli):
     assert sample.BUNDLED.stat().st_size < 8e6
     cli("sample.py", "a red circle above a blue square", "--n", 2, "--steps", 5, "--out", tmp_path)
     assert np.asarray(Image.open(tmp_path / "000001.png")).std() > 5
-
-
-@pytest.mark.parametrize("task", ["none", "class"])
-def test_a_task_trains_resumes_and_samples(trained, tmp_path, cli, task):
-    flags = [*TINY_LDM, "--ae", trained / "ae/ckpt.pt", "--size", 16, "--task", task, "--out",
-             tmp_path / task]
-    cli("train_ldm.py", *flags, "--steps", 1)
-    assert "1 of 2 steps are done" in cli("train_ldm.py", *flags, "--steps", 2)
-    draw = ["--ckpt", tmp_path / task / "model.pt", "--steps", 2, "--n", 1, "--out"]
-    said = cli("sample.py", *draw, tmp_path / "x.png", "--score")
-    assert f"of {28 if task == 'class' else 1} prompts" in said
-    if task == "class":
-        cli("sample.py", *draw, tmp_path / "y.png", "--label", "red circle", "3")
-        assert "red ant: prompts of this model are class numbers, 0..28, or a name, like red c" in (
-            cli("sample.py", *draw, tmp_path / "y.png", "--label", "red ant", code=2))
-    else:
-        assert "not class" in cli("sample.py", *draw, tmp_path / "y.png", "--label", "3", code=2)
-    said = cli("train_ldm.py", *flags, "--task", "text", "--steps", 2, code=2)
-    assert f"was made with task name = {task}, now it is text" in said
-
-
-def test_a_folder_without_labels_cannot_train_classes(trained, tmp_path, folder, cli):
-    said = cli("train_ldm.py", *TINY_LDM, "--ae", trained / "ae/ckpt.pt", "--size", 16, "--task",
-               "class", "--data", folder(30), "--out", tmp_path / "x", code=2)
-    assert ".png has no label" in said

@@ -19,8 +19,7 @@ Symbols (ASCII for the paper's)
     eps, eps_theta    noise, the U-Net's estimate of it   sigma, eta  DDIM's noise and its share
     y, tau, ctx       condition, its encoder, tau(y)      s, p_drop   guidance, share of y dropped
     disc, lam         D_psi, the adaptive weight          q           queries, or q(z | x)
-Dims: B batch; C, H, W image or features; c, h, w latent; N places; M tokens; D width.
-"""
+Dims: B batch; C, H, W image or features; c, h, w latent; N places; M tokens; D width."""
 
 class BadInput(Exception):
     """Something that the user gave is wrong. The message is one line that names the file or flag

@@ -2,9 +2,7 @@
 
 Ours, and the files of released models: Lightning's pickles (.ckpt) and .safetensors.
 
-Reads:   nothing of ours.
-"""
-import io
+Reads:   nothing of ours."""
 import json
 import math
 import os
@@ -30,21 +28,26 @@ def save_checkpoint(ckpt: dict, path: Path) -> None:
     except (OSError, RuntimeError) as e:
         raise BadInput(f"cannot write {path}: {e}") from e
 
-def load_checkpoint(path: str | Path, kind: str | None, flag: str) -> dict:
-    """A checkpoint of a kind ("autoencoder", "ldm", None: either); code in it never runs.
+def unpickle(path: str | Path, where: str, mmap: bool, allowed=()) -> object:
+    """What torch.save wrote: tensors and plain values, for code in a file never runs.
 
-    Raises BadInput.
-    """
+    A pickle that asks for anything else, but for what is `allowed`, is refused. Raises BadInput."""
     try:
-        data = Path(path).read_bytes()
-        ckpt = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as e:
-        raise BadInput(f"{flag} {path}: {e.strerror or e}") from e
+        raise BadInput(f"{where}: {e.strerror or e}") from e
     except pickle.UnpicklingError as e:
-        raise BadInput(f"{flag} {path}: refused, because it holds more than tensors and plain "
-                       "values (or is no checkpoint) and could run code when loaded") from e
+        asked = re.search(r"GLOBAL (\S+)", str(e))
+        raise BadInput(f"{where}: refused, it asks for {asked[1]}, which could run code" if asked
+                       else f"{where}: refused: not a checkpoint, or more than tensors and plain "
+                            "values, which could run code when loaded") from e
     except Exception as e:
-        raise BadInput(f"{flag} {path}: truncated, or not a checkpoint ({type(e).__name__})") from e
+        raise BadInput(f"{where}: truncated, or not a checkpoint ({type(e).__name__})") from e
+
+def load_checkpoint(path: str | Path, kind: str | None, flag: str) -> dict:
+    """One of our files, of a kind ("autoencoder", "ldm", None: either). Raises BadInput."""
+    ckpt = unpickle(path, f"{flag} {path}", mmap=False)
     found = str(ckpt.get("kind", "")) if isinstance(ckpt, dict) else ""
     if not found.startswith("tinyldm "):
         raise BadInput(f"{flag} {path}: not a checkpoint of tinyldm")
@@ -87,36 +90,22 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors, or a pickle of torch with or without Lightning's wrapping.
 
-    They are mapped into memory, not read, where the format allows. Code in the file never runs: a
-    pickle that asks for anything but tensors, plain values and a trainer's known leftovers is
-    refused. Raises BadInput.
-    """
+    They are mapped into memory, not read, where the format allows. Raises BadInput."""
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
-        with torch.serialization.safe_globals(ALLOWED):
-            state = torch.load(path, map_location="cpu", weights_only=True,
-                               mmap=zipfile.is_zipfile(path))
+        state = unpickle(path, path, zipfile.is_zipfile(path), ALLOWED)
         state = state.get("state_dict", state)
         return {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    except BadInput:
-        raise
-    except OSError as e:
-        raise BadInput(f"{path}: {e.strerror or e}") from e
-    except pickle.UnpicklingError as e:
-        asked = re.search(r"GLOBAL (\S+)", str(e))
-        raise BadInput(f"{path}: refused, it asks for {asked[1]}, which could run code" if asked
-                       else f"{path}: not a checkpoint, or it could run code when loaded") from e
-    except Exception as e:
-        raise BadInput(f"{path}: truncated, or not a checkpoint ({type(e).__name__})") from e
+    except (OSError, AttributeError) as e:
+        raise BadInput(f"{path}: {getattr(e, 'strerror', None) or 'not a checkpoint'}") from e
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """8 bytes: n, little-endian; n bytes of JSON {name: {dtype, shape, data_offsets}}; the data.
 
     Nothing is believed: n and all offsets must lie within the file, and extents fit the shapes.
-    Raises BadInput.
-    """
+    Raises BadInput."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         n = int.from_bytes(f.read(8), "little")

@@ -3,8 +3,7 @@
 Paper:   Sec. 3.3, App. E.2.1, Table 17; CLIP (Radford et al. 2021) for Stable Diffusion's tau.
 Symbols: y token ids (B, M), labels (B,) or maps (B, H, W); ctx tokens (B, M, D) that the U-Net
          attends to, or maps (B, c, h, w) that lie beside z_t: the paper's two ports.
-Reads:   attention.py
-"""
+Reads:   attention.py"""
 from dataclasses import dataclass
 
 import torch
@@ -73,8 +72,7 @@ class ClassEmbedder(nn.Module):
     """labels (B,) in 0..n_classes-1 -> ctx (B, 1, D), a single token.
 
     NB: the guided ImageNet model has a 1001st class, the null condition, which the released code
-    never trains; without it guidance is impossible.
-    """
+    never trains; without it guidance is impossible."""
 
     def __init__(self, n_classes: int, d: int):
         super().__init__()
@@ -87,8 +85,7 @@ class SpatialRescaler(nn.Module):
     """Label maps (B, H, W) of 0..c_in-1, or -1 where nothing is known, or their one-hot form
     (B, c_in, H, W) -> (B, c_out, H / 2^n, W / 2^n), to lie beside z_t.
 
-    Bilinear halving n times (on even sides the mean of 2 x 2 each time), then a 1x1 conv.
-    """
+    Bilinear halving n times (on even sides the mean of 2 x 2 each time), then a 1x1 conv."""
 
     def __init__(self, c_in: int, c_out: int, n: int):
         super().__init__()

@@ -8,8 +8,7 @@ Reads:   autoencoder.py (Posterior), shapes.py, degrade.py
 
 A folder, or a .zip of one, holds pictures in any depth. What is known of them stands in
 `metadata.jsonl` (file_name; text, label, boxes in pixels, mask = path of a label map), or else in a
-.txt beside each picture, and the names of the sub-folders are labels.
-"""
+.txt beside each picture, and the names of the sub-folders are labels."""
 import io
 import json
 import warnings
@@ -46,8 +45,7 @@ class Folder(Dataset):
     split: `train` or `held-out`. resize: the shorter side is scaled to `size` before the centre
     crop; without, the crop is cut as it is. flip: every second epoch is mirrored, maps and boxes
     too (picture k in epoch e is item e * len + k). Raises BadInput for an empty folder, bad
-    metadata, or a picture smaller than the crop.
-    """
+    metadata, or a picture smaller than the crop."""
 
     def __init__(self, path: str, size: int, split: str = "train", resize: bool = True,
                  flip: bool = False, label: str = "label"):
@@ -198,8 +196,7 @@ class BatchOrder:
     """The items of each training step: a new shuffle each epoch, a function of (seed, epoch).
 
     Yields a list of items for the steps after `done`, up to `steps`: this process's slice of the
-    batch. Picture k in epoch e is item e * n + k, so that a set may show it another way round.
-    """
+    batch. Picture k in epoch e is item e * n + k, so that a set may show it another way round."""
 
     def __init__(self, n: int, batch: int, done: int, steps: int, seed: int, rank: int = 0,
                  world: int = 1):
@@ -235,8 +232,7 @@ def encode_set(ae: torch.nn.Module, data, n: int, workers: int, device, show: bo
                to_y: Callable = lambda batch: torch.zeros(1)) -> tuple[Posterior, torch.Tensor]:
     """The latent cache: E's posterior for items 0..n-1 (from len on: mirrored), and their y.
 
-    Means and log-variances (n, c_z, h, w) stay on the CPU; z is still sampled anew at each step.
-    """
+    Means and log-variances (n, c_z, h, w) stay on the CPU; z is still sampled anew at each step."""
     order = [list(range(i, min(i + 64, n))) for i in range(0, n, 64)]
     parts = []
     for b in tqdm(loader(data, order, workers), "encoding", disable=not show, dynamic_ncols=True):
@@ -250,13 +246,11 @@ def data_flags(parser) -> None:
     g.add_argument("--data", help="shapes (the built-in world), or a folder or .zip of pictures")
     g.add_argument("--n-shapes", type=int, default=10_000, help="pictures of the built-in world")
     g.add_argument("--size", type=int, help="side of the square training pictures, px")
-    g.add_argument("--resize", action=BooleanOptionalAction, default=True,
-                   help="scale the shorter side to --size before the crop")
-    g.add_argument("--flip", action=BooleanOptionalAction, default=False,
-                   help="mirror the pictures in every second epoch")
+    g.add_argument("--resize", action=BooleanOptionalAction, default=True, help="before the crop")
+    g.add_argument("--flip", action="store_true", help="mirror pictures in every second epoch")
     g.add_argument("--label-column", default="label", help="of metadata.jsonl, for --task class")
     g.add_argument("--degrade", choices=["bicubic", "chain"], default="bicubic",
-                   help="for --task superres; chain: blur, noise and JPEG, too")
+                   help="for superres; chain: blur, noise and JPEG, too")
 
 def open_data(args, split: str = "train", fields: tuple[str, ...] = ()) -> Dataset:
     """The data set of the flags, with these fields in its items. Raises BadInput."""

@@ -4,8 +4,7 @@ Paper:   Sec. 4.4, 4.5, App. E.3 (bicubic, and LDM-BSR's chain, here in short; m
 Shapes:  image (3, H, W) in [-1, 1] -> small (3, H / 4, W / 4); mask (1, H, W), 1 where it is lost.
 Reads:   nothing of ours.
 
-All is a function of the random generator that is given.
-"""
+All is a function of the random generator that is given."""
 import io
 
 import numpy as np

@@ -4,8 +4,7 @@ Paper:   Eq. (1)-(3) and App. B; DDPM (Ho et al. 2020) Eq. (4), (7), (14). t run
 Symbols: beta_t the step's noise variance, alpha_t = 1 - beta_t, abar_t = prod alpha (always DDPM's
          meaning; the LDM appendix writes alpha_t for sqrt(abar_t)); eps ~ N(0, 1).
 Shapes:  betas, abar (T,) float64; z, z_t, z_0, eps (B, c, h, w); t (B,) integers.
-Reads:   nothing of ours.
-"""
+Reads:   nothing of ours."""
 import math
 from collections.abc import Callable
 
@@ -14,16 +13,8 @@ import torch
 def sqrt_linear_betas(T: int = 1000, start: float = 0.0015, end: float = 0.0195) -> torch.Tensor:
     """The paper's schedule (App. E.2.1): sqrt(beta) rises linearly from sqrt(start) to sqrt(end).
 
-    NB: the released code calls this "linear", and "sqrt_linear" what is linear in beta itself.
-    """
+    NB: the released code calls this "linear", and "sqrt_linear" what is linear in beta itself."""
     return torch.linspace(start ** 0.5, end ** 0.5, T, dtype=torch.float64) ** 2
-
-def sd_betas(T: int = 1000, start: float = 0.00085, end: float = 0.012) -> torch.Tensor:
-    """The same with the ends of the released text-to-image models (Stable Diffusion's too).
-
-    It destroys the picture later, and leaves more of it in z_T: sqrt(abar_T) = 0.068.
-    """
-    return sqrt_linear_betas(T, start, end)
 
 def cosine_betas(T: int = 1000, offset: float = 0.008) -> torch.Tensor:
     """Nichol and Dhariwal 2021, Eq. (17): abar_t ~ cos^2, every beta at most 0.999."""
@@ -31,7 +22,7 @@ def cosine_betas(T: int = 1000, offset: float = 0.008) -> torch.Tensor:
     abar = (u * math.pi / 2).cos() ** 2
     return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
 
-SCHEDULES = {"sqrt-linear": sqrt_linear_betas, "sd": sd_betas, "cosine": cosine_betas}
+SCHEDULES = {"sqrt-linear": sqrt_linear_betas, "cosine": cosine_betas}
 
 def cumulative(betas: torch.Tensor) -> torch.Tensor:
     """abar_t = prod_{s <= t} (1 - beta_s), (T,) float64."""
@@ -57,8 +48,7 @@ def posterior(z_0: torch.Tensor, z_t: torch.Tensor, abar_t: torch.Tensor,
 
     alpha = abar_t / abar_s, beta = 1 - alpha,
     mean = (sqrt(abar_s) beta z_0 + sqrt(alpha) (1 - abar_s) z_t) / (1 - abar_t),
-    var = beta (1 - abar_s) / (1 - abar_t). With abar_s = 1 it is z_0 itself.
-    """
+    var = beta (1 - abar_s) / (1 - abar_t). With abar_s = 1 it is z_0 itself."""
     alpha = abar_t / abar_s
     beta = 1 - alpha
     mean = (abar_s.sqrt() * beta * z_0 + alpha.sqrt() * (1 - abar_s) * z_t) / (1 - abar_t)
@@ -69,8 +59,7 @@ def ldm_loss(eps_theta: Callable, z: torch.Tensor, t: torch.Tensor, eps: torch.T
     """LDM Eq. (2), with ctx Eq. (3): |eps - eps_theta(z_t, t, ctx)|^2, mean over c, h, w -> (B,).
 
     Eq. (1) is the same with z = x, the pixels. A net that knows nothing (0) has loss 1.
-    NB: the paper writes L2; the configs of churches, inpainting, layout and maps have "l1".
-    """
+    NB: the paper writes L2; the configs of churches, inpainting, layout and maps have "l1"."""
     d = eps - eps_theta(q_sample(z, t, eps, abar), t, ctx).float()
     return (d.abs() if norm == "l1" else d ** 2).flatten(1).mean(1)
 
@@ -78,8 +67,7 @@ def as_eps_theta(net: Callable, abar: torch.Tensor, predict: str) -> Callable:
     """eps_theta(z_t, t, ctx) from a net that says "eps" (the paper) or "v" (Salimans and Ho 2022):
 
     eps = sqrt(1 - abar_t) z_t + sqrt(abar_t) v. Where noise is high, eps is almost z_t; a small net
-    that must first learn to repeat its input is slow to learn the rest. The loss stays Eq. (2).
-    """
+    that must first learn to repeat its input is slow to learn the rest. The loss stays Eq. (2)."""
     def eps_theta(z_t: torch.Tensor, t: torch.Tensor, ctx: torch.Tensor | None) -> torch.Tensor:
         a = at(abar, t, z_t)
         return (1 - a).sqrt() * z_t + a.sqrt() * net(z_t, t, ctx).float()
@@ -91,7 +79,6 @@ def snr_weight(t: torch.Tensor, abar: torch.Tensor, low: float, high: float) -> 
     In terms of z_0, Eq. (2) weighs timestep t by its signal-to-noise ratio SNR = abar / (1 - abar):
     next to nothing where noise is high, where the layout of a picture is decided, and hundreds
     where it is low and only invisible detail is left. 0..inf is the paper's equation; 0..high is
-    the min-SNR weight of Hang et al. 2023.
-    """
+    the min-SNR weight of Hang et al. 2023."""
     snr = abar[t] / (1 - abar[t])
     return (snr.clamp(low, high) / snr).float()

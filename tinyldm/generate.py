@@ -2,8 +2,7 @@
 
 Paper:   Sec. 3.3, 4.3-4.5; SDEdit (Meng et al. 2022) for --init.
 Shapes:  pictures (n, 3, H, W) in [-1, 1]; an item is a dict as in data.py, here of conditions.
-Reads:   samplers.py, guidance.py, tasks.py, official.py
-"""
+Reads:   samplers.py, guidance.py, tasks.py, official.py"""
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -94,20 +93,19 @@ def timesteps(args, T: int) -> list[int]:
         raise BadInput(f"--{e}") from e
     return samplers.later(ts, args.strength) if args.init else ts
 
-def start(items: list[dict], args, first: int, shape: tuple) -> tuple[torch.Tensor, Callable]:
-    """z_T, and randn() for the steps: picture j has the noise of (args.seed, first + j).
+def noise(n: int, args, first: int, shape: tuple, device) -> tuple[torch.Tensor, Callable]:
+    """z_T, and randn() for the steps: picture j of n has the noise of (args.seed, first + j).
 
-    With args.to_seed, pictures 0..n-1 walk from picture 0 of args.seed to that of args.to_seed.
-    """
-    generators = [generator(args.seed, first + j) for j in range(len(items))]
+    With args.to_seed, pictures 0..n-1 walk from picture 0 of args.seed to that of args.to_seed."""
+    generators = [generator(args.seed, first + j) for j in range(n)]
 
     def randn():
-        return torch.stack([torch.randn(shape, generator=g) for g in generators])
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
     z = randn()
     if args.to_seed is not None:
         a, b = (torch.randn(shape, generator=generator(s, 0)) for s in (args.seed, args.to_seed))
-        z = torch.stack([samplers.slerp(a, b, (first + j) / max(1, args.n - 1))
-                         for j in range(len(items))])
+        w = [(first + j) / max(1, args.n - 1) for j in range(n)]
+        z = torch.stack([samplers.slerp(a, b, v) for v in w]).to(device)
     return z, randn
 
 @torch.no_grad()
@@ -132,11 +130,8 @@ def draw(m: Model, items: list[dict], args, first: int = 0, tick: Callable = lam
 
     s = task.s if args.scale is None else args.scale
     eps = wrap(guided(as_eps_theta(net, m.abar, m.predict), ctx_null, 1 if ctx is None else s))
-    z, randn_cpu = start(items, args, first, (m.ae.cfg.c_z, H // f, W // f))
-    z, ts = z.to(device), timesteps(args, len(m.abar))
-
-    def randn():
-        return randn_cpu().to(device)
+    z, randn = noise(len(items), args, first, (m.ae.cfg.c_z, H // f, W // f), device)
+    ts = timesteps(args, len(m.abar))
 
     def sampler(z_t, ts):
         more = {"eta": args.eta} if args.sampler == "ddim" else {}

@@ -4,8 +4,7 @@ Paper:   Sec. 4.3.1, Table 10; Ho and Salimans 2021, Eq. (6). s = 1: no guidance
 Shapes:  z_t (B, c, h, w), t (B,), ctx (B, M, d_ctx); y any tensor (B, ...) that tau takes.
 Reads:   nothing of ours.
 
-NB: the released code reports guided results but contains no dropping of conditions.
-"""
+NB: the released code reports guided results but contains no dropping of conditions."""
 from collections.abc import Callable
 
 import torch
@@ -17,8 +16,7 @@ def drop_condition(y: torch.Tensor, y_null: torch.Tensor, drop: torch.Tensor) ->
 def guided(eps_theta: Callable, ctx_null: torch.Tensor, s: float) -> Callable:
     """eps(z_t, t, ctx) = eps_theta(null) + s (eps_theta(ctx) - eps_theta(null)), both in one call.
 
-    ctx_null (1 or B, M, d_ctx).
-    """
+    ctx_null (1 or B, M, d_ctx)."""
     if s == 1:
         return eps_theta
 

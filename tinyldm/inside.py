@@ -4,8 +4,7 @@ Paper:   Sec. 3.3 (the softmax of cross-attention, Q from places, K from tokens)
 Shapes:  maps (B, M, h, w), each place's attention over tokens sums to 1.
 Reads:   attention.py, diffusion.py, degrade.py
 
-Both watch from outside, by a hook and a wrapper; the networks know nothing of it.
-"""
+Both watch from outside, by a hook and a wrapper; the networks know nothing of it."""
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +21,7 @@ from tinyldm.diffusion import predict_z_0
 def attention_maps(unet: torch.nn.Module, n: int, h: int, w: int, calls: set[int] | None = None):
     """Yields a list that fills with one tensor (n, M, h, w) a layer and call of unet in `calls`
     (numbered from 0; None: all): cross-attention, the mean over heads, resized to the latent grid.
-    n: the last n of the batch, which under guidance are those with the condition.
-    """
+    n: the last n of the batch, which under guidance are those with the condition."""
     maps, seen = [], [-1]
 
     def count(module, args):
@@ -56,8 +54,7 @@ def record(eps_theta: Callable, abar: torch.Tensor, kept: list) -> Callable:
 def save_attention(images: torch.Tensor, maps: torch.Tensor, encodings: list, path: Path) -> None:
     """A row a picture: the picture, then one tile a word, bright where it was looked at most.
 
-    maps (n, M, h, w); encodings: the tokenizer's, of each prompt; pieces of a word are averaged.
-    """
+    maps (n, M, h, w); encodings: the tokenizer's, of each prompt; pieces of a word are averaged."""
     side, head = 128, 16
     words = []
     for e in encodings:

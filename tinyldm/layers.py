@@ -2,8 +2,7 @@
 
 Paper:   Sec. 3.1, App. E.2.1; the released code's model.py (E, D) and openaimodel.py (eps_theta).
 Symbols: h features (B, C, H, W); emb the timestep's features (B, D).
-Reads:   nothing of ours.
-"""
+Reads:   nothing of ours."""
 import math
 
 import torch
@@ -26,8 +25,7 @@ def zero_(module: nn.Module) -> nn.Module:
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     """Sinusoidal features [cos | sin] of t (B,) in 0..T-1 -> (B, dim), zero-padded if dim is odd.
 
-    Frequencies fall from 1 to almost 1/10000, geometrically (openaimodel's util.py).
-    """
+    Frequencies fall from 1 to almost 1/10000, geometrically (openaimodel's util.py)."""
     half = dim // 2
     freq = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
     angle = t[:, None].float() * freq
@@ -39,8 +37,7 @@ class ResBlock(nn.Module):
     d_emb is None in E and D; in eps_theta it is emb's width, conv2 begins at zero and eps is 1e-5.
     scale_shift: emb becomes norm2's scale and shift instead of an offset before it. resample: a
     parameterless layer that halves or doubles H and W, of the input too, before the first conv.
-    x (B, c_in, H, W), emb (B, d_emb) -> (B, c_out, H, W), or H/2, W/2 or 2H, 2W
-    """
+    x (B, c_in, H, W), emb (B, d_emb) -> (B, c_out, H, W), or H/2, W/2 or 2H, 2W"""
 
     def __init__(self, c_in: int, c_out: int, d_emb: int | None = None, groups: int = 32,
                  scale_shift: bool = False, resample: nn.Module | None = None):
@@ -69,8 +66,7 @@ class ResBlock(nn.Module):
 class Downsample(nn.Module):
     """3x3 conv of stride 2: (B, C, H, W) -> (B, C, H/2, W/2).
 
-    NB: the released E pads only right and bottom, the U-Net all four sides; the paper is silent.
-    """
+    NB: the released E pads only right and bottom, the U-Net all four sides; the paper is silent."""
 
     def __init__(self, c: int, asymmetric: bool = False):
         super().__init__()

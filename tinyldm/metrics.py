@@ -2,8 +2,7 @@
 
 Paper:   Tables 5, 8, 11. SSIM: Wang et al. 2004.
 Shapes:  x, x_rec (B, 3, H, W) in [-1, 1] -> (B,).
-Reads:   nothing of ours.
-"""
+Reads:   nothing of ours."""
 import torch
 from torch.nn import functional as F
 

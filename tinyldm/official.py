@@ -7,8 +7,7 @@ Symbols: state is an official state dict {key: tensor}; prefix what its keys beg
 Reads:   autoencoder.py, unet.py, conditioning.py, patchgan.py, presets.py, checkpoint.py
 
 Our modules take the file's own tensors, mapped into memory and in the file's precision; only q, k
-and v are copied, where they have to be joined or reordered.
-"""
+and v are copied, where they have to be joined or reordered."""
 import argparse
 import re
 import warnings
@@ -121,8 +120,7 @@ def table(net: nn.Module) -> dict[str, Source]:
 def load_into(net: nn.Module, state: dict, prefix: str = "") -> nn.Module:
     """Fill net, which may be on the meta device, with an official state dict's own tensors.
 
-    Raises BadInput naming the key that is missing, unexpected or of the wrong shape.
-    """
+    Raises BadInput naming the key that is missing, unexpected or of the wrong shape."""
     sources = table(net)
     known = {prefix + k: s.shape for s in sources.values() for k in s.keys}
     for k, shape in known.items():
@@ -199,8 +197,7 @@ def load_model(path: Path, preset: str | None = None, ema: bool = True) -> Loade
     """The model in a released .ckpt or .safetensors; preset: which, else it is found out.
 
     Every tensor of the file is used or a known passenger, and every one of ours is filled; else
-    BadInput names it.
-    """
+    BadInput names it."""
     state = read_state(path)
     try:
         preset = preset or detect(state)
@@ -228,8 +225,7 @@ def load_model(path: Path, preset: str | None = None, ema: bool = True) -> Loade
 def export(path: Path, out: Path) -> None:
     """Write one of our checkpoints in the official layout, .safetensors or .ckpt. Raises BadInput.
 
-    NB: the official layout has an EMA of the U-Net alone: tau is written as averaged.
-    """
+    NB: the official layout has an EMA of the U-Net alone: tau is written as averaged."""
     ckpt = load_checkpoint(path, None, "--export")
     config = ckpt["config"]
     ae = Autoencoder(AEConfig(**config["autoencoder"]))

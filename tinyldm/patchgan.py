@@ -6,8 +6,7 @@ Shapes:  x (B, 3, H, W) in [-1, 1] -> logits (B, 1, H', W'), one for each overla
          70 x 70 pixels (n_layers = 3; 34 for 2, 142 for 4).
 Reads:   nothing of ours.
 
-NB: App. G prints log D_psi; the released code uses the hinge loss below.
-"""
+NB: App. G prints log D_psi; the released code uses the hinge loss below."""
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,8 +14,7 @@ from torch.nn import functional as F
 class Discriminator(nn.Module):
     """4x4 convs, stride 2 in the first n_layers, BatchNorm between, LeakyReLU 0.2; pix2pix's init.
 
-    x (B, c_x, H, W) -> (B, 1, H', W').
-    """
+    x (B, c_x, H, W) -> (B, 1, H', W')."""
 
     def __init__(self, c_x: int = 3, ch: int = 64, n_layers: int = 3):
         super().__init__()

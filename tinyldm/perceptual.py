@@ -7,8 +7,7 @@ Reads:   nothing of ours.
 NB: the paper weighs the channels by LPIPS's learned weights. Here all weigh the same (plain
 cosine-like distances), so nothing but torchvision's public VGG16 file is needed. `random` is the
 same network, eight times narrower, with fixed random weights: it needs no file, and it compares
-edges and local contrast rather than single pixels.
-"""
+edges and local contrast rather than single pixels."""
 import torch
 from torch import nn
 from torch.nn import functional as F

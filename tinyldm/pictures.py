@@ -1,8 +1,7 @@
 """What the programs show: png grids, and a condition as a picture.
 
 Shapes:  images (n, 3, H, W) in [-1, 1].
-Reads:   degrade.py
-"""
+Reads:   degrade.py"""
 import colorsys
 from pathlib import Path
 
@@ -26,7 +25,7 @@ def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
 def colour(k: int, names: tuple[str, ...]) -> tuple[int, ...]:
     """Of class k: that which its name begins with, as in "red circle", or one of many hues."""
     try:
-        return ImageColor.getrgb(names[k].split()[0])
+        return ImageColor.getrgb(names[k].split()[0])[:3]
     except (ValueError, IndexError):
         return tuple(int(255 * v) for v in colorsys.hsv_to_rgb(k * .618 % 1, .7, .5 + k % 3 / 4))
 

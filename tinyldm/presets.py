@@ -3,8 +3,7 @@
 Paper:   Table 8 for the autoencoders; Tables 12-15 and 17 for the rest.
 Reads:   autoencoder.py, unet.py, tasks.py
 
-lr is the effective learning rate, of the whole batch. The toy rows are tuned for two CPU cores.
-"""
+lr is the effective learning rate, of the whole batch. The toy rows are tuned for two CPU cores."""
 import torch
 from torch import nn
 

@@ -5,8 +5,7 @@ Symbols: z latents (B, c_z, h, w), unscaled; zq the nearest codes in their place
          (B, h, w); beta is VQ-VAE's weight of one loss term, not the schedule's.
 Reads:   nothing of ours.
 
-In LDM the codebook belongs to the decoder: stage two learns the z before it.
-"""
+In LDM the codebook belongs to the decoder: stage two learns the z before it."""
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +28,7 @@ class Quantised:
 
         beta_on: the term that beta multiplies, "codebook" or "commitment".
         NB: Eq. (3) has beta on the commitment. The released code has it on the codebook term, by a
-        slip, and so trained all its models; the value is the same, the gradients are not.
-        """
+        slip, and so trained all its models; the value is the same, the gradients are not."""
         terms = {"codebook": (self.zq - self.z.detach()).square().mean(),
                  "commitment": (self.zq.detach() - self.z).square().mean()}
         return beta * terms.pop(beta_on) + sum(terms.values())
@@ -51,8 +49,7 @@ class Codebook(nn.Module):
     def nearest(self, z: torch.Tensor) -> torch.Tensor:
         """VQ-VAE Eq. (1), (2): k = argmin_j |z - e_j|; one picture's z (c_z, h, w) -> (h, w).
 
-        No matrix product: bf16 or TF32 would mistake one code for its neighbour.
-        """
+        No matrix product: bf16 or TF32 would mistake one code for its neighbour."""
         d = sum((v[:, None] - e).square() for v, e in zip(z.flatten(1), self.codes.T))
         return d.argmin(1).view(z.shape[1:])                                    # d (h w, n_codes)
 
@@ -60,8 +57,7 @@ class Codebook(nn.Module):
     def restart(self, idle: torch.Tensor, z: torch.Tensor, g: torch.Generator) -> None:
         """Replace the codes where idle (n_codes,) is true by random latents of the whole batch.
 
-        z are this process's; with the same g in all processes, so are the codes afterwards.
-        """
+        z are this process's; with the same g in all processes, so are the codes afterwards."""
         rows = z.detach().float().movedim(1, -1).flatten(0, 2).contiguous()     # (B h w, c_z)
         if dist.is_initialized():
             parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]

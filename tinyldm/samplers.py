@@ -7,8 +7,7 @@ Symbols: ts the timesteps to visit, falling, then the end: -1 is z_0 itself. A s
 Shapes:  z (B, c, h, w); ctx (B, M, d_ctx) or None; abar (T,) float64.
 Reads:   diffusion.py
 
-`randn()` gives fresh noise of z's shape, once a step, never in one that lands on z_0.
-"""
+`randn()` gives fresh noise of z's shape, once a step, never in one that lands on z_0."""
 import math
 from collections.abc import Callable
 
@@ -27,8 +26,7 @@ def official_timesteps(T: int, S: int) -> list[int]:
 
     NB: it takes another number of steps for most S, has an index out of range for 599 of 1000 (here
     a ValueError) and never starts at T-1. It ends at abar_0 < 1, which leaves noise of std 0.04
-    (SD: 0.03) in the latent; with eta > 0 the last step still adds noise.
-    """
+    (SD: 0.03) in the latent; with eta > 0 the last step still adds noise."""
     if not 1 <= S <= T:
         raise ValueError(f"steps {S}: must be 1..{T}")
     ts = [t + 1 for t in range(0, T, T // S)]
@@ -68,8 +66,7 @@ def ddim(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: li
     """DDIM Eq. (12): z_s = sqrt(abar_s) z_0 + sqrt(1 - abar_s - sigma^2) eps + sigma noise.
 
     sigma = eta sqrt((1 - abar_s) / (1 - abar_t)) sqrt(1 - abar_t / abar_s). eta = 0 is
-    deterministic, eta = 1 has DDPM's variance. randn is needed only when eta > 0.
-    """
+    deterministic, eta = 1 has DDPM's variance. randn is needed only when eta > 0."""
     z = z_T
     for t, abar_t, abar_s in pairs(ts, abar):
         eps = eps_theta(z, each(t, z), ctx)
@@ -86,8 +83,7 @@ def plms(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: li
 
     The mean is extrapolated from the last 2, 3, then 4 eps, by Adams and Bashforth's weights for
     even steps. The first step has no past and calls eps_theta twice, at both of its ends.
-    NB: PNDM begins with three Runge-Kutta steps of four calls; this is the released code's way.
-    """
+    NB: PNDM begins with three Runge-Kutta steps of four calls; this is the released code's way."""
     weights = {2: (3, -1), 3: (23, -16, 5), 4: (55, -59, 37, -9)}       # of the newest eps first
     z, past = z_T, []
     for (t, abar_t, abar_s), s in zip(pairs(ts, abar), ts[1:]):
@@ -108,8 +104,7 @@ def dpm_solver_pp(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tenso
 
     In lambda = log sqrt(abar / (1 - abar)) this step is h long, the last one was h_last:
     mid = z_0 + h / (2 h_last) (z_0 - z_0_last). The first step, and one onto z_0 (infinite h), are
-    DDIM's own.
-    """
+    DDIM's own."""
     z, z_0_last, h_last = z_T, 0.0, math.inf
     for t, abar_t, abar_s in pairs(ts, abar):
         z_0 = predict_z_0(z, eps_theta(z, each(t, z), ctx), abar_t)
@@ -125,8 +120,7 @@ def masked(sampler: Callable, z_T: torch.Tensor, z: torch.Tensor, mask: torch.Te
     """Fill in z where mask is 0: before each step, z_t is drawn from q(z_t | z) where mask is 1.
 
     mask (B, 1, h, w). sampler(z_t, ts) takes z_t along ts, here a step at a time: plms and
-    dpm_solver_pp remember no earlier one.
-    """
+    dpm_solver_pp remember no earlier one."""
     z_t = z_T
     for t, s in zip(ts, ts[1:]):
         z_t = mask * q_sample(z, each(t, z), randn(), abar) + (1 - mask) * z_t
@@ -137,8 +131,7 @@ def later(ts: list[int], strength: float) -> list[int]:
     """The last `strength` (0..1] of the steps, for SDEdit (Meng et al. 2022): begin at later(ts)[0]
     with a picture's z noised to that very timestep.
 
-    NB: the released img2img.py adds noise of one step and begins denoising at the step below.
-    """
+    NB: the released img2img.py adds noise of one step and begins denoising at the step below."""
     return ts[-(max(1, round(strength * (len(ts) - 1))) + 1):]
 
 def slerp(a: torch.Tensor, b: torch.Tensor, w: float) -> torch.Tensor:

@@ -1,8 +1,7 @@
 """The exact scorer of the built-in world: was the condition followed? It looks at pixels alone.
 
 Shapes:  images (B, 3, H, W) in [-1, 1], one an item; an item is what was asked for, and the truth.
-Reads:   shapes.py, metrics.py, degrade.py
-"""
+Reads:   shapes.py, metrics.py, degrade.py"""
 import itertools
 import re
 
@@ -33,8 +32,7 @@ def find(image, unit: float | None = None) -> list[Thing]:
     Each connected patch that differs from the ground (the median colour) is explained by the
     palette's nearest colour and the shape whose drawing, with the patch's own area and centroid,
     errs least. A patch that no shape explains (more than 40 % of its area wrong) has shape "blob".
-    unit: pixels a world unit; by default the picture's side / 32.
-    """
+    unit: pixels a world unit; by default the picture's side / 32."""
     image = np.asarray(image, np.float64)
     h, w = image.shape[1:]
     unit = unit or min(h, w) / 32
@@ -97,13 +95,6 @@ def none_score(images, items, found) -> dict:
     return {"well_formed": np.mean([f != [] and whole(f) == f for f in found]),
             "things": np.mean([len(f) for f in found])}
 
-def class_score(images, items, found) -> dict:
-    return {"classes_right": np.mean([shapes.CLASSES[i["label"]] in map(name, f)
-                                      for i, f in zip(items, found)])}
-
-def text_score(images, items, found) -> dict:
-    return {"prompts_followed": np.mean([follows(f, i["caption"]) for i, f in zip(items, found)])}
-
 def iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Intersection over union of boxes (K, 4) and (L, 4), [x0, y0, x1, y1] -> (K, L)."""
     a, b = a[:, None], b[None]
@@ -157,8 +148,13 @@ def share_seen(t: Thing, hole: torch.Tensor) -> float:
     cover = coverage(t.shape, t.r, t.x, t.y, *hole.shape)
     return float((cover * (1 - hole.numpy())).sum() / cover.sum())
 
-SCORES = {"none": none_score, "class": class_score, "text": text_score, "layout": layout_score,
-          "semantic": semantic_score, "superres": superres_score, "inpaint": inpaint_score}
+SCORES = {
+    "none": none_score, "layout": layout_score, "semantic": semantic_score,
+    "superres": superres_score, "inpaint": inpaint_score,
+    "class": lambda images, items, found: {"classes_right": np.mean(
+        [shapes.CLASSES[i["label"]] in map(name, f) for i, f in zip(items, found)])},
+    "text": lambda images, items, found: {"prompts_followed": np.mean(
+        [follows(f, i["caption"]) for i, f in zip(items, found)])}}
 
 def score(task: str, images: torch.Tensor, items: list[dict],
           unit: float | None = None) -> dict[str, float]:

@@ -86,8 +86,7 @@ def _specs(split: str) -> tuple[list, list]:
     """All (things, relation) of one and of two objects that belong to a split.
 
     `train`: no pair of UNSEEN, not held out. `held-out`: every eighth scene of two objects, by a
-    hash that ignores which object is named first. `unseen`: scenes with a pair of UNSEEN.
-    """
+    hash that ignores which object is named first. `unseen`: scenes with a pair of UNSEEN."""
     kinds = [Thing(s, c, z) for z in SIZES for c in COLOURS for s in SHAPES]
     def new(things):
         return any((t.colour, t.shape) in UNSEEN for t in things)
@@ -135,8 +134,7 @@ class Shapes(torch.utils.data.Dataset):
 
         Three of four relations are "left of" or "above". Were all four as frequent, then who is
         named first would tell nothing of who is where unless the relation is read as well: an
-        exclusive or, in front of which a toy run stood still (its relations a coin toss).
-        """
+        exclusive or, in front of which a toy run stood still (its relations a coin toss)."""
         rng = np.random.default_rng([*self.key, i])
         few, terse, plain = rng.random() < .25, rng.random() < .2, rng.random() < .5
         specs = self.singles if few and self.singles else self.pairs

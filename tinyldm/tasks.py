@@ -6,8 +6,7 @@ Paper:   Sec. 3.3 and 4.3-4.5, Table 15. Two ports lead into the U-Net: tokens (
 Symbols: y (B, ...), one condition a picture; null the condition that says nothing, for guidance.
 Reads:   conditioning.py, tokens.py
 
-A new task is one row of TASKS, what that row names and, where something is learned, a tau.
-"""
+A new task is one row of TASKS, what that row names and, where something is learned, a tau."""
 import math
 from collections.abc import Callable
 from typing import NamedTuple

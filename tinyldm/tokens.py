@@ -2,21 +2,12 @@
 
 Paper:   App. E.2.1 (the released model uses BERT's WordPiece vocabulary, Stable Diffusion CLIP's).
 Shapes:  n captions -> ids (n, M) int64; 0 = [PAD], which is also all there is of the empty caption.
-Reads:   nothing of ours.
-"""
+Reads:   nothing of ours."""
 import warnings
 from pathlib import Path
 
 import torch
-from tokenizers import (
-    Regex,
-    Tokenizer,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from tinyldm import BadInput
 
@@ -27,8 +18,7 @@ def train_tokenizer(captions: list[str], vocab_size: int = 8192) -> Tokenizer:
     """Learn at most vocab_size pieces from the captions, lower-cased; keep those that they use.
 
     Dropping the unused pieces makes every word that training cannot teach an [UNK], which `encode`
-    reports, where letters would spell it silently with embeddings that stay random.
-    """
+    reports, where letters would spell it silently with embeddings that stay random."""
     def blank(vocab):
         t = Tokenizer(models.WordPiece(vocab, unk_token=UNK))
         t.normalizer = normalizers.BertNormalizer()
@@ -92,8 +82,7 @@ def open_vocab(path: Path, n_vocab: int, M: int) -> Tokenizer:
     """A released text encoder's tokenizer; it cuts, and pads to M: CLIP's with EOS, BERT's with 0.
 
     path: vocab.txt, tokenizer.json, or a folder with one of them or with vocab.json and merges.txt.
-    Raises BadInput, also where it has not n_vocab tokens, as the embedding of the model has.
-    """
+    Raises BadInput, also where it has not n_vocab tokens, as the embedding of the model has."""
     files = [path / f for f in ("vocab.json", "vocab.txt", "tokenizer.json")]
     file = next((f for f in files if f.exists()), files[0]) if path.is_dir() else path
     try:

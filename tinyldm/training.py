@@ -1,8 +1,7 @@
 """What both training scripts share: flags, device, processes, EMA, learning rate, log.
 
 Paper:   App. E.2 (EMA, learning rates); the method itself is elsewhere.
-Reads:   nothing of ours.
-"""
+Reads:   nothing of ours."""
 import argparse
 import contextlib
 import json
@@ -165,8 +164,7 @@ def generator(seed: int, i: int) -> torch.Generator:
     equals an unbroken one, and a picture does not depend on the batch that it is drawn in.
 
     In training, draw for the whole batch, then take this process's rows: the world size changes
-    nothing. (The numbers are mixed first: torch's CPU generator looks at 32 bits of its seed.)
-    """
+    nothing. (The numbers are mixed first: torch's CPU generator looks at 32 bits of its seed.)"""
     mixed = np.random.SeedSequence([seed, i]).generate_state(1)[0]
     return torch.Generator().manual_seed(int(mixed))
 
@@ -186,8 +184,7 @@ class EMA:
 
     The decay at update n is min(decay, (1 + n) / (10 + n)), the released code's warm-up. The
     paper's 0.9999 needs 100k steps; a toy run of 2,000 wants 0.99.
-    NB: the released code averages the U-Net only; here tau is averaged with it.
-    """
+    NB: the released code averages the U-Net only; here tau is averaged with it."""
 
     def __init__(self, nets: dict[str, torch.nn.Module], decay: float):
         self.nets, self.decay, self.n = nets, decay, 0
@@ -225,8 +222,7 @@ def add(total: dict, values: dict, weight: float) -> None:
 class Log:
     """The progress bar, log lines, and log.jsonl in args.out. Only rank 0 prints and writes.
 
-    A resumed run keeps the lines up to its first step, so the file has no step twice.
-    """
+    A resumed run keeps the lines up to its first step, so the file has no step twice."""
 
     def __init__(self, args, step: int, device: torch.device, rank: int):
         self.args, self.device, self.main = args, device, rank == 0

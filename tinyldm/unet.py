@@ -4,8 +4,7 @@ Paper:   Sec. 3.2 and 3.3, App. E.2.1, Tables 12-15; the released openaimodel.py
 Symbols: z_t (B, c_in, h, w); t (B,) in 0..T-1; ctx = tau(y) (B, M, d_ctx); emb (B, 4 ch).
 Reads:   layers.py, attention.py
 
-The topology is two lists, `down` and `up`, of stages; each stage is a short list of layers.
-"""
+The topology is two lists, `down` and `up`, of stages; each stage is a short list of layers."""
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +43,7 @@ class UNet(nn.Module):
 
     ctx: tokens (B, M, d_ctx) to attend to; without d_ctx, maps (B, c_in - c_out, h, w) that are
     concatenated to z_t, or None. h and w must be divisible by 2^(levels - 1). Raises ValueError
-    when a needed ctx is missing.
-    """
+    when a needed ctx is missing."""
 
     def __init__(self, cfg: UNetConfig):
         super().__init__()
