@@ -163,7 +163,7 @@ def asked(args, m: gen.Model) -> list[dict]:
     if args.map:
         y = np.array(fitted("map", grey("map", args.map), (side, side), NEAREST))
         return [{"segmentation": torch.from_numpy(y.astype(np.int64))}]
-    if args.image:
+    if args.image and m.task == "superres":
         image, k = read("image", args.image, load_rgb), -(-m.factor // 4)
         w, h = (v - v % k for v in image.size)
         if (w, h) != image.size:

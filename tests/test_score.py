@@ -81,7 +81,7 @@ def test_sizes_may_be_left_out():
 
 
 def degraded(n):
-    data = Degraded(Shapes(n, seed=7), 0, chain=False)
+    data = Degraded(Degraded(Shapes(n, seed=7), "mask", 0), "small", 0)
     return [data[i] for i in range(n)]
 
 

@@ -263,6 +263,6 @@ def open_data(args, split: str = "train", fields: tuple[str, ...] = ()) -> Datas
         data = Folder(args.data, args.size, split, args.resize, flip, args.label_column)
         for field in fields:
             data.need(field)
-    if {"small", "mask"} & set(fields):
-        return Degraded(data, args.seed, args.degrade == "chain")
+    for field in {"small", "mask"} & set(fields):
+        data = Degraded(data, field, args.seed, args.degrade == "chain")
     return data

@@ -61,11 +61,11 @@ def draw_mask(side: int, rng: np.random.Generator) -> torch.Tensor:
     return mask if 0 < mask.mean() < 1 else draw_mask(side, rng)
 
 class Degraded(torch.utils.data.Dataset):
-    """data's items, each with `small` and `mask`; what item i loses follows from (seed, i)."""
+    """data's items, each with `small` or `mask`; what item i loses follows from (seed, i)."""
 
-    def __init__(self, data: torch.utils.data.Dataset, seed: int, chain: bool):
-        self.data, self.seed, self.chain, self.classes = data, seed, chain, data.classes
-        self.labels = data.labels
+    def __init__(self, data: torch.utils.data.Dataset, field: str, seed: int, chain: bool = False):
+        self.data, self.field, self.seed, self.chain = data, field, seed, chain
+        self.classes, self.labels = data.classes, data.labels
 
     def __len__(self):
         return len(self.data)
@@ -73,4 +73,5 @@ class Degraded(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict:
         item, rng = self.data[i], np.random.default_rng([self.seed, i])
         x = item["image"]
-        return item | {"mask": draw_mask(x.shape[1], rng), "small": shrink(x, rng, self.chain)}
+        lost = draw_mask(x.shape[1], rng) if self.field == "mask" else shrink(x, rng, self.chain)
+        return item | {self.field: lost}
