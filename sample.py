@@ -36,7 +36,7 @@ from tinyldm.tasks import TASKS
 
 BUNDLED = Path(samplers.__file__).with_name("toy.pt")
 NEAREST, LANCZOS = Image.Resampling.NEAREST, Image.Resampling.LANCZOS
-TAKES = {"none": (), "class": ("prompt", "prompts", "label"), "text": ("prompt", "prompts"),
+TAKES = {"uncond": (), "class": ("prompt", "prompts", "label"), "text": ("prompt", "prompts"),
          "layout": ("boxes",), "semantic": ("map",), "superres": ("image",), "inpaint": ()}
 
 def parse_args(argv=None):
@@ -156,7 +156,7 @@ def asked(args, m: gen.Model) -> list[dict]:
         some = shapes.SEEN if m.flags.get("data") == "shapes" else range(len(m.classes))
         return [{"label": class_number(p, m.classes, n, "")} for p in lines] or [
             {"label": i} for i in some]
-    if m.task == "none" or args.mask and m.task == "inpaint":
+    if m.task == "uncond" or args.mask and m.task == "inpaint":
         return [{}]
     if args.boxes:
         return [{"boxes": read_boxes(args.boxes, m.classes, side)}]

@@ -2,7 +2,7 @@
 
     python train_ldm.py                                     # toy, after train_ae.py: CPU, minutes
     python train_ldm.py --ae out/photos-ae/ckpt.pt --data photos/ --size 64 --n-token 24
-    python train_ldm.py --task class --out out/class        # or none, layout, semantic, ...
+    python train_ldm.py --task class --out out/class        # uncond, layout, semantic, ...
     python train_ldm.py --preset sd-v1 --dry-run            # a row of the paper: only its sizes
     torchrun --nproc-per-node 8 train_ldm.py --data ...     # the same run, each batch shared by 8
 

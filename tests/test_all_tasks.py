@@ -9,7 +9,7 @@ from PIL import Image
 
 from tinyldm.tasks import TASKS
 
-FIGURES = {"none": "well_formed", "class": "classes_right", "text": "prompts_followed",
+FIGURES = {"uncond": "well_formed", "class": "classes_right", "text": "prompts_followed",
            "layout": "mean_iou", "semantic": "object_pixels_right", "superres": "bicubic_psnr",
            "inpaint": "holes_sensible"}
 
@@ -67,7 +67,7 @@ def test_a_task_trains_resumes_samples_and_scores(models, draw, task, tmp_path, 
     assert Image.open(tmp_path / "x.png").width > 90
     assert Image.open(models(task) / "samples_000002.png").width > 90
     flags = [*TINY_LDM, "--ae", models(task).parent / "ae/ckpt.pt", "--size", 16, "--task"]
-    other = "class" if task == "none" else "none"
+    other = "class" if task == "uncond" else "uncond"
     said = cli("train_ldm.py", *flags, other, "--steps", 2, "--out", models(task), code=2)
     assert f"was made with task name = {task}, now it is {other}" in said
 
@@ -80,7 +80,7 @@ def test_conditions_from_files(draw, files, tmp_path):
     assert "2 picture" in draw("class", "--label", "red circle", "3", "--n", 1)
     said = draw("superres", "--image", at["small.png"], "--n", 1, "--out", tmp_path / "out")
     assert Image.open(tmp_path / "out/000000.png").size == (24, 32) and "cropped" not in said
-    for task in ("inpaint", "none", "class", "layout", "text"):
+    for task in ("inpaint", "uncond", "class", "layout", "text"):
         prompt = {"text": ["a red circle"], "class": ["--label", "3"]}.get(task, [])
         draw(task, *prompt, "--image", at["photo.png"], "--mask", at["hole.png"], "--n", 1,
              "--out", tmp_path / task)
@@ -117,7 +117,7 @@ def test_init_seeds_attention_trajectory_and_larger_sizes(draw, files, tmp_path)
          "--trajectory", tmp_path / "t.png")
     assert Image.open(tmp_path / "a.png").size == (8 * 128, 2 * 144)       # a picture and 7 words
     assert Image.open(tmp_path / "t.png").width < 210
-    draw("none", "--size", 24, "--n", 1, "--out", tmp_path / "big")
+    draw("uncond", "--size", 24, "--n", 1, "--out", tmp_path / "big")
     assert Image.open(tmp_path / "big/000000.png").size == (24, 24)
 
 
@@ -126,7 +126,7 @@ def test_bad_input_is_one_line_and_exit_code_2(draw, files):
         return files / name
     cases = [("text", ["--label", "3"], "--label: this model's task is text, which takes --prompt"),
              ("class", ["a", "--map", at("map.png")], "--map: this model's task is class"),
-             ("none", ["a red circle"], "--prompt: this model's task is none"),
+             ("uncond", ["a red circle"], "--prompt: this model's task is uncond"),
              ("class", ["--label", "red ant"], "'red ant' is no class of this model; they are"),
              ("class", ["--label", "29"], "0..28, or a name, like red circle"),
              ("layout", ["--boxes", at("outside.json")], "must have 0 <= x0 < x1 <= 16"),
@@ -146,7 +146,7 @@ def test_bad_input_is_one_line_and_exit_code_2(draw, files):
              ("text", ["a cat", "--strength", 0], "--strength 0"),
              ("text", ["a cat", "--init", at("gone.png")], "--init"),
              ("text", ["a cat", "--at", 3], "--at: steps must be 1..2"),
-             ("none", ["--attention", at("a.png")], "--attention: is of words")]
+             ("uncond", ["--attention", at("a.png")], "--attention: is of words")]
     for task, flags, say in cases:
         said = draw(task, *flags, code=2)
         assert say in said, said
@@ -158,7 +158,7 @@ def test_bad_input_is_one_line_and_exit_code_2(draw, files):
     ("semantic", "segmentation", "label map"), ("text", "caption", ".txt")])
 def test_a_folder_that_lacks_the_field_is_named(models, tmp_path, folder, cli, task, field, cure):
     path = folder(30, text=None)
-    said = cli("train_ldm.py", *TINY_LDM, "--ae", models("none").parent / "ae/ckpt.pt", "--size",
+    said = cli("train_ldm.py", *TINY_LDM, "--ae", models("uncond").parent / "ae/ckpt.pt", "--size",
                16, "--task", task, "--data", path, "--out", tmp_path / "x", code=2)
     assert f".png has no {field}; " in said and cure in said
 
@@ -167,8 +167,8 @@ def test_a_folder_that_lacks_the_field_is_named(models, tmp_path, folder, cli, t
 def test_tasks_on_a_folder_with_and_without_the_cache(models, tmp_path, folder, cli, task):
     path = folder(40, kind="cat", boxes=[["dog", 10, 14, 30, 24]], mask="map.png")
     Image.fromarray(np.full((48, 40), 2, np.uint8)).save(path / "map.png")
-    flags = [*TINY_LDM, "--ae", models("none").parent / "ae/ckpt.pt", "--size", 16, "--task", task,
-             "--data", path, "--label-column", "kind", "--degrade", "chain", "--steps", 2, "--flip"]
+    flags = [*TINY_LDM, "--ae", models("uncond").parent / "ae/ckpt.pt", "--size", 16, "--task",
+             task, "--data", path, "--label-column", "kind", "--degrade", "chain", "--steps", 2, "--flip"]
     for more in (["--cache-latents"], ["--no-cache-latents"]):
         cli("train_ldm.py", *flags, *more, "--out", tmp_path / more[0])
     cli("sample.py", "--ckpt", tmp_path / "--cache-latents/model.pt", "--steps", 2, "--n", 2,

@@ -183,7 +183,7 @@ def test_sample_py_draws_classes_from_a_released_file(tiny, cli, tmp_path):
     cli("sample.py", *common, 4)
 
 
-@pytest.mark.parametrize("task,flags,prompt", [("none", {}, ()), ("text", presets.BERT | dict(
+@pytest.mark.parametrize("task,flags,prompt", [("uncond", {}, ()), ("text", presets.BERT | dict(
     vocab_size=13, n_token=6, d_ctx=16, text_depth=1, text_clip=True), ("ab cd",))])
 def test_sample_py_draws_from_other_released_files(task, flags, prompt, cli, tmp_path, monkeypatch):
     """Without a condition, and from text with a vocabulary in CLIP's files; random fp16 weights."""

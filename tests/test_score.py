@@ -19,7 +19,7 @@ def test_the_score_is_the_share_of_prompts_followed():
     for k in range(5):
         images = [i["image"] for i in items[:k]] + [torch.ones(3, 32, 32)] * (4 - k)
         assert score("text", images, items) == {"prompts_followed": k / 4}
-        assert score("none", images, items)["well_formed"] == k / 4
+        assert score("uncond", images, items)["well_formed"] == k / 4
         assert score("class", images, items) == {"classes_right": k / 4}
 
 

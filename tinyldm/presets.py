@@ -143,11 +143,11 @@ SWEEP = {
                                 (256, (1, 2, 4),          128, 1.3e-4)),
 }
 for name, row in LDM_ROWS.items():
-    LDM[name] = PAPER | dict(zip(LDM_COLUMNS, row), task="none") | MORE.get(name, {})
+    LDM[name] = PAPER | dict(zip(LDM_COLUMNS, row), task="uncond") | MORE.get(name, {})
 for f, (ae, attn, *tables) in SWEEP.items():
     for name, steps, task, (ch, mult, batch, lr) in zip(
             ("imagenet", "celeba"), (2_000_000, 500_000),
-            (MORE["imagenet256-f8"], dict(task="none")), tables):
+            (MORE["imagenet256-f8"], dict(task="uncond")), tables):
         row = (ae, ch, mult, attn, 32, None, A, "l2", batch, lr, steps)
         LDM[f"{name}-f{f}"] = PAPER | dict(zip(LDM_COLUMNS, row)) | task
 

@@ -89,7 +89,7 @@ def follows(things: list[Thing], prompt: str) -> bool:
 def whole(things: list[Thing]) -> list[Thing]:
     return [t for t in things if t.shape != "blob"]
 
-def none_score(images, items, found) -> dict:
+def uncond_score(images, items, found) -> dict:
     """Well-formed: something is in the picture, and all of it has one of the four shapes."""
     found = list(found)
     return {"well_formed": np.mean([f != [] and whole(f) == f for f in found]),
@@ -149,7 +149,7 @@ def share_seen(t: Thing, hole: torch.Tensor) -> float:
     return float((cover * (1 - hole.numpy())).sum() / cover.sum())
 
 SCORES = {
-    "none": none_score, "layout": layout_score, "semantic": semantic_score,
+    "uncond": uncond_score, "layout": layout_score, "semantic": semantic_score,
     "superres": superres_score, "inpaint": inpaint_score,
     "class": lambda images, items, found: {"classes_right": np.mean(
         [shapes.CLASSES[i["label"]] in map(name, f) for i, f in zip(items, found)])},

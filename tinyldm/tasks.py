@@ -126,7 +126,7 @@ def text_net(**shape) -> TextTransformer:
 
 BLANK, ALL = torch.zeros(3, 1, 1), torch.ones(1, 1, 1)
 TASKS = {
-    "none": Task((), lambda batch, *_: torch.zeros(len(batch["image"])), {"image": [None]},
+    "uncond": Task((), lambda batch, *_: torch.zeros(len(batch["image"])), {"image": [None]},
                  lambda *_: None),
     "class": Task(
         ("label",), class_y, {"label": [None]}, tau_of_y, ClassEmbedder, fit=fit_class, s=2.0,
