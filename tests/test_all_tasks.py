@@ -168,7 +168,8 @@ def test_tasks_on_a_folder_with_and_without_the_cache(models, tmp_path, folder, 
     path = folder(40, kind="cat", boxes=[["dog", 10, 14, 30, 24]], mask="map.png")
     Image.fromarray(np.full((48, 40), 2, np.uint8)).save(path / "map.png")
     flags = [*TINY_LDM, "--ae", models("uncond").parent / "ae/ckpt.pt", "--size", 16, "--task",
-             task, "--data", path, "--label-column", "kind", "--degrade", "chain", "--steps", 2, "--flip"]
+             task, "--data", path, "--label-column", "kind", "--degrade", "chain", "--flip",
+             "--steps", 2]
     for more in (["--cache-latents"], ["--no-cache-latents"]):
         cli("train_ldm.py", *flags, *more, "--out", tmp_path / more[0])
     cli("sample.py", "--ckpt", tmp_path / "--cache-latents/model.pt", "--steps", 2, "--n", 2,
