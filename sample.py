@@ -248,8 +248,10 @@ def main(args):
          else gen.load_model(args.ckpt, args.ema, device))
     items = check(args, m)
     chunks, n_steps = range(0, len(items), args.batch), len(gen.timesteps(args, len(m.abar))) - 1
-    calls, images, z_0s, maps = n_steps + (args.sampler == "plms"), [], [], []
-    with tqdm(total=len(chunks) * calls, unit="step", dynamic_ncols=True) as bar, autocast():
+    again, images, z_0s, maps = args.sampler == "plms" and n_steps > 1, [], [], []
+    calls = [k + (again and k > 0) for k in range(n_steps)]         # of the U-Net, by step
+    total = len(chunks) * (n_steps + again)
+    with tqdm(total=total, unit="step", dynamic_ncols=True) as bar, autocast():
         for i in chunks:
             part, wrap, watch = items[i:i + args.batch], lambda eps: eps, contextlib.nullcontext([])
             if i == 0 and args.trajectory:
@@ -257,7 +259,7 @@ def main(args):
                     return record(eps, m.abar, z_0s)
             if i == 0 and args.attention:
                 watch = attention_maps(m.unet, len(part), *(v // m.ae.cfg.f for v in args.size),
-                                       {k - 1 for k in args.at} if args.at else None)
+                                       {calls[k - 1] for k in args.at} if args.at else None)
             with watch as new:
                 images.append(gen.draw(m, part, args, i, bar.update, wrap))
                 maps += new
@@ -271,7 +273,7 @@ def main(args):
     if args.trajectory:
         at = args.at or [1 + round(k * (n_steps - 1) / 7) for k in range(8)]
         with torch.no_grad(), autocast():
-            x = torch.stack([m.ae.decode(z_0s[k - 1][:4]).float().cpu() for k in at], dim=1)
+            x = torch.stack([m.ae.decode(z_0s[calls[k - 1]][:4]).float().cpu() for k in at], dim=1)
         save_grid(x.flatten(0, 1), args.trajectory, len(at))
     if args.score:
         figures = score(m.task, images, items, m.flags["size"] / 32)

@@ -13,7 +13,7 @@ from tinyldm.autoencoder import Pixels, Posterior, build_autoencoder
 from tinyldm.conditioning import ClassEmbedder
 from tinyldm.degrade import Degraded
 from tinyldm.diffusion import cosine_betas, cumulative, sqrt_linear_betas
-from tinyldm.generate import SAMPLERS, Model, defaults, draw, start
+from tinyldm.generate import SAMPLERS, Model, defaults, draw, draw_noise
 from tinyldm.inside import record
 from tinyldm.samplers import later, slerp
 from tinyldm.shapes import Shapes
@@ -60,7 +60,7 @@ class Spy:
         return self.net(z, t, ctx)
 
 
-def model(net, ae=None, abar=ABAR, task="none", tau=None):
+def model(net, ae=None, abar=ABAR, task="uncond", tau=None):
     return Model(ae or Pixels(), net, tau, None, abar, "eps", task, (), {})
 
 
@@ -139,20 +139,19 @@ def test_slerp_goes_from_a_to_b_in_equal_angles_at_one_norm():
 def test_a_walk_starts_at_picture_0_of_one_seed_and_ends_at_that_of_the_other():
     """The same in any batches; only z_T walks, the noise of the steps is each picture's own."""
     args, shape = defaults(seed=5, to_seed=9, n=4), (3, 4, 4)
-    z, randn = start([{}] * 4, args, 0, shape)
+    z, randn = draw_noise(4, args, 0, shape, "cpu")
     ends = noise(5, 0, shape), noise(9, 0, shape)
     assert_close(z, torch.stack([slerp(*ends, k / 3) for k in range(4)]))
     assert_close(z[[0, 3]], torch.stack(ends))
-    parts = [start([{}] * 2, args, first, shape) for first in (0, 2)]
+    parts = [draw_noise(2, args, first, shape, "cpu") for first in (0, 2)]
     assert_close(torch.cat([p[0] for p in parts]), z)
     assert torch.equal(randn(), torch.stack([noise(5, j, shape, 1) for j in range(4)]))
-    assert_close(start([{}], defaults(seed=5, to_seed=9, n=1), 0, shape)[0][0], ends[0])
+    assert_close(draw_noise(1, defaults(seed=5, to_seed=9, n=1), 0, shape, "cpu")[0][0], ends[0])
 
 
-@pytest.mark.xfail(strict=True, reason="w goes on beyond 1: with fix, drop this line")
 def test_a_walk_of_two_prompts_is_two_walks():
     """Pictures n.. belong to the second prompt, and go from seed to seed once more."""
-    z, _ = start([{}] * 8, defaults(seed=5, to_seed=9, n=4), 0, (3, 4, 4))
+    z, _ = draw_noise(8, defaults(seed=5, to_seed=9, n=4), 0, (3, 4, 4), "cpu")
     assert_close(z[4:], z[:4])
 
 
@@ -164,13 +163,9 @@ def hole(h=8, w=8):
     return mask
 
 
-HALVED = pytest.mark.xfail(
-    strict=True, reason="plms's own first step, when it lands on z_0, takes half of eps: see below")
-
-
 @pytest.mark.parametrize("task,sampler", [
     *(("inpaint", k) for k in SAMPLERS),
-    *(pytest.param("none", k, marks=HALVED if k == "plms" else ()) for k in SAMPLERS)])
+    *(("uncond", k) for k in SAMPLERS)])
 def test_only_the_hole_is_painted(task, sampler):
     """What is known stays bit by bit, and the hole is what the net knows of it."""
     x, target, mask = picture(), picture(1), hole()
@@ -208,10 +203,9 @@ def test_an_inpainting_model_sees_the_hole_and_is_not_led_by_the_known_part():
     assert_close(ctx, torch.cat([x * (1 - mask), 2 * mask - 1])[None])
 
 
-@pytest.mark.xfail(strict=True, reason="Degraded gives a mask, too: with fix, drop this line")
 def test_superres_does_not_peep_at_the_truth():
     """An item of the set has image and mask as well; a model that draws black draws black."""
-    item = Degraded(Shapes(1, 32), 0, False)[0]
+    item = Degraded(Shapes(1, 32), "small", 0)[0]
     got = draw(model(knows(torch.full((3, 32, 32), -1.)), task="superres"), [item],
                defaults(size=(32, 32), steps=3))
     assert_close(got, torch.full((1, 3, 32, 32), -1.), atol=1e-3, rtol=0)
@@ -291,8 +285,7 @@ def test_a_schedule_of_one_step_gives_the_nets_own_z_0(sampler, betas):
     assert len(net.calls) == 1 or sampler == "plms"
 
 
-@pytest.mark.parametrize("sampler", [
-    pytest.param(k, marks=HALVED if k == "plms" else ()) for k in SAMPLERS])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_one_step_is_enough_for_a_net_that_knows_the_picture(sampler):
     """NB: at t = 0 there is no noise left in plms's z_s = z_0, so its second eps is about 0."""
     got = draw(model(knows(picture(1))), [{}], defaults(size=(8, 8), steps=1, sampler=sampler))

@@ -255,7 +255,7 @@ def test_boxes_are_frames_in_the_colour_of_their_class():
 
 
 def test_a_small_picture_is_shown_large_and_a_hole_black():
-    item = Degraded(Shapes(1, 32), 0, False)[0]
+    item = Degraded(Degraded(Shapes(1, 32), "mask", 0), "small", 0)[0]
     got = condition("superres", item, CLASSES, 32, 32)
     assert_close(got, item["small"].repeat_interleave(4, 1).repeat_interleave(4, 2), atol=1e-5,
                  rtol=0)
@@ -265,7 +265,7 @@ def test_a_small_picture_is_shown_large_and_a_hole_black():
     assert (got[:, hole] == -1).all() and torch.equal(got[:, ~hole], item["image"][:, ~hole])
 
 
-@pytest.mark.parametrize("task", ["none", "class", "text"])
+@pytest.mark.parametrize("task", ["uncond", "class", "text"])
 def test_what_is_no_picture_is_not_shown(task, tmp_path):
     assert condition(task, {}, CLASSES, 32, 32) is None
     save_drawn(plain(-1., 0.), [{}, {}], task, CLASSES, tmp_path / "a.png", 2)

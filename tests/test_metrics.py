@@ -7,7 +7,6 @@ from torch.testing import assert_close
 
 from tinyldm.metrics import psnr, ssim
 
-
 def pictures(seed=0, n=2):
     return torch.rand(n, 3, 16, 20, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 

@@ -41,7 +41,8 @@ def test_captions_boxes_labels_and_maps_agree():
         asked, relation = parse_prompt(item["caption"])
         assert [t.shape for t in asked] == [t.shape for t in things]
         assert (len(things) == 2) == (relation is not None)
-        assert item["label"] == shapes.CLASSES.index(f"{things[0].colour} {things[0].shape}")
+        first = things[0] if relation in (None, "left of", "above") else things[1]
+        assert item["label"] == shapes.CLASSES.index(f"{first.colour} {first.shape}")
         assert item["caption"] == text and item["image"].abs().max() <= 1
         for kind, x0, y0, x1, y1 in item["boxes"].tolist():
             assert 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1

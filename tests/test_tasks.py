@@ -49,7 +49,7 @@ def world(task, f=4):
     if tau:
         alive(tau, 1)
     if task in ("superres", "inpaint"):
-        data = Degraded(data, 0, False)
+        data = Degraded(Degraded(data, "mask", 0), "small", 0)
 
     def y(batch):
         return TASKS[task].y(batch, tau, tokenizer)
@@ -163,7 +163,7 @@ def test_class_none_is_the_last_class():
     assert_close(tau(torch.tensor([3, 5]))[:, 0], tau.embedding.weight[[3, 5]])
 
 
-CASES = [(task, 4) for task in TASKS] + [(t, 1) for t in ("none", "semantic", "superres",
+CASES = [(task, 4) for task in TASKS] + [(t, 1) for t in ("uncond", "semantic", "superres",
                                                           "inpaint")]
 
 
@@ -181,7 +181,7 @@ def test_from_a_batch_through_its_port_to_eps(task, f):
     z, t = torch.randn(3, unet.cfg.c_out, 32 // f, 32 // f), torch.tensor([5, 6, 7])
     ctx, ctx_null = to_ctx(y), to_ctx(whole)
     assert unet(z, t, ctx).shape == z.shape
-    if task == "none":
+    if task == "uncond":
         assert ctx is None and ctx_null is None and unet.cfg.c_in == unet.cfg.c_out
         return
     if TASKS[task].beside:

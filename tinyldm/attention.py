@@ -19,7 +19,6 @@ class Attention(nn.Module):
     Self-attention is ctx = x. No mask: like the released code, pictures also attend to padding
     tokens ("unmasked", App. E.2.1). CLIP's text encoder alone has biases and is causal: token i
     sees tokens 0..i."""
-
     def __init__(self, d_x: int, d_ctx: int, n_head: int, d_head: int, clip: bool = False):
         super().__init__()
         self.n_head, self.causal = n_head, clip
@@ -36,7 +35,6 @@ class Attention(nn.Module):
 
 class GEGLU(nn.Module):
     """The block's MLP: value * GELU(gate), inner width 4 d; (B, N, d) -> (B, N, d)."""
-
     def __init__(self, d: int):
         super().__init__()
         self.proj = nn.Linear(d, 8 * d)
@@ -49,7 +47,6 @@ class GEGLU(nn.Module):
 
 class TransformerBlock(nn.Module):
     """Table 16's block: x (B, N, D), ctx (B, M, d_ctx) -> (B, N, D)."""
-
     def __init__(self, d: int, d_ctx: int, n_head: int, d_head: int):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
@@ -68,7 +65,6 @@ class SpatialTransformer(nn.Module):
 
     x (B, C, H, W), ctx (B, M, d_ctx) -> (B, C, H, W). Raises ValueError when ctx is missing.
     NB: the released code silently attends to x itself when the context is None."""
-
     def __init__(self, c: int, d_ctx: int, n_head: int, d_head: int, depth: int = 1,
                  groups: int = 32):
         super().__init__()
@@ -93,7 +89,6 @@ class SelfAttention2d(nn.Module):
     """Self-attention between the places of a feature map, (B, C, H, W) -> the same.
 
     One head in the middle of E and D; n_head heads in a U-Net that has no cross-attention."""
-
     def __init__(self, c: int, n_head: int = 1, groups: int = 32, eps: float = 1e-6):
         super().__init__()
         self.n_head = n_head

@@ -42,7 +42,6 @@ def middle(c: int, cfg: AEConfig) -> list[nn.Module]:
 
 class Encoder(nn.Module):
     """x (B, c_x, H, W) -> (B, c_out, H/f, W/f), what quant_conv reads; c_out = 2 c_e for KL."""
-
     def __init__(self, cfg: AEConfig, c_out: int):
         super().__init__()
         c, side, g = cfg.ch, cfg.side, cfg.groups
@@ -67,7 +66,6 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """(B, c_in, h, w) from post_quant_conv -> (B, c_x, f h, f w), about [-1, 1]; not clamped."""
-
     def __init__(self, cfg: AEConfig, c_in: int):
         super().__init__()
         c, side, g = cfg.ch * cfg.ch_mult[-1], cfg.side // cfg.f, cfg.groups
@@ -123,7 +121,6 @@ class Autoencoder(nn.Module):
 
     z_std is 1 while stage one trains; stage two sets it, so that the z it sees have variance 1.
     NB: the released VQ models are not scaled; their z has about variance 1 as it is (App. G)."""
-
     def __init__(self, cfg: AEConfig):
         super().__init__()
         self.cfg = cfg

@@ -71,7 +71,6 @@ def half(tree: dict) -> dict:
 
 class Inert(dict):
     """Stands for what a trainer left in a file beside the weights: it holds and does nothing."""
-
     def __init__(self, *_):
         super().__init__()
 

@@ -25,13 +25,11 @@ class TextConfig:
 
 class QuickGELU(nn.Module):
     """CLIP's approximation of GELU: x sigmoid(1.702 x)."""
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * torch.sigmoid(1.702 * x)
 
 class TextBlock(nn.Module):
     """Pre-norm self-attention and a GELU MLP of width 4 D: (B, M, D) -> (B, M, D)."""
-
     def __init__(self, cfg: TextConfig):
         super().__init__()
         d = cfg.d
@@ -53,7 +51,6 @@ class TextTransformer(nn.Module):
     Tokens and positions begin at one size. Were positions drawn at 0.02 beside unit-size tokens,
     the first LayerNorm would all but hide them: a toy run then mixed up "left of" and "right of".
     """
-
     def __init__(self, cfg: TextConfig):
         super().__init__()
         self.cfg = cfg
@@ -73,7 +70,6 @@ class ClassEmbedder(nn.Module):
 
     NB: the guided ImageNet model has a 1001st class, the null condition, which the released code
     never trains; without it guidance is impossible."""
-
     def __init__(self, n_classes: int, d: int):
         super().__init__()
         self.embedding = nn.Embedding(n_classes, d)
@@ -86,7 +82,6 @@ class SpatialRescaler(nn.Module):
     (B, c_in, H, W) -> (B, c_out, H / 2^n, W / 2^n), to lie beside z_t.
 
     Bilinear halving n times (on even sides the mean of 2 x 2 each time), then a 1x1 conv."""
-
     def __init__(self, c_in: int, c_out: int, n: int):
         super().__init__()
         self.n = n

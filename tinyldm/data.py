@@ -46,7 +46,6 @@ class Folder(Dataset):
     crop; without, the crop is cut as it is. flip: every second epoch is mirrored, maps and boxes
     too (picture k in epoch e is item e * len + k). Raises BadInput for an empty folder, bad
     metadata, or a picture smaller than the crop."""
-
     def __init__(self, path: str, size: int, split: str = "train", resize: bool = True,
                  flip: bool = False, label: str = "label"):
         self.path, self.size, self.resize, self.flip = Path(path), size, resize, flip
@@ -197,7 +196,6 @@ class BatchOrder:
 
     Yields a list of items for the steps after `done`, up to `steps`: this process's slice of the
     batch. Picture k in epoch e is item e * n + k, so that a set may show it another way round."""
-
     def __init__(self, n: int, batch: int, done: int, steps: int, seed: int, rank: int = 0,
                  world: int = 1):
         self.n, self.batch, self.steps, self.seed = n, batch, range(done, steps), seed

@@ -35,7 +35,7 @@ def shrink(x: torch.Tensor, rng: np.random.Generator, chain: bool) -> torch.Tens
     how = (BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.BOX)[rng.integers(3)]
     pixels = np.asarray(image.resize((w, h), how)) + rng.normal(0, 8 * rng.random(), (h, w, 3))
     file = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+    Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).save(
         file, "JPEG", quality=int(rng.integers(60, 96)), subsampling=0)
     return to_tensor(Image.open(file))
 
@@ -62,7 +62,6 @@ def draw_mask(side: int, rng: np.random.Generator) -> torch.Tensor:
 
 class Degraded(torch.utils.data.Dataset):
     """data's items, each with `small` or `mask`; what item i loses follows from (seed, i)."""
-
     def __init__(self, data: torch.utils.data.Dataset, field: str, seed: int, chain: bool = False):
         self.data, self.field, self.seed, self.chain = data, field, seed, chain
         self.classes, self.labels = data.classes, data.labels

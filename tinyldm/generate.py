@@ -93,7 +93,7 @@ def timesteps(args, T: int) -> list[int]:
         raise BadInput(f"--{e}") from e
     return samplers.later(ts, args.strength) if args.init else ts
 
-def noise(n: int, args, first: int, shape: tuple, device) -> tuple[torch.Tensor, Callable]:
+def draw_noise(n: int, args, first: int, shape: tuple, device) -> tuple[torch.Tensor, Callable]:
     """z_T, and randn() for the steps: picture j of n has the noise of (args.seed, first + j).
 
     With args.to_seed, pictures 0..n-1 walk from picture 0 of args.seed to that of args.to_seed."""
@@ -104,7 +104,7 @@ def noise(n: int, args, first: int, shape: tuple, device) -> tuple[torch.Tensor,
     z = randn()
     if args.to_seed is not None:
         a, b = (torch.randn(shape, generator=generator(s, 0)) for s in (args.seed, args.to_seed))
-        w = [(first + j) / max(1, args.n - 1) for j in range(n)]
+        w = [(first + j) % args.n / max(1, args.n - 1) for j in range(n)]
         z = torch.stack([samplers.slerp(a, b, v) for v in w]).to(device)
     return z, randn
 
@@ -130,7 +130,7 @@ def draw(m: Model, items: list[dict], args, first: int = 0, tick: Callable = lam
 
     s = task.s if args.scale is None else args.scale
     eps = wrap(guided(as_eps_theta(net, m.abar, m.predict), ctx_null, 1 if ctx is None else s))
-    z, randn = noise(len(items), args, first, (m.ae.cfg.c_z, H // f, W // f), device)
+    z, randn = draw_noise(len(items), args, first, (m.ae.cfg.c_z, H // f, W // f), device)
     ts = timesteps(args, len(m.abar))
 
     def sampler(z_t, ts):

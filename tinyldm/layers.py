@@ -38,7 +38,6 @@ class ResBlock(nn.Module):
     scale_shift: emb becomes norm2's scale and shift instead of an offset before it. resample: a
     parameterless layer that halves or doubles H and W, of the input too, before the first conv.
     x (B, c_in, H, W), emb (B, d_emb) -> (B, c_out, H, W), or H/2, W/2 or 2H, 2W"""
-
     def __init__(self, c_in: int, c_out: int, d_emb: int | None = None, groups: int = 32,
                  scale_shift: bool = False, resample: nn.Module | None = None):
         super().__init__()
@@ -67,7 +66,6 @@ class Downsample(nn.Module):
     """3x3 conv of stride 2: (B, C, H, W) -> (B, C, H/2, W/2).
 
     NB: the released E pads only right and bottom, the U-Net all four sides; the paper is silent."""
-
     def __init__(self, c: int, asymmetric: bool = False):
         super().__init__()
         self.asymmetric = asymmetric
@@ -78,7 +76,6 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a 3x3 conv: (B, C, H, W) -> (B, C, 2H, 2W)."""
-
     def __init__(self, c: int):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)

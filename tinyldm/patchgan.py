@@ -15,7 +15,6 @@ class Discriminator(nn.Module):
     """4x4 convs, stride 2 in the first n_layers, BatchNorm between, LeakyReLU 0.2; pix2pix's init.
 
     x (B, c_x, H, W) -> (B, 1, H', W')."""
-
     def __init__(self, c_x: int = 3, ch: int = 64, n_layers: int = 3):
         super().__init__()
         layers, c = [nn.Conv2d(c_x, ch, 4, 2, 1), nn.LeakyReLU(0.2)], ch

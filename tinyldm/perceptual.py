@@ -22,7 +22,6 @@ class Perceptual(nn.Module):
 
     Frozen: gradients flow to x and x_rec, never into VGG. Raises BadInput if weights cannot be had.
     """
-
     def __init__(self, kind: str, weights: str | None = None):
         super().__init__()
         self.taps, layers, c = [], [], 3

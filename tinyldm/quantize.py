@@ -35,7 +35,6 @@ class Quantised:
 
 class Codebook(nn.Module):
     """n_codes vectors of width c_z; z (B, c_z, h, w) -> Quantised, in float32."""
-
     def __init__(self, n_codes: int, c_z: int):
         super().__init__()
         self.codes = nn.Parameter(torch.empty(n_codes, c_z).uniform_(-1 / n_codes, 1 / n_codes))

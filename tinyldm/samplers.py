@@ -89,8 +89,10 @@ def plms(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: li
     for (t, abar_t, abar_s), s in zip(pairs(ts, abar), ts[1:]):
         past = [eps_theta(z, each(t, z), ctx), *past[:3]]
         if len(past) == 1:
-            z_s = ddim_step(z, past[0], abar_t, abar_s)
-            eps = (past[0] + eps_theta(z_s, each(max(s, 0), z), ctx)) / 2
+            eps = past[0]
+            if s >= 0:                                  # z_0 itself has no eps to speak of
+                z_s = ddim_step(z, eps, abar_t, abar_s)
+                eps = (eps + eps_theta(z_s, each(s, z), ctx)) / 2
         else:
             w = weights[len(past)]
             eps = sum(w_i * e for w_i, e in zip(w, past)) / sum(w)

@@ -155,7 +155,8 @@ class Shapes(torch.utils.data.Dataset):
             image += cover[..., None] * (PALETTE[list(COLOURS).index(t.colour)] - image)
         image += .04 * (rng.random((side, side, 1)) - .5)                  # faint grain
         image = torch.from_numpy(image.clip(-1, 1).astype(np.float32)).permute(2, 0, 1)
-        return {"image": image, "caption": text, "label": CLASSES.index(name(things[0])),
+        first = min(things, key=lambda t: t.x + t.y)                       # as one reads
+        return {"image": image, "caption": text, "label": CLASSES.index(name(first)),
                 "boxes": boxes(things, side), "segmentation": label_map(things, side)}
 
 def prompts(n: int, split: str = "held-out", seed: int = 0) -> list[str]:

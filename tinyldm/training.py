@@ -126,7 +126,6 @@ def sync_last(net, last: bool):
 
 class Stop:
     """Notes SIGINT and SIGTERM, so that the loop can save and leave; a second one ends at once."""
-
     def __init__(self, device: torch.device):
         self.flag = torch.zeros((), device=device)
         for s in (signal.SIGINT, signal.SIGTERM):
@@ -185,7 +184,6 @@ class EMA:
     The decay at update n is min(decay, (1 + n) / (10 + n)), the released code's warm-up. The
     paper's 0.9999 needs 100k steps; a toy run of 2,000 wants 0.99.
     NB: the released code averages the U-Net only; here tau is averaged with it."""
-
     def __init__(self, nets: dict[str, torch.nn.Module], decay: float):
         self.nets, self.decay, self.n = nets, decay, 0
         self.shadow = {k: {n: p.detach().clone() for n, p in net.state_dict().items()}
@@ -223,7 +221,6 @@ class Log:
     """The progress bar, log lines, and log.jsonl in args.out. Only rank 0 prints and writes.
 
     A resumed run keeps the lines up to its first step, so the file has no step twice."""
-
     def __init__(self, args, step: int, device: torch.device, rank: int):
         self.args, self.device, self.main = args, device, rank == 0
         self.path = args.out / "log.jsonl"
