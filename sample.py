@@ -209,11 +209,10 @@ def check(args, m: gen.Model) -> list[dict]:
     if not items:
         raise BadInput('no prompt: give one, like "a red circle above a blue square", or --prompts')
     if args.score:
-        for item in items:
-            if m.task == "text":
-                parse_prompt(item["caption"])
-            elif m.task == "superres" and "image" not in item or m.flags.get("data") != "shapes":
-                raise BadInput("--score: needs the built-in world, or the truth (no --image)")
+        if "image" not in items[0] if m.task == "superres" else m.flags.get("data") != "shapes":
+            raise BadInput("--score: needs the built-in world, or superres with the truth")
+        for item in items if m.task == "text" else ():
+            parse_prompt(item["caption"])
     if args.init:
         init = read("init", args.init, load_rgb)
         items = [i | {"init": to_tensor(fitted("init", init, args.size[::-1], LANCZOS))}
