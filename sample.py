@@ -14,20 +14,19 @@ Writes one grid (--out FILE.png, a row a prompt) or, where --out does not end in
 --steps; official: the released code's rule, near --steps."""
 import argparse
 import contextlib
-import io
 import json
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from tinyldm import BadInput, presets, samplers, shapes
 from tinyldm import generate as gen
 from tinyldm import training as tr
-from tinyldm.data import UNREADABLE, fit, load_rgb, open_data
+from tinyldm.data import UNREADABLE, load_map, load_rgb, open_data
 from tinyldm.degrade import to_image, to_tensor
 from tinyldm.inside import attention_maps, record, save_attention
 from tinyldm.pictures import save_drawn, save_grid
@@ -94,20 +93,13 @@ def fitted(flag: str, image: Image.Image, size: tuple[int, int], how) -> Image.I
     if image.size != size:
         print(f"--{flag}: {image.width}x{image.height} is scaled and cropped to "
               f"{size[0]}x{size[1]}{' (nearest)' if how == NEAREST else ''}")
-        image = fit(image, size[0], how)
+        image = ImageOps.fit(image, size, how)
     return image
-
-def grey(flag: str, path: Path) -> Image.Image:
-    """A picture of one channel: of a mask its brightness, of a map its numbers. Raises BadInput."""
-    image = read(flag, path, lambda data: Image.open(io.BytesIO(data)).copy())
-    if flag == "map" and len(image.getbands()) > 1:
-        raise BadInput(f"--map {path}: has {len(image.getbands())} channels; a label map is a grey "
-                       "or palette png whose values are class numbers")
-    return image if flag == "map" else image.convert("L")
 
 def read_hole(args, size: tuple[int, int]) -> dict:
     """What is kept, and the mask: image (3, H, W), mask (1, H, W). Raises BadInput."""
-    image, mask = read("image", args.image, load_rgb), grey("mask", args.mask)
+    image, mask = (read(k, getattr(args, k), load_rgb) for k in ("image", "mask"))
+    mask = mask.convert("L")
     if mask.size != image.size:
         print(f"--mask: {mask.width}x{mask.height} is resized (nearest) to --image's "
               f"{image.width}x{image.height}")
@@ -118,7 +110,7 @@ def read_hole(args, size: tuple[int, int]) -> dict:
                        "is painted, black is kept")
     return {"image": to_tensor(fitted("image", image, size, LANCZOS)), "mask": mask}
 
-def read_boxes(path: Path, names: tuple[str, ...], size: int) -> torch.Tensor:
+def read_boxes(path: Path, names: tuple[str, ...], n: int, size: int) -> torch.Tensor:
     """-> (K, 5) as in data.py. Raises BadInput."""
     rows, out = read("boxes", path, json.loads), []
     for row in rows if isinstance(rows, list) else [rows]:
@@ -129,7 +121,7 @@ def read_boxes(path: Path, names: tuple[str, ...], size: int) -> torch.Tensor:
         x0, y0, x1, y1 = row[1:]
         if not (0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size):
             raise BadInput(say + f"must have 0 <= x0 < x1 <= {size} and so y, in pixels")
-        k = class_number(str(row[0]), names, len(names), say)
+        k = class_number(str(row[0]), names, n, say)
         out.append([k, *(v / size for v in row[1:])])
     return torch.tensor(out, dtype=torch.float32).reshape(-1, 5)
 
@@ -137,7 +129,7 @@ def class_number(name: str, names: tuple[str, ...], n: int, say: str) -> int:
     """Of a class that is given by its name or number. Raises BadInput."""
     if name in names:
         return names.index(name)
-    if name.isdecimal() and int(name) < n:
+    if name.isdecimal() and len(name) < 9 and int(name) < n:
         return int(name)
     more = f", or a name, like {', '.join(names[:3])}" if names else ""
     raise BadInput(f"{say}{name!r} is no class of this model; they are numbers, 0..{n - 1}{more}")
@@ -159,25 +151,34 @@ def asked(args, m: gen.Model) -> list[dict]:
     if m.task == "uncond" or args.mask and m.task == "inpaint":
         return [{}]
     if args.boxes:
-        return [{"boxes": read_boxes(args.boxes, m.classes, side)}]
+        return [{"boxes": read_boxes(args.boxes, m.classes,
+                                     len(m.classes) or m.tau.cfg.n_vocab - 1, side)}]
     if args.map:
-        y = np.array(fitted("map", grey("map", args.map), (side, side), NEAREST))
+        y = np.array(fitted("map", read("map", args.map, load_map), (side, side), NEAREST))
         return [{"segmentation": torch.from_numpy(y.astype(np.int64))}]
     if args.image and m.task == "superres":
         image, k = read("image", args.image, load_rgb), -(-m.factor // 4)
         w, h = (v - v % k for v in image.size)
         if (w, h) != image.size:
             print(f"--image: {image.width}x{image.height} is cropped to {w}x{h}, multiples of {k}")
+        if not w * h:
+            raise BadInput(f"--image {args.image}: its sides must be at least {k}")
         args.size = 4 * h, 4 * w
         return [{"small": to_tensor(image.crop((0, 0, w, h)))}]
     flags = {"label_column": "label", "degrade": "bicubic", "resize": True, "seed": 0,
              "n_shapes": 0, "flip": False} | m.flags | {"size": side}
-    flags["data"] = args.data or flags.get("data")
+    m.flags["data"] = flags["data"] = args.data or flags.get("data")
+    if not flags["data"]:
+        raise BadInput("--data: a released model has none of its own; give a condition or a folder")
     data = open_data(argparse.Namespace(**flags), "held-out", TASKS[m.task].fields)
-    if m.task == "layout" and tuple(data.classes) != m.classes:
+    if not len(data):
+        raise BadInput(f"--data {flags['data']}: has no held-out pictures; give a condition")
+    if m.task == "layout" and m.classes and tuple(data.classes) != m.classes:
         raise BadInput(f"--data {flags['data']}: its classes are not those of the model")
+    if args.to_seed is not None:
+        raise BadInput("--to-seed: needs one condition, not held-out ones; give it as a file")
     n, args.n = args.n or 16, 1
-    return [data[i % max(1, len(data))] for i in range(n)]
+    return [data[i % len(data)] for i in range(n)]
 
 def check(args, m: gen.Model) -> list[dict]:
     """Fill in flags, make the folder of --out, return an item a picture. Raises BadInput."""
@@ -188,9 +189,15 @@ def check(args, m: gen.Model) -> list[dict]:
                            + (", ".join("--" + f for f in takes)))
     if m.task != "superres" and (args.image is None) != (args.mask is None):
         raise BadInput("--image and --mask belong together: what is kept, and where it is painted")
-    for flag in ("n", "batch"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise BadInput(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    for flag, low in (("n", 1), ("batch", 1), ("seed", 0), ("to_seed", 0)):
+        if getattr(args, flag) is not None and getattr(args, flag) < low:
+            raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least "
+                           f"{low}")
+    for flag in ("attention", "trajectory"):
+        if getattr(args, flag) and getattr(args, flag).suffix != ".png":
+            raise BadInput(f"--{flag} {getattr(args, flag)}: must end in .png")
+    if (args.mask or m.task == "inpaint") and args.sampler == "plms":
+        raise BadInput("--sampler plms: forgets its past at each step of a masked run; use ddim")
     if not 0 < args.strength <= 1:
         raise BadInput(f"--strength {args.strength:g}: must be above 0 and at most 1")
     if args.eta and args.sampler != "ddim":
@@ -214,32 +221,24 @@ def check(args, m: gen.Model) -> list[dict]:
         for item in items if m.task == "text" else ():
             parse_prompt(item["caption"])
     if args.init:
-        init = read("init", args.init, load_rgb)
-        items = [i | {"init": to_tensor(fitted("init", init, args.size[::-1], LANCZOS))}
-                 for i in items]
+        init = fitted("init", read("init", args.init, load_rgb), args.size[::-1], LANCZOS)
+        items = [i | {"init": to_tensor(init)} for i in items]
     if args.mask:
         hole = read_hole(args, args.size[::-1])
         items = [i | hole for i in items]
     if args.n is None:
         args.n = 16 // min(len(items), 16) if args.to_seed is None else 8
-    try:
-        for out in filter(None, (args.out, args.attention, args.trajectory)):
-            (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"--out {out}: cannot be written: {e.strerror or e}") from e
+    for out in filter(None, (args.out, args.attention, args.trajectory)):
+        (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
     return [i for i in items for _ in range(args.n)]
 
 def write(images: torch.Tensor, items: list[dict], args, m: gen.Model) -> None:
-    """A grid, or one file a picture. Raises BadInput."""
-    try:
-        if args.out.suffix == ".png":
-            row = args.n if 1 < args.n < len(images) or args.to_seed is not None else 8
-            save_drawn(images, items, m.task, m.classes, args.out, min(row, len(images)))
-        else:
-            for i, x in enumerate(images):
-                to_image(x).save(args.out / f"{i:06d}.png")
-    except OSError as e:
-        raise BadInput(f"--out {args.out}: cannot be written: {e.strerror or e}") from e
+    """A grid, or one file a picture."""
+    if args.out.suffix == ".png":
+        row = args.n if 1 < args.n < len(images) or args.to_seed is not None else 8
+        return save_drawn(images, items, m.task, m.classes, args.out, min(row, len(images)))
+    for i, x in enumerate(images):
+        to_image(x).save(args.out / f"{i:06d}.png")
 
 def main(args):
     device, autocast, _, _ = tr.setup(args.device, args.dtype)
@@ -277,7 +276,8 @@ def main(args):
     if args.score:
         figures = score(m.task, images, items, m.flags["size"] / 32)
         told = [f"{k} {v:.4g}" for k, v in figures.items()]
-        print(f"{len(images)} pictures, s = {args.scale or TASKS[m.task].s:g}, {n_steps} "
+        s = TASKS[m.task].s if args.scale is None else args.scale
+        print(f"{len(images)} pictures, s = {s:g}, {n_steps} "
               f"{args.sampler.upper()} steps: " + ", ".join(told))
 
 if __name__ == "__main__":

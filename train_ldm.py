@@ -96,6 +96,8 @@ def configure(args, ae: AEConfig) -> UNetConfig:
     if args.schedule == "cosine" and args.beta_range:
         raise BadInput("--beta-range: the cosine schedule has no ends to set")
     unet = presets.unet_config(vars(args), ae)
+    if args.task == "superres" and args.size % 4:
+        raise BadInput(f"--size {args.size}: superres needs a multiple of 4")
     if args.size % (ae.f * unet.factor):
         raise BadInput(f"--size {args.size} is not a multiple of {ae.f * unet.factor}, the "
                        f"autoencoder's f = {ae.f} times the U-Net's factor {unet.factor}")

@@ -141,11 +141,8 @@ def write_state(state: dict[str, torch.Tensor], path: Path) -> None:
         header[k] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
-            for v in state.values():
-                f.write(v.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be written: {e.strerror or e}") from e
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for v in state.values():
+            f.write(v.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

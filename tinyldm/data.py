@@ -35,6 +35,7 @@ COLUMNS = {                     # of metadata.jsonl, and what to do where a pict
     "label": ("label", 'put it into a sub-folder named so, or a "label" into metadata.jsonl'),
     "boxes": ("boxes", 'give it "boxes" in metadata.jsonl: [[class, x0, y0, x1, y1 in px], ...]'),
     "segmentation": ("mask", 'give it a "mask" in metadata.jsonl: the file of its label map')}
+NEAREST = Image.Resampling.NEAREST
 UNREADABLE = (OSError, ValueError, SyntaxError, zipfile.BadZipFile, zlib.error,
               Image.DecompressionBombError, Image.DecompressionBombWarning)
 Image.MAX_IMAGE_PIXELS = 64_000_000                     # more is refused as a decompression bomb
@@ -108,9 +109,16 @@ class Folder(Dataset):
                 raise BadInput(f"{where} not JSON ({e})") from None
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 raise BadInput(f'{where} needs an object with a "file_name"')
-            for key in ("file_name", "mask"):
-                if row.get(key) is not None and row[key] not in have:
+            row = {k: v for k, v in row.items() if v is not None}
+            for key in {"file_name", "mask"} & row.keys():
+                if not isinstance(row[key], str) or row[key] not in have:
                     raise BadInput(f"{where} {key} {row[key]!r} is not in the folder")
+            boxes = row.get("boxes", [])
+            if not isinstance(boxes, list) or not all(
+                    isinstance(b, list) and len(b) > 4 and
+                    all(isinstance(v, int | float) and abs(v) < 1e9 for v in b[1:5])
+                    for b in boxes):
+                raise BadInput(f'{where} "boxes" must be [[class, x0, y0, x1, y1], ...] in pixels')
             rows.append(row)
         return rows
 
@@ -130,15 +138,19 @@ class Folder(Dataset):
         row, whole = self._readable(k)
         image = self._fit(whole, row["file_name"], mirror, Image.Resampling.LANCZOS)
         item = {"image": to_tensor(image)}
-        if row.get("text") is not None:
+        if "text" in row:
             item["caption"] = str(row["text"])
         if "label" in row:
             item["label"] = self.labels.index(str(row["label"]))
         if "boxes" in row:
             item["boxes"] = self._boxes(row["boxes"], whole.size, mirror)
-        if row.get("mask"):
-            m = Image.open(io.BytesIO(self.read(row["mask"])))
-            m = self._fit(m, row["mask"], mirror, Image.Resampling.NEAREST)
+        if "mask" in row:
+            try:
+                m = load_map(self.read(row["mask"]))
+            except UNREADABLE as e:
+                raise BadInput(f"--data {self.path}: {row['mask']} cannot be read: {e}") from e
+            m = m.resize(whole.size, NEAREST)                   # as it is, where sizes agree
+            m = self._fit(m, row["mask"], mirror, NEAREST)
             item["segmentation"] = torch.from_numpy(np.array(m).astype(np.int64))
         return item
 
@@ -181,11 +193,22 @@ def fit(image: Image.Image, size: int, how, resize: bool = True) -> Image.Image:
     x, y = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((x, y, x + size, y + size))
 
+def load_map(data: bytes) -> Image.Image:
+    """A label map's bytes -> a picture of one channel of class numbers. Raises ValueError."""
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    if image.mode not in ("1", "L", "P", "I", "I;16"):
+        raise ValueError(f"has {len(image.getbands())} channels ({image.mode}); a label map is a "
+                         "grey or palette png whose values are class numbers")
+    return image
+
 def load_rgb(data: bytes) -> Image.Image:
     """A picture file's bytes -> RGB, upright as its EXIF says, transparency laid on white."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        if image.mode.startswith("I;16"):                   # which Pillow would clip at 255
+            image = image.point(lambda v: v / 256).convert("L")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -139,7 +139,7 @@ def draw(m: Model, items: list[dict], args, first: int = 0, tick: Callable = lam
 
     if args.init:
         z = q_sample(m.ae.encode(fields("init")).mean, samplers.each(ts[0], z), z, m.abar)
-    if "mask" in items[0] and m.task != "inpaint":
+    if "mask" in items[0]:
         known = 1 - F.max_pool2d(fields("mask"), f)         # latents that no hole reaches into
         z = samplers.masked(sampler, z, m.ae.encode(fields("image")).mean, known, m.abar, ts, randn)
     else:

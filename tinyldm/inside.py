@@ -75,5 +75,4 @@ def save_attention(images: torch.Tensor, maps: torch.Tensor, encodings: list, pa
             sheet.paste(tile, (column * side, row * (side + head) + head))
             word = "".join(e.tokens[j].removeprefix("##").removesuffix("</w>") for j in pieces)
             pen.text((column * side + 4, row * (side + head) + 2), word, "black")
-    path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

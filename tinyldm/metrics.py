@@ -14,9 +14,10 @@ def psnr(x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
 def ssim(x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
     """Structural similarity, Wang et al. 2004 Eq. (13): a Gaussian window of 11 x 11 and std 1.5,
     wherever it fits in; K_1 = 0.01, K_2 = 0.03; the mean over places and channels."""
-    i = torch.arange(11, dtype=x.dtype, device=x.device) - 5
+    n = min(11, *x.shape[2:])
+    i = torch.arange(n, dtype=x.dtype, device=x.device) - (n - 1) / 2
     g = (-i ** 2 / (2 * 1.5 ** 2)).exp()
-    window = (g[:, None] * g / g.sum() ** 2).expand(x.shape[1], 1, 11, 11)
+    window = (g[:, None] * g / g.sum() ** 2).expand(x.shape[1], 1, n, n)
 
     def mean(v):
         return F.conv2d(v, window, groups=x.shape[1])

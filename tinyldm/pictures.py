@@ -19,7 +19,6 @@ def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
     for i, x in enumerate(images):
         tile = to_image(x).resize((w, h), Image.Resampling.NEAREST)
         sheet.paste(tile, (gap + i % columns * (w + gap), gap + i // columns * (h + gap)))
-    path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 def colour(k: int, names: tuple[str, ...]) -> tuple[int, ...]:

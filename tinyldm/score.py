@@ -152,7 +152,7 @@ SCORES = {
     "uncond": uncond_score, "layout": layout_score, "semantic": semantic_score,
     "superres": superres_score, "inpaint": inpaint_score,
     "class": lambda images, items, found: {"classes_right": np.mean(
-        [shapes.CLASSES[i["label"]] in map(name, f) for i, f in zip(items, found)])},
+        [[*shapes.CLASSES, ""][i["label"]] in map(name, f) for i, f in zip(items, found)])},
     "text": lambda images, items, found: {"prompts_followed": np.mean(
         [follows(f, i["caption"]) for i, f in zip(items, found)])}}
 

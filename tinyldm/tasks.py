@@ -76,12 +76,12 @@ def layout_y(batch: dict, tau: TextTransformer, tokenizer) -> torch.Tensor:
     return y
 
 def semantic_y(batch: dict, tau: SpatialRescaler, tokenizer) -> torch.Tensor:
-    """Label maps -> (B, H, W) int16. Raises BadInput for a label that the model has not."""
+    """Label maps -> (B, H, W) int32. Raises BadInput for a label that the model has not."""
     y, n = torch.stack(batch["segmentation"]), tau.conv.in_channels
-    if y.max() >= n:
-        raise BadInput(f"label maps: there is a label {y.max()}, but --n-classes is {n}, so they "
-                       f"go up to {n - 1}")
-    return y.to(torch.int16)
+    if y.max() >= n or y.min() < -1:
+        raise BadInput(f"label maps: there are labels {y.min()}..{y.max()}, but the model's are "
+                       f"0..{n - 1}")
+    return y.to(torch.int32)
 
 def inpaint_y(batch: dict, tau, tokenizer) -> torch.Tensor:
     """Pictures, grey (0) where their mask is 1, and that mask -> (B, 4, H, W)."""
@@ -106,7 +106,7 @@ class Task(NamedTuple):
     fields: tuple[str, ...]         # of an item of the data set, which y is made of
     y: Callable                     # (batch, tau, tokenizer) -> y (B, ...)
     null: dict                      # the batch whose y, stretched, is the null condition
-    ctx: Callable                   # (y, tau, ae) -> ctx
+    ctx: Callable = lambda y, tau, ae: tau(y)
     net: Callable | None = None     # tau(**shape); None: nothing to learn
     shape: Callable | None = None   # (row of flags, f) -> what shapes tau
     fit: Callable | None = None     # (flags, data set) -> tokenizer or None; fills in flags
@@ -118,26 +118,19 @@ def text_shape(row: dict, f: int) -> dict:
                 depth=row["text_depth"], n_head=row["text_heads"], d_head=row["text_d_head"],
                 clip=row["text_clip"])
 
-def tau_of_y(y: torch.Tensor, tau: Callable, ae) -> torch.Tensor:
-    return tau(y)
-
-def text_net(**shape) -> TextTransformer:
-    return TextTransformer(TextConfig(**shape))
-
+TEXT = dict(net=lambda **shape: TextTransformer(TextConfig(**shape)), shape=text_shape, s=2.0)
 BLANK, ALL = torch.zeros(3, 1, 1), torch.ones(1, 1, 1)
 TASKS = {
     "uncond": Task((), lambda batch, *_: torch.zeros(len(batch["image"])), {"image": [None]},
                  lambda *_: None),
     "class": Task(
-        ("label",), class_y, {"label": [None]}, tau_of_y, ClassEmbedder, fit=fit_class, s=2.0,
+        ("label",), class_y, {"label": [None]}, net=ClassEmbedder, fit=fit_class, s=2.0,
         shape=lambda row, f: dict(n_classes=row["n_classes"], d=row["d_ctx"])),
-    "text": Task(("caption",), text_y, {"caption": [""]}, tau_of_y, text_net, text_shape, fit_text,
-                 s=2.0),
-    "layout": Task(("boxes",), layout_y, {"boxes": [torch.zeros(0, 5)]}, tau_of_y, text_net,
-                   text_shape, fit_layout, s=2.0),
+    "text": Task(("caption",), text_y, {"caption": [""]}, fit=fit_text, **TEXT),
+    "layout": Task(("boxes",), layout_y, {"boxes": [torch.zeros(0, 5)]}, fit=fit_layout, **TEXT),
     "semantic": Task(
-        ("segmentation",), semantic_y, {"segmentation": [-torch.ones(1, 1)]}, tau_of_y,
-        SpatialRescaler, fit=fit_semantic, beside=lambda c_z: 3, s=1.5,
+        ("segmentation",), semantic_y, {"segmentation": [-torch.ones(1, 1)]}, net=SpatialRescaler,
+        fit=fit_semantic, beside=lambda c_z: 3, s=1.5,
         shape=lambda row, f: dict(c_in=row["n_classes"], c_out=3, n=int(math.log2(f)))),
     "superres": Task(("small",), lambda batch, *_: torch.stack(batch["small"]), {"small": [BLANK]},
                      superres_ctx, beside=lambda c_z: 3),

@@ -86,6 +86,8 @@ def run(main, parse_args) -> None:
         main(parse_args())
     except BadInput as e:
         error = f"error: {e}"
+    except OSError as e:
+        error = f"error: {e.filename or 'output'}: cannot be written: {e.strerror or e}"
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -225,13 +227,10 @@ class Log:
         self.args, self.device, self.main = args, device, rank == 0
         self.path = args.out / "log.jsonl"
         if self.main:
-            try:
-                args.out.mkdir(parents=True, exist_ok=True)
-                old = self.path.read_text().splitlines() if step and self.path.exists() else []
-                old = [x + "\n" for x in old if json.loads(x)["step"] <= step]
-                self.path.write_text("".join(old))
-            except OSError as e:
-                raise BadInput(f"--out {args.out}: cannot be written: {e.strerror or e}") from e
+            args.out.mkdir(parents=True, exist_ok=True)
+            old = self.path.read_text().splitlines() if step and self.path.exists() else []
+            old = [x + "\n" for x in old if json.loads(x)["step"] <= step]
+            self.path.write_text("".join(old))
         if step:
             self.note(f"{args.out}: {step} of {args.steps} steps are done")
         self.bar = tqdm(total=args.steps, initial=step, disable=not self.main, unit="step",
