@@ -43,7 +43,7 @@ def model_flags(parser) -> None:
     g.add_argument("--groups", type=int, help="of GroupNorm")
     g.add_argument("--scale-shift", **switch, help="the timestep scales and shifts norms")
     g.add_argument("--res-updown", **switch, help="ResBlocks, not convs, down- and upsample")
-    g.add_argument("--n-token", type=int, help="longest caption, in tokens")
+    g.add_argument("--n-token", type=int, help="of a caption; or 3 a box")
     g.add_argument("--d-ctx", type=int, help="width of tau and its context")
     g.add_argument("--text-depth", type=int, help="blocks of tau")
     g.add_argument("--text-heads", type=int, help="heads of tau")
@@ -137,7 +137,9 @@ def main(args):
     task = TASKS[args.task]
     data, held_out = (open_data(args, split, task.fields) for split in ("train", "held-out"))
     names = data.labels if args.task == "class" else data.classes
-    tokenizer = task.fit(args, data) if task.fit else None
+    if args.task == "semantic" and args.data != "shapes":
+        names = ()                                  # a folder's maps have numbers only
+    tokenizer = task.fit(args, data, held_out) if task.fit else None
 
     # ---- model
     cfg = configure(args, ae.cfg)

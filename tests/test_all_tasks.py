@@ -7,6 +7,7 @@ import torch
 from conftest import TINY_AE, TINY_LDM
 from PIL import Image
 
+from tinyldm.data import Folder
 from tinyldm.tasks import TASKS
 
 FIGURES = {"uncond": "well_formed", "class": "classes_right", "text": "prompts_followed",
@@ -136,7 +137,7 @@ def test_bad_input_is_one_line_and_exit_code_2(draw, files):
              ("layout", ["--boxes", at("map.png")], "cannot be read"),
              ("layout", ["--boxes", at("gone.json")], "gone.json: cannot be read"),
              ("semantic", ["--map", at("photo.png")], "has 3 channels"),
-             ("semantic", ["--map", at("high.png")], "there is a label 255"),
+             ("semantic", ["--map", at("high.png")], "there are labels 0..255, but"),
              ("inpaint", ["--image", at("photo.png")], "belong together"),
              ("inpaint", ["--image", at("photo.png"), "--mask", at("all.png")], "covers all"),
              ("inpaint", ["--image", at("photo.png"), "--mask", at("nothing.png")], "covers noth"),
@@ -191,3 +192,34 @@ def test_pixels_as_stage_one_and_a_diffusion_of_one_step(tmp_path, cli):
         said = cli("sample.py", "--ckpt", tmp_path / name / "model.pt", "--n", 2, "--score",
                    "--out", tmp_path / "x.png")
         assert f"{steps} DDIM steps: psnr" in said
+
+
+@pytest.mark.parametrize("row,say", [
+    ({"boxes": 7}, '"boxes" must be'), ({"boxes": ["a", 1, 2, 3, 4]}, '"boxes" must be'),
+    ({"boxes": [["a", 1, 2, 3]]}, '"boxes" must be'), ({"mask": ["m.png"]}, "not in the folder"),
+    ({"boxes": [["a", 1, 2, float("nan"), 4]]}, '"boxes" must be'),
+    ({"mask": "0.png"}, "has 3 channels")])
+def test_odd_metadata_is_one_line(models, tmp_path, folder, cli, row, say):
+    said = cli("train_ldm.py", *TINY_LDM, "--ae", models("uncond").parent / "ae/ckpt.pt", "--size",
+               16, "--data", folder(30, **row), "--out", tmp_path / "x", code=2)
+    assert say in said and said.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_a_map_of_another_shape_than_its_picture_lies_on_the_whole_of_it(tmp_path):
+    """A picture of 64 x 32, white on its left half; its map of 32 x 32, 1 on its left half."""
+
+    image, labels = np.zeros((32, 64, 3), np.uint8), np.zeros((32, 32), np.uint8)
+    image[:, :32], labels[:, :16] = 255, 1
+    (tmp_path / "a").mkdir()
+    Image.fromarray(image).save(tmp_path / "a/a.png")
+    Image.fromarray(labels).save(tmp_path / "a/m.png")
+    rows = [{"file_name": f"{name}.png", "mask": "m.png"} for name in "abc"]
+    for name in "bc":
+        Image.fromarray(image).save(tmp_path / f"a/{name}.png")
+    (tmp_path / "a/metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    item = Folder(str(tmp_path / "a"), 32)[0]
+    assert torch.equal(item["segmentation"], (item["image"][0] > 0).long())
+    Image.fromarray((np.arange(4) * 16000).astype(np.uint16).repeat(1024).reshape(64, 64)).save(
+        tmp_path / "a/a.png")
+    deep = Folder(str(tmp_path / "a"), 32)[0]["image"]
+    assert deep.min() < -0.9 and len(deep.unique()) >= 4

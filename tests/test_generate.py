@@ -194,12 +194,13 @@ def test_a_latent_is_known_where_no_pixel_of_its_block_is_in_the_hole():
     assert torch.equal((got != x).any(0), mask[0] > 0)
 
 
-def test_an_inpainting_model_sees_the_hole_and_is_not_led_by_the_known_part():
-    """Its ctx tells it; z_t is its own, from the first noise on."""
+def test_an_inpainting_model_sees_the_hole_and_the_rest_is_put_back_at_each_step():
+    """Its ctx tells it; in the hole z_t is its own, from the first noise on."""
     x, mask, net = picture(), hole(), Spy(oracle)
     draw(model(net, task="inpaint"), [{"image": x, "mask": mask}], defaults(size=(8, 8), steps=3))
     z, _, ctx = net.calls[0]
-    assert torch.equal(z[0], noise(0, 0, (3, 8, 8)))
+    assert torch.equal(z[0] * mask, noise(0, 0, (3, 8, 8)) * mask)
+    assert not torch.equal(z[0], noise(0, 0, (3, 8, 8)))
     assert_close(ctx, torch.cat([x * (1 - mask), 2 * mask - 1])[None])
 
 

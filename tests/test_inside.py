@@ -129,7 +129,7 @@ def tile(path, row, column):
 
 def test_a_tile_a_word_bright_where_it_was_looked_at(tmp_path):
     """Pieces of a word are averaged, special tokens left out, those beyond M cut off."""
-    path, images = tmp_path / "new" / "words.png", torch.full((2, 3, 8, 8), .6)
+    path, images = tmp_path / "words.png", torch.full((2, 3, 8, 8), .6)
     maps = torch.zeros(2, 4, 2, 2)
     maps[0, 1, 0, 1] = 1                                                    # top right
     maps[0, 2:, 1] = torch.tensor([[1., 0.], [0., 1.]])                     # the bottom, together
@@ -196,7 +196,7 @@ def plain(*greys, h=48, w=32):
 
 def test_a_grid_by_rows_each_picture_enlarged(tmp_path):
     """48 x 32 px three times as large, 4 px of white around each, the last row not full."""
-    path = tmp_path / "new" / "grid.png"
+    path = tmp_path / "grid.png"
     save_grid(plain(-1., -.6, -.2, .2, .6), path, 3)
     sheet = np.array(Image.open(path)).astype(int)
     assert sheet.shape == (2 * (144 + 4) + 4, 3 * (96 + 4) + 4, 3)

@@ -103,7 +103,7 @@ def test_a_label_that_the_model_has_not_is_bad_input():
     tau, semantic = SpatialRescaler(200, 3, 2), TASKS["semantic"].y
     good = torch.tensor([[0, 199], [128, 5]])
     assert semantic({"segmentation": [good]}, tau, None)[0].tolist() == good.tolist()
-    with pytest.raises(BadInput, match="label 200, but --n-classes is 200.*up to 199"):
+    with pytest.raises(BadInput, match="labels 0..200, but the model's are 0..199"):
         semantic({"segmentation": [good, good + 1]}, tau, None)
 
 

@@ -228,6 +228,8 @@ def export(path: Path, out: Path) -> None:
     NB: the official layout has an EMA of the U-Net alone: tau is written as averaged."""
     ckpt = load_checkpoint(path, None, "--export")
     config = ckpt["config"]
+    if not config["autoencoder"]["ch"]:
+        raise BadInput(f"--export {path}: the official layout has no diffusion of pixels")
     ae = Autoencoder(AEConfig(**config["autoencoder"]))
     if "unet" not in config:                            # stage one alone
         ae.load_state_dict(ckpt["nets"]["ae"])

@@ -21,30 +21,33 @@ from tinyldm.tokens import encode, train_tokenizer
 
 # ---- what the flags leave open and the data set decides
 
-def fit_text(args, data):
+def fit_text(args, data, *_):
     """-> the tokenizer of the set's captions."""
     tokenizer = train_tokenizer(data.captions(), args.vocab_size or 8192)
     args.vocab_size = tokenizer.get_vocab_size()
     return tokenizer
 
-def fit_class(args, data) -> None:
+def fit_class(args, data, *_) -> None:
     """One class more than the set has: the null one. Raises BadInput."""
     args.n_classes = args.n_classes or len(data.labels) + 1
     if args.n_classes <= len(data.labels):
         raise BadInput(f"--n-classes {args.n_classes}: there are {len(data.labels)}, and the null "
                        "class")
 
-def fit_layout(args, data) -> None:
+def fit_layout(args, data, *_) -> None:
     """A grid of 32 x 32 places unless --vocab-size says otherwise. Raises BadInput."""
     args.vocab_size = args.vocab_size or 32 * 32 + 1
+    if args.n_token < 3:
+        raise BadInput(f"--n-token {args.n_token}: a box takes three")
     if args.vocab_size <= len(data.classes):
         raise BadInput(f"--vocab-size {args.vocab_size}: there are {len(data.classes)} classes, "
                        "and a token for none")
 
-def fit_semantic(args, data) -> None:
+def fit_semantic(args, *sets) -> None:
     """As many classes as the largest label asks for; looks at the whole set, so may take a while"""
     if args.n_classes is None:
-        args.n_classes = 1 + max(int(data[i]["segmentation"].max()) for i in range(len(data)))
+        args.n_classes = 1 + max(int(data[i]["segmentation"].max())
+                                 for data in sets for i in range(len(data)))
 
 # ---- from a batch of items to y
 
@@ -109,7 +112,7 @@ class Task(NamedTuple):
     ctx: Callable = lambda y, tau, ae: tau(y)
     net: Callable | None = None     # tau(**shape); None: nothing to learn
     shape: Callable | None = None   # (row of flags, f) -> what shapes tau
-    fit: Callable | None = None     # (flags, data set) -> tokenizer or None; fills in flags
+    fit: Callable | None = None     # (flags, *sets) -> tokenizer or None; fills in flags
     beside: Callable | None = None  # c_z -> channels that lie beside z_t
     s: float = 1.0                  # guidance scale to sample with, unless a flag says otherwise
 

@@ -43,7 +43,7 @@ class UNet(nn.Module):
 
     ctx: tokens (B, M, d_ctx) to attend to; without d_ctx, maps (B, c_in - c_out, h, w) that are
     concatenated to z_t, or None. h and w must be divisible by 2^(levels - 1). Raises ValueError
-    when a needed ctx is missing."""
+    when tokens are missing."""
     def __init__(self, cfg: UNetConfig):
         super().__init__()
         self.cfg, self.ckpt_grad = cfg, False
