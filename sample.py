@@ -180,8 +180,8 @@ def asked(args, m: gen.Model) -> list[dict]:
     n, args.n = args.n or 16, 1
     return [data[i % len(data)] for i in range(n)]
 
-def check(args, m: gen.Model) -> list[dict]:
-    """Fill in flags, make the folder of --out, return an item a picture. Raises BadInput."""
+def check(args, m: gen.Model) -> None:
+    """Do the flags fit the model, and one another? Fills in args.size. Raises BadInput."""
     takes = TAKES[m.task] + (("image", "mask") if m.task != "superres" else ())
     for flag in ("prompt", "prompts", "label", "boxes", "map", "image", "mask"):
         if getattr(args, flag) and flag not in takes:
@@ -190,12 +190,11 @@ def check(args, m: gen.Model) -> list[dict]:
     if m.task != "superres" and (args.image is None) != (args.mask is None):
         raise BadInput("--image and --mask belong together: what is kept, and where it is painted")
     for flag, low in (("n", 1), ("batch", 1), ("seed", 0), ("to_seed", 0)):
-        if getattr(args, flag) is not None and getattr(args, flag) < low:
-            raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least "
-                           f"{low}")
-    for flag in ("attention", "trajectory"):
-        if getattr(args, flag) and getattr(args, flag).suffix != ".png":
-            raise BadInput(f"--{flag} {getattr(args, flag)}: must end in .png")
+        if (v := getattr(args, flag)) is not None and v < low:
+            raise BadInput(f"--{flag.replace('_', '-')} {v}: must be at least {low}")
+    for path in filter(None, (args.attention, args.trajectory)):
+        if path.suffix != ".png":
+            raise BadInput(f"{path}: --attention and --trajectory must end in .png")
     if (args.mask or m.task == "inpaint") and args.sampler == "plms":
         raise BadInput("--sampler plms: forgets its past at each step of a masked run; use ddim")
     if not 0 < args.strength <= 1:
@@ -212,6 +211,10 @@ def check(args, m: gen.Model) -> list[dict]:
     if args.attention and m.task != "text":
         raise BadInput(f"--attention: is of words, but this model's task is {m.task}")
     args.size = side, side
+
+def prepare(args, m: gen.Model) -> list[dict]:
+    """An item a picture; fills in args.n and makes the folder of --out. Raises BadInput."""
+    check(args, m)
     items = asked(args, m)
     if not items:
         raise BadInput('no prompt: give one, like "a red circle above a blue square", or --prompts')
@@ -226,8 +229,7 @@ def check(args, m: gen.Model) -> list[dict]:
     if args.mask:
         hole = read_hole(args, args.size[::-1])
         items = [i | hole for i in items]
-    if args.n is None:
-        args.n = 16 // min(len(items), 16) if args.to_seed is None else 8
+    args.n = args.n or (16 // min(len(items), 16) if args.to_seed is None else 8)
     for out in filter(None, (args.out, args.attention, args.trajectory)):
         (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
     return [i for i in items for _ in range(args.n)]
@@ -244,7 +246,7 @@ def main(args):
     device, autocast, _, _ = tr.setup(args.device, args.dtype)
     m = (gen.load_official(args, device) if args.official
          else gen.load_model(args.ckpt, args.ema, device))
-    items = check(args, m)
+    items = prepare(args, m)
     chunks, n_steps = range(0, len(items), args.batch), len(gen.timesteps(args, len(m.abar))) - 1
     again, images, z_0s, maps = args.sampler == "plms" and n_steps > 1, [], [], []
     calls = [k + (again and k > 0) for k in range(n_steps)]         # of the U-Net, by step

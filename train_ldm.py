@@ -137,8 +137,7 @@ def main(args):
     task = TASKS[args.task]
     data, held_out = (open_data(args, split, task.fields) for split in ("train", "held-out"))
     names = data.labels if args.task == "class" else data.classes
-    if args.task == "semantic" and args.data != "shapes":
-        names = ()                                  # a folder's maps have numbers only
+    names = () if args.task == "semantic" and args.data != "shapes" else names  # numbers only
     tokenizer = task.fit(args, data, held_out) if task.fit else None
 
     # ---- model

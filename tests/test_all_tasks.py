@@ -179,7 +179,7 @@ def test_tasks_on_a_folder_with_and_without_the_cache(models, tmp_path, folder, 
     a, b = (torch.load(tmp_path / k / "ckpt.pt", weights_only=True)
             for k in ("--cache-latents", "--no-cache-latents"))
     assert a["config"] == b["config"]
-    classes = {"class": ["cat"], "layout": ["dog"]}
+    classes = {"class": ["cat"], "semantic": []}
     assert a["classes"] == classes.get(task, ["dog"])
 
 

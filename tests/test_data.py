@@ -198,4 +198,4 @@ def test_missing_captions_are_named(folder):
         del r["text"]
     (path / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.raises(BadInput, match="no caption"):
-        Folder(str(path), 32).captions()
+        Folder(str(path), 32).need("caption")

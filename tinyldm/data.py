@@ -70,7 +70,6 @@ class Folder(Dataset):
                 raise BadInput(f"--data {self.path}: {row['file_name']} has no {field}; {cure}")
 
     def captions(self) -> list[str]:
-        self.need("caption")
         return [str(row["text"]) for row in self.rows]
 
     def _names(self) -> list[str]:

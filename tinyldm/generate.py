@@ -67,7 +67,7 @@ def load_model(path: Path, ema: bool, device: torch.device) -> Model:
 def load_official(args, device: torch.device) -> Model:
     """The model in a released file. Raises BadInput."""
     m = official.load_model(args.official, args.preset, args.ema)
-    row = presets.LDM[m.preset]
+    row = dict(presets.LDM[m.preset])
     if row["task"] == "text" and not args.vocab:
         raise BadInput(f"--vocab: {m.preset} needs its tokenizer's vocabulary, CLIP's or BERT's")
     if row["p_drop"] == 0:
