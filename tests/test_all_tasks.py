@@ -223,3 +223,20 @@ def test_a_map_of_another_shape_than_its_picture_lies_on_the_whole_of_it(tmp_pat
         tmp_path / "a/a.png")
     deep = Folder(str(tmp_path / "a"), 32)[0]["image"]
     assert deep.min() < -0.9 and len(deep.unique()) >= 4
+
+
+def test_labels_that_only_held_out_maps_have_count_too(models, tmp_path, folder, cli):
+    """Else training would die at its first picture of a held-out map."""
+    path = folder(40, mask="low.png")
+    Image.fromarray(np.full((48, 40), 1, np.uint8)).save(path / "low.png")
+    Image.fromarray(np.full((48, 40), 6, np.uint8)).save(path / "high.png")
+    held = {r["file_name"] for r in Folder(str(path), 16, "held-out").rows}
+    rows = [json.loads(x) for x in (path / "metadata.jsonl").read_text().splitlines()]
+    assert held
+    for r in rows:
+        r["mask"] = "high.png" if r["file_name"] in held else "low.png"
+    (path / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    cli("train_ldm.py", *TINY_LDM, "--ae", models("uncond").parent / "ae/ckpt.pt", "--size", 16,
+        "--task", "semantic", "--data", path, "--steps", 1, "--out", tmp_path / "x")
+    ckpt = torch.load(tmp_path / "x/ckpt.pt", weights_only=True)
+    assert ckpt["config"]["tau"]["c_in"] == 7

@@ -247,17 +247,20 @@ def test_flags_that_are_left_open_follow_from_the_set():
 
 def test_flags_that_are_given_stay():
     data = Shapes(20, 32)
-    row = Namespace(n_classes=29, vocab_size=len(CLASSES) + 1)
+    row = Namespace(n_classes=29, vocab_size=len(CLASSES) + 1, n_token=12)
     assert TASKS["class"].fit(row, data) is None and TASKS["layout"].fit(row, data) is None
-    assert vars(row) == {"n_classes": 29, "vocab_size": 29}
+    assert vars(row) == {"n_classes": 29, "vocab_size": 29, "n_token": 12}
     row.n_classes = 5
     TASKS["semantic"].fit(row, data)
     assert row.n_classes == 5
 
 
 def test_too_few_classes_or_tokens_are_bad_input():
-    row = Namespace(n_classes=28, vocab_size=28)
+    row = Namespace(n_classes=28, vocab_size=28, n_token=12)
     with pytest.raises(BadInput, match="--n-classes 28: there are 28, and the null class"):
         TASKS["class"].fit(row, Shapes(1))
     with pytest.raises(BadInput, match="--vocab-size 28: there are 28 classes, and a token for"):
+        TASKS["layout"].fit(row, Shapes(1))
+    row.n_token = 2
+    with pytest.raises(BadInput, match="--n-token 2: a box takes three"):
         TASKS["layout"].fit(row, Shapes(1))
