@@ -35,8 +35,6 @@ from tinyldm.tasks import TASKS
 
 BUNDLED = Path(samplers.__file__).with_name("toy.pt")
 NEAREST, LANCZOS = Image.Resampling.NEAREST, Image.Resampling.LANCZOS
-TAKES = {"uncond": (), "class": ("prompt", "prompts", "label"), "text": ("prompt", "prompts"),
-         "layout": ("boxes",), "semantic": ("map",), "superres": ("image",), "inpaint": ()}
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -89,7 +87,7 @@ def read(flag: str, path: Path, opened) -> Image.Image | dict | list | str:
         raise BadInput(f"--{flag} {path}: cannot be read: {e}") from e
 
 def fitted(flag: str, image: Image.Image, size: tuple[int, int], how) -> Image.Image:
-    """Scaled and cropped to the size (W, H), as training pictures are, with a notice."""
+    """Scaled, and cropped in the middle, to the size (W, H), with a notice."""
     if image.size != size:
         print(f"--{flag}: {image.width}x{image.height} is scaled and cropped to "
               f"{size[0]}x{size[1]}{' (nearest)' if how == NEAREST else ''}")
@@ -182,7 +180,7 @@ def asked(args, m: gen.Model) -> list[dict]:
 
 def check(args, m: gen.Model) -> None:
     """Do the flags fit the model, and one another? Fills in args.size. Raises BadInput."""
-    takes = TAKES[m.task] + (("image", "mask") if m.task != "superres" else ())
+    takes = TASKS[m.task].takes + (("image", "mask") if m.task != "superres" else ())
     for flag in ("prompt", "prompts", "label", "boxes", "map", "image", "mask"):
         if getattr(args, flag) and flag not in takes:
             raise BadInput(f"--{flag}: this model's task is {m.task}, which takes "
@@ -277,10 +275,9 @@ def main(args):
         save_grid(x.flatten(0, 1), args.trajectory, len(at))
     if args.score:
         figures = score(m.task, images, items, m.flags["size"] / 32)
-        told = [f"{k} {v:.4g}" for k, v in figures.items()]
+        told = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
         s = TASKS[m.task].s if args.scale is None else args.scale
-        print(f"{len(images)} pictures, s = {s:g}, {n_steps} "
-              f"{args.sampler.upper()} steps: " + ", ".join(told))
+        print(f"{len(images)} pictures, s = {s:g}, {n_steps} {args.sampler.upper()} steps: {told}")
 
 if __name__ == "__main__":
     tr.run(main, parse_args)

@@ -187,7 +187,8 @@ def main(args):
     if args.cache_latents or done == 0:
         n = n if args.cache_latents else min(n, 4096)
         with autocast():
-            cache, y_cache = encode_set(ae, data, n, args.workers, device, rank == 0, to_y)
+            cache, y_cache = encode_set(ae, data, n, args.workers, device, rank == 0,
+                                        to_y if args.cache_latents else TASKS["uncond"].y)
     if done == 0:
         ae.z_std.copy_(cache.std() if args.z_std is None else torch.tensor(args.z_std))
         cache = cache.scaled(ae.z_std.cpu())

@@ -249,7 +249,7 @@ def loader(data: Dataset, order, workers: int, cuda: bool = False):
 
 @torch.no_grad()
 def encode_set(ae: torch.nn.Module, data, n: int, workers: int, device, show: bool,
-               to_y: Callable = lambda batch: torch.zeros(1)) -> tuple[Posterior, torch.Tensor]:
+               to_y: Callable) -> tuple[Posterior, torch.Tensor]:
     """The latent cache: E's posterior for items 0..n-1 (from len on: mirrored), and their y.
 
     Means and log-variances (n, c_z, h, w) stay on the CPU; z is still sampled anew at each step."""

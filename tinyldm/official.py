@@ -21,7 +21,7 @@ from torch import nn
 from tinyldm import BadInput, presets
 from tinyldm import training as tr
 from tinyldm.attention import SelfAttention2d
-from tinyldm.autoencoder import AEConfig, Autoencoder, Decoder
+from tinyldm.autoencoder import Autoencoder, Decoder, build_autoencoder
 from tinyldm.checkpoint import load_checkpoint, read_state, write_state
 from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextTransformer
 from tinyldm.diffusion import SCHEDULES, cumulative
@@ -230,7 +230,7 @@ def export(path: Path, out: Path) -> None:
     config = ckpt["config"]
     if not config["autoencoder"]["ch"]:
         raise BadInput(f"--export {path}: the official layout has no diffusion of pixels")
-    ae = Autoencoder(AEConfig(**config["autoencoder"]))
+    ae = build_autoencoder(config["autoencoder"])
     if "unet" not in config:                            # stage one alone
         ae.load_state_dict(ckpt["nets"]["ae"])
         return write_state(official_state(ae), out)

@@ -32,8 +32,7 @@ def condition(task: str, item: dict, names: tuple[str, ...], h: int, w: int) -> 
     """What a spatial task was given, (3, h, w): map, boxes, small or masked picture; or None."""
     sheet = Image.new("RGB", (w, h), "gainsboro")
     if task == "semantic":
-        y = item["segmentation"]
-        out = to_tensor(sheet)
+        y, out = item["segmentation"], to_tensor(sheet)
         for k in y.unique().tolist():
             if k > 0 or len(names) == 0:                # the built-in world's 0 is the ground
                 rgb = torch.tensor(colour(k - 1, names)) / 127.5 - 1

@@ -4,7 +4,7 @@ Paper:   Sec. 4.1, App. B; DDPM (Ho et al. 2020) Alg. 2; DDIM (Song et al. 2021)
          PNDM (Liu et al. 2022) Sec. 3; DPM-Solver++ (Lu et al. 2022) Alg. 2.
 Symbols: ts the timesteps to visit, falling, then the end: -1 is z_0 itself. A step goes from t to
          s, the next of ts, and calls eps_theta once; sigma is DDIM's noise in it, eta its share.
-Shapes:  z (B, c, h, w); ctx (B, M, d_ctx) or None; abar (T,) float64.
+Shapes:  z (B, c, h, w); ctx (B, ...) tokens, maps, or None; abar (T,) float64.
 Reads:   diffusion.py
 
 `randn()` gives fresh noise of z's shape, once a step, never in one that lands on z_0."""

@@ -44,7 +44,7 @@ def fit_layout(args, data, *_) -> None:
                        "and a token for none")
 
 def fit_semantic(args, *sets) -> None:
-    """As many classes as the largest label asks for; looks at the whole set, so may take a while"""
+    """As many classes as the largest label of the sets asks for; looks at all their maps."""
     if args.n_classes is None:
         args.n_classes = 1 + max(int(data[i]["segmentation"].max())
                                  for data in sets for i in range(len(data)))
@@ -115,6 +115,7 @@ class Task(NamedTuple):
     fit: Callable | None = None     # (flags, *sets) -> tokenizer or None; fills in flags
     beside: Callable | None = None  # c_z -> channels that lie beside z_t
     s: float = 1.0                  # guidance scale to sample with, unless a flag says otherwise
+    takes: tuple[str, ...] = ()     # flags of sample.py that say the condition
 
 def text_shape(row: dict, f: int) -> dict:
     return dict(n_vocab=row["vocab_size"], n_token=row["n_token"], d=row["d_ctx"],
@@ -128,15 +129,18 @@ TASKS = {
                  lambda *_: None),
     "class": Task(
         ("label",), class_y, {"label": [None]}, net=ClassEmbedder, fit=fit_class, s=2.0,
-        shape=lambda row, f: dict(n_classes=row["n_classes"], d=row["d_ctx"])),
-    "text": Task(("caption",), text_y, {"caption": [""]}, fit=fit_text, **TEXT),
-    "layout": Task(("boxes",), layout_y, {"boxes": [torch.zeros(0, 5)]}, fit=fit_layout, **TEXT),
+        shape=lambda row, f: dict(n_classes=row["n_classes"], d=row["d_ctx"]),
+        takes=("prompt", "prompts", "label")),
+    "text": Task(("caption",), text_y, {"caption": [""]}, fit=fit_text, **TEXT,
+                 takes=("prompt", "prompts")),
+    "layout": Task(("boxes",), layout_y, {"boxes": [torch.zeros(0, 5)]}, fit=fit_layout, **TEXT,
+                   takes=("boxes",)),
     "semantic": Task(
         ("segmentation",), semantic_y, {"segmentation": [-torch.ones(1, 1)]}, net=SpatialRescaler,
-        fit=fit_semantic, beside=lambda c_z: 3, s=1.5,
+        fit=fit_semantic, beside=lambda c_z: 3, s=1.5, takes=("map",),
         shape=lambda row, f: dict(c_in=row["n_classes"], c_out=3, n=int(math.log2(f)))),
     "superres": Task(("small",), lambda batch, *_: torch.stack(batch["small"]), {"small": [BLANK]},
-                     superres_ctx, beside=lambda c_z: 3),
+                     superres_ctx, beside=lambda c_z: 3, takes=("image",)),
     "inpaint": Task(("image", "mask"), inpaint_y, {"image": [BLANK], "mask": [ALL]}, inpaint_ctx,
                     beside=lambda c_z: c_z + 1),
 }
