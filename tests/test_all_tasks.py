@@ -206,10 +206,10 @@ def test_odd_metadata_is_one_line(models, tmp_path, folder, cli, row, say):
 
 
 def test_a_map_of_another_shape_than_its_picture_lies_on_the_whole_of_it(tmp_path):
-    """A picture of 64 x 32, white on its left half; its map of 32 x 32, 1 on its left half."""
+    """A picture of 64 x 32, white on 3/8 of it from the left; its map of 32 x 32, 1 on as much."""
 
     image, labels = np.zeros((32, 64, 3), np.uint8), np.zeros((32, 32), np.uint8)
-    image[:, :32], labels[:, :16] = 255, 1
+    image[:, :24], labels[:, :12] = 255, 1
     (tmp_path / "a").mkdir()
     Image.fromarray(image).save(tmp_path / "a/a.png")
     Image.fromarray(labels).save(tmp_path / "a/m.png")
@@ -222,7 +222,7 @@ def test_a_map_of_another_shape_than_its_picture_lies_on_the_whole_of_it(tmp_pat
     Image.fromarray((np.arange(4) * 16000).astype(np.uint16).repeat(1024).reshape(64, 64)).save(
         tmp_path / "a/a.png")
     deep = Folder(str(tmp_path / "a"), 32)[0]["image"]
-    assert deep.min() < -0.9 and len(deep.unique()) >= 4
+    assert deep.min() < -0.9 and 0.3 < deep.max() < 0.6         # 48,000 of 65,535
 
 
 def test_labels_that_only_held_out_maps_have_count_too(models, tmp_path, folder, cli):
