@@ -5,12 +5,13 @@
     python train_ae.py --data photos/ --preset vq-f4        # a model of Table 8, on one GPU
     torchrun --nproc-per-node 8 train_ae.py --data photos/  # the same run, each batch shared by 8
 
-Writes OUT/ckpt.pt (all that resuming needs), OUT/log.jsonl and OUT/recon_*.png (pictures, each row
-above its reconstructions). The same command again goes on where it stopped."""
+Writes OUT/ckpt.pt (all that resuming needs), OUT/log.jsonl, OUT/recon_*.png (pictures, each row
+above its reconstructions) and, where matplotlib is installed, OUT/curves.png. The same command
+again goes on where it stopped."""
 import argparse
+import math
 from argparse import BooleanOptionalAction
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -20,20 +21,18 @@ from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.checkpoint import load_checkpoint, same_config, save_checkpoint
 from tinyldm.data import BatchOrder, data_flags, loader, open_data
-from tinyldm.metrics import psnr
+from tinyldm.features import feature_flags, open_features
+from tinyldm.metrics import Statistics, compare, gradient, psnr, ssim
 from tinyldm.patchgan import Discriminator, adaptive_weight, generator_loss
 from tinyldm.perceptual import Perceptual
-from tinyldm.pictures import save_grid
+from tinyldm.pictures import save_curves, save_grid
 from tinyldm.quantize import Codebook, count, perplexity
 from tinyldm.score import score
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    g = p.add_argument_group("run")
-    g.add_argument("--out", default="out/ae", type=Path, help="folder of what is written")
-    g.add_argument("--steps", type=int)
-    g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    tr.run_flags(p, "out/ae", 500, 256)
     data_flags(p)
     g = p.add_argument_group("model")
     g.add_argument("--ch", type=int, help="width at full resolution")
@@ -49,7 +48,6 @@ def parse_args(argv=None):
     g.add_argument("--pixel-loss", choices=["l1", "l2"], help="the paper's code has l1")
     g.add_argument("--perceptual", choices=["vgg16", "random", "none"])
     g.add_argument("--perceptual-weight", type=float)
-    g.add_argument("--vgg-weights", help="torchvision's vgg16-397923af.pth; default: fetched once")
     g.add_argument("--kl-weight", type=float, default=1e-6, help="of z's KL, a pixel value")
     g.add_argument("--codebook-weight", type=float, default=1.0, help="of VQ's two terms together")
     g.add_argument("--vq-beta", type=float, default=0.25, help="weight of one of VQ's terms")
@@ -62,6 +60,7 @@ def parse_args(argv=None):
     g.add_argument("--disc-ch", type=int, help="width of D_psi")
     g.add_argument("--disc-layers", type=int, help="strided layers of D_psi; 3 see 70x70 pixels")
     tr.optimisation_flags(p)
+    feature_flags(p)
     tr.system_flags(p)
     return tr.parse(p, presets.AE, argv)
 
@@ -108,6 +107,30 @@ def track_codes(codebook: Codebook, idle: torch.Tensor, used: list, args, g) -> 
         idle[stale] = 0
     return dict(codes_used=(n > 0).sum(), perplexity=perplexity(n))
 
+@torch.no_grad()
+def evaluate(ae: Autoencoder, net, x: torch.Tensor, device) -> tuple[torch.Tensor, dict]:
+    """x_rec of held-out pictures, at q's mean or the nearest codes, and how good they are.
+
+    edges: mean length of the gradients, over that of x. bits of a picture's latents: KL's are
+    KL(q, N(0, 1)), as coded with bits-back; VQ's the entropy of how often each code is chosen."""
+    recs, bits, codes = [], [], []
+    for v in x.split(64):
+        q = ae.encode(v.to(device))
+        recs.append(ae.decode(q.mean).float().cpu())
+        if ae.codebook:
+            codes.append(ae.codebook(q.mean * ae.z_std).k)
+        else:
+            bits.append(q.kl() / math.log(2))
+    x_rec = torch.cat(recs)
+    if codes:
+        k = torch.cat(codes)
+        bits = [k[:1].numel() * perplexity(torch.bincount(k.flatten())).log2()[None]]
+    real, fake = (Statistics(net, (v.to(device) for v in u.split(64))) for u in (x, x_rec))
+    return x_rec, dict(
+        held_out_psnr=psnr(x, x_rec).mean(), held_out_ssim=ssim(x, x_rec).mean(),
+        edges=gradient(x_rec).mean() / gradient(x).mean(), bits=torch.cat(bits).mean(),
+        **compare(real, fake))
+
 HEALTHY = {
     "kl": "kl 1..9 nats a latent value; z_std 0.5..4",
     "vq": "codebook far below rec; z_std steady; codes_used and perplexity rise towards --n-codes "
@@ -132,13 +155,14 @@ def main(args):
 
     # ---- data
     data, held_out = open_data(args), open_data(args, "held-out")
-    val = [held_out[i]["image"] for i in range(min(len(held_out), 256))]
+    val = [held_out[i]["image"] for i in range(min(len(held_out), args.eval_n))]
 
     # ---- model
     ae, disc = (net.to(device, memory_format=torch.channels_last) for net in (ae, disc))
     perceptual = None
     if args.perceptual != "none":
         perceptual = Perceptual(args.perceptual, args.vgg_weights).to(device)
+    features = open_features(args, device)
     disc_loss = {"hinge": patchgan.hinge_loss, "vanilla": patchgan.vanilla_loss}[args.disc_loss]
     run_ae, run_disc = (torch.compile(net) if args.compile else net for net in (ae, disc))
     if world > 1:                           # D_psi's BatchNorm sees its own process only
@@ -166,18 +190,20 @@ def main(args):
                          "args": tr.plain(args), "idle": idle,
                          "nets": {"ae": ae.state_dict(), "disc": disc.state_dict()},
                          "opts": {"ae": opts[0].state_dict(), "disc": opts[1].state_dict()}}, path)
-        if val:
-            x = torch.stack(val)
-            with torch.no_grad(), autocast():
-                x_rec = torch.cat([ae.decode(ae.encode(v.to(device)).mean).float().cpu()
-                                   for v in x.split(64)])
-            scores = {"held_out_psnr": psnr(x, x_rec).mean().item()}
-            if args.data == "shapes":
-                told = [{"caption": c} for c in held_out.captions()]
-                scores["captions_still_true"] = score("text", x_rec, told)["prompts_followed"]
-            log.write(step, **scores)
-            rows = [v[i:i + 10] for i in range(0, min(len(x), 30), 10) for v in (x, x_rec)]
-            save_grid(torch.cat(rows), args.out / f"recon_{step:06d}.png", min(10, len(x)))
+
+    def judge(step):
+        if len(val) < 4:
+            return
+        x = torch.stack(val)
+        with autocast():
+            x_rec, figures = evaluate(ae, features, x, device)
+        if args.data == "shapes":
+            told = [{"caption": c} for c in held_out.captions()]
+            figures["captions_still_true"] = score("text", x_rec, told)["prompts_followed"]
+        log.write(step, **figures)
+        rows = [v[i:i + 10] for i in range(0, min(len(x), 30), 10) for v in (x, x_rec)]
+        save_grid(torch.cat(rows), args.out / f"recon_{step:06d}.png", min(10, len(x)))
+        save_curves(log.path, args.out / "curves.png")
 
     # ---- loop
     log = tr.Log(args, done, device, rank)
@@ -185,7 +211,7 @@ def main(args):
              "stays below 10 and d_real a little above d_fake")
     order = BatchOrder(len(data), args.batch, done, args.steps, args.seed, rank, world)
     batches = loader(data, order, args.workers, device.type == "cuda")
-    for step, batch in zip(tr.steps(args, done, log, save), batches):
+    for step, batch in zip(tr.steps(args, done, log, save, judge), batches):
         gan = args.disc_weight > 0 and step > args.disc_start
         lr = tr.lr_at(step, args)
         for opt in opts:

@@ -23,9 +23,11 @@ from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, Posterior, build_
 from tinyldm.checkpoint import half, load_checkpoint, same_config, save_checkpoint
 from tinyldm.data import BatchOrder, data_flags, encode_set, loader, open_data
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, ldm_loss, snr_weight
+from tinyldm.features import feature_flags, open_features
 from tinyldm.generate import Model, defaults, draw
 from tinyldm.guidance import drop_condition
-from tinyldm.pictures import save_drawn
+from tinyldm.metrics import Statistics, compare, read
+from tinyldm.pictures import save_curves, save_drawn
 from tinyldm.score import score
 from tinyldm.tasks import TASKS
 from tinyldm.unet import UNet, UNetConfig
@@ -55,13 +57,11 @@ def model_flags(parser) -> None:
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    g = p.add_argument_group("run")
-    g.add_argument("--out", default="out/ldm", type=Path, help="folder of what is written")
+    tr.run_flags(p, "out/ldm", 1000, 64)
+    g = p.add_argument_group("stage one and task")
     g.add_argument("--ae", default="out/ae/ckpt.pt", type=Path, help="stage one; none: pixels")
     g.add_argument("--ae-preset", choices=[*presets.AE, "none"], help="the same, for a dry run")
     g.add_argument("--task", choices=TASKS, default="text", help="what the condition is")
-    g.add_argument("--steps", type=int)
-    g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     data_flags(p)
     p.add_argument("--cache-latents", action=BooleanOptionalAction, default=True, help="in memory")
     model_flags(p)
@@ -77,6 +77,7 @@ def parse_args(argv=None):
     tr.optimisation_flags(p)
     p.add_argument("--ema", type=float, help="decay of the averaged weights")
     p.add_argument("--ckpt-grad", action="store_true", help="less memory: compute twice")
+    feature_flags(p)
     tr.system_flags(p)
     return tr.parse(p, presets.LDM, argv)
 
@@ -104,13 +105,29 @@ def configure(args, ae: AEConfig) -> UNetConfig:
     return unet
 
 def examples(args, held_out, labels: list[str]) -> list[dict]:
-    """The conditions of the grids that show progress: held-out ones, or each class in turn."""
-    toy = args.data == "shapes"
+    """The --eval-n conditions of the pictures that show progress: held-out ones, or classes."""
+    toy, n = args.data == "shapes", args.eval_n
     if args.task == "class":
-        return [{"label": i} for i in (shapes.SEEN if toy else range(min(64, len(labels))))]
+        which = shapes.SEEN if toy else range(len(labels))
+        return [{"label": which[i % len(which)]} for i in range(n)]
     if args.task == "text" and toy:
-        return [{"caption": p} for p in shapes.prompts(64)]
-    return [held_out[i] for i in range(min(64 if toy else 16, len(held_out)))]
+        return [{"caption": p} for p in shapes.prompts(n)]
+    return [held_out[i % len(held_out)] for i in range(n)]
+
+@torch.no_grad()
+def held_out_loss(m: Model, q: Posterior, y: torch.Tensor) -> dict[str, float]:
+    """Eq. (2) on held-out pairs, the mean over a latent, by noise level: t of each quarter of T."""
+    g, T, device = tr.generator(0, 0), len(m.abar), m.abar.device
+    losses = []
+    for mean, logvar, y_i in zip(*(v.to(device).split(64) for v in (q.mean, q.logvar, y))):
+        noise, eps = (torch.randn(mean.shape, generator=g).to(device) for _ in range(2))
+        z, ctx = Posterior(mean, logvar).sample(noise), TASKS[m.task].ctx(y_i, m.tau, m.ae)
+        t = (torch.arange(len(z), device=device) + 0.5) / len(z) / 4
+        losses.append(torch.stack([ldm_loss(
+            as_eps_theta(m.unet, m.abar, m.predict), z, ((t + k / 4) * T).long(), eps, m.abar, ctx)
+            for k in range(4)]))
+    return {f"held_out_loss_at_{k * T // 4}": v
+            for k, v in enumerate(torch.cat(losses, dim=1).mean(1).tolist())}
 
 def wrap(net, compiled: bool, world: int):
     """net compiled, and shared by processes, as the flags say."""
@@ -193,6 +210,12 @@ def main(args):
         ae.z_std.copy_(cache.std() if args.z_std is None else torch.tensor(args.z_std))
         cache = cache.scaled(ae.z_std.cpu())
     items = examples(args, held_out if len(held_out) else data, data.labels)
+    if rank == 0:                           # what judges: held-out pairs, and real pictures
+        features, pairs = open_features(args, device), None
+        real = Statistics(features, read(data, range(min(2048, len(data))), args.workers, device))
+        if n_pairs := min(256, len(held_out)):
+            with autocast():
+                pairs = encode_set(ae, held_out, n_pairs, args.workers, device, False, to_y)
     order = BatchOrder(len(data), args.batch, done, args.steps, args.seed, rank, world)
 
     def batches():
@@ -216,19 +239,27 @@ def main(args):
         if step == args.steps:
             save_checkpoint(out | half({"ae": ae.state_dict(), "ema": ema.shadow}),
                             args.out / "model.pt")
+
+    def judge(step):
+        how = defaults(steps=min(25, args.T), size=(args.size, args.size))
         with ema.swapped(), autocast():
-            images = draw(m, items, defaults(steps=min(25, args.T), size=(args.size, args.size)))
+            figures = held_out_loss(m, *pairs) if pairs else {}
+            images = torch.cat([draw(m, items[i:i + 64], how, i)
+                                for i in range(0, len(items), 64)])
         save_drawn(images[:16], items[:16], args.task, m.classes,
                    args.out / f"samples_{step:06d}.png", 8)
         if args.data == "shapes":
-            log.write(step, **score(args.task, images, items))
+            figures |= score(args.task, images, items)
+        drawn = Statistics(features, (v.to(device) for v in images.split(64)))
+        log.write(step, **figures, **compare(real, drawn))
+        save_curves(log.path, args.out / "curves.png")
 
     # ---- loop
     log = tr.Log(args, done, device, rank)
     log.note("healthy: loss falls fast from 1 to 0.1, then slowly; gnorm below 1; z_std 1")
     if args.task == "text":
         log.note("each grid shows\n  " + "\n  ".join(i["caption"] for i in items[:16]))
-    for step, (q, y) in zip(tr.steps(args, done, log, save), batches()):
+    for step, (q, y) in zip(tr.steps(args, done, log, save, judge), batches()):
         g = tr.generator(args.seed, step)
         opt.param_groups[0]["lr"] = lr = tr.lr_at(step, args)
         opt.zero_grad()

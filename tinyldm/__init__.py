@@ -10,7 +10,7 @@ Reading order
     tokens, conditioning        from words to ctx = tau(y)                      Sec. 3.3
     tasks                       what each condition is, and its port            Sec. 4.3-4.5
     shapes, degrade, data       the built-in world; lost parts; folders, latent cache
-    metrics, score, pictures    how good it is, and what it looks like
+    inception, features, metrics, score, pictures   how good it is, and what it looks like
     presets, training, checkpoint, official         what the scripts share; released models
     inside, generate            attention maps; a whole model, and how it draws
     ../train_ae.py, ../train_ldm.py, ../sample.py   where it all comes together

@@ -43,9 +43,9 @@ Image.MAX_IMAGE_PIXELS = 64_000_000                     # more is refused as a d
 class Folder(Dataset):
     """The pictures of a folder or .zip as items of `size` px; one in 20 is held out.
 
-    split: `train` or `held-out`. resize: the shorter side is scaled to `size` before the centre
-    crop; without, the crop is cut as it is. flip: every second epoch is mirrored, maps and boxes
-    too (picture k in epoch e is item e * len + k). Raises BadInput for an empty folder, bad
+    split: `train`, `held-out` or `all`. resize: the shorter side is scaled to `size` before the
+    centre crop; without, the crop is cut as it is. flip: every second epoch is mirrored, maps and
+    boxes, too (picture k in epoch e is item e * len + k). Raises BadInput for an empty folder, bad
     metadata, or a picture smaller than the crop."""
     def __init__(self, path: str, size: int, split: str = "train", resize: bool = True,
                  flip: bool = False, label: str = "label"):
@@ -54,9 +54,9 @@ class Folder(Dataset):
         rows = [r | {"label": r[label]} if label in r else r for r in self._rows(self._names())]
         self.labels = sorted({str(r["label"]) for r in rows if "label" in r})
         self.classes = sorted({str(b[0]) for r in rows for b in r.get("boxes", [])})
-        self.rows = [r for r in rows if (zlib.crc32(r["file_name"].encode()) % 20 == 0)
-                     == (split == "held-out")]
-        if not self.rows and split == "train":
+        self.rows = [r for r in rows if split == "all" or
+                     (zlib.crc32(r["file_name"].encode()) % 20 == 0) == (split == "held-out")]
+        if not self.rows and split != "held-out":
             raise BadInput(f"--data {path}: no pictures in it ({', '.join(PICTURES)})")
 
     def __len__(self):

@@ -1,10 +1,30 @@
-"""How good is a reconstruction?
+"""How good are reconstructions and samples? Formulas, and the program that compares two folders.
 
-Paper:   Tables 5, 8, 11. SSIM: Wang et al. 2004.
-Shapes:  x, x_rec (B, 3, H, W) in [-1, 1] -> (B,).
-Reads:   nothing of ours."""
+Paper:   Sec. 4, App. E.3, Tables 1-11. SSIM: Wang et al. 2004. FID: Heusel et al. 2017. IS:
+         Salimans et al. 2016. Improved precision and recall: Kynkaanniemi et al. 2019.
+Shapes:  x, x_rec (B, 3, H, W) in [-1, 1] -> (B,); features (n, d).
+Reads:   features.py, data.py
+
+    python -m tinyldm.metrics --real photos/ --fake out/samples/ --features inception   # FID
+    python -m tinyldm.metrics --real a/ --fake b/ --pairs       # and equally named pictures
+
+Only sums are kept, and 10,000 features for precision and recall: 50,000 pictures need no more
+memory than 10,000. FID in the literature is of 50,000 samples and the whole training set."""
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
+
+from tinyldm import BadInput
+from tinyldm import training as tr
+from tinyldm.data import Folder, load_rgb, loader
+from tinyldm.features import feature_flags, open_features
+from tinyldm.perceptual import Perceptual
+from tinyldm.shapes import Shapes
+
+# ---- of one picture and its reconstruction
 
 def psnr(x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of each picture, x_rec clamped to [-1, 1]; the peak is 2."""
@@ -27,3 +47,142 @@ def ssim(x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
     out = (2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))
     return out.flatten(1).mean(1)
+
+def gradient(x: torch.Tensor) -> torch.Tensor:
+    """Length of each pixel's gradient (differences to the right and down) -> (B, 3, H-1, W-1)."""
+    return torch.hypot(x[..., :-1, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, :-1])
+
+# ---- of two sets
+
+class Moments:
+    """Mean and covariance of the rows of what is added, part by part, in float64."""
+    def __init__(self):
+        self.n, self.mean, self.scatter = 0, 0.0, 0.0
+
+    def add(self, f: torch.Tensor) -> None:
+        """f (n, d). Parts are joined as in Chan et al. 1983: no difference of large sums."""
+        f = f.double()
+        mean, n = f.mean(0), self.n + len(f)
+        d = mean - self.mean
+        self.scatter = (self.scatter + (f - mean).T @ (f - mean)
+                        + torch.outer(d, d) * (self.n * len(f) / n))
+        self.mean, self.n = self.mean + d * (len(f) / n), n
+
+    @property
+    def cov(self) -> torch.Tensor:
+        return self.scatter / (self.n - 1)
+
+def frechet(a: Moments, b: Moments) -> float:
+    """Heusel et al. Eq. (6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
+
+    The last trace is the sum of the singular values of C_a^(1/2) C_b^(1/2): symmetric roots, by
+    eigenvalues, are stable also where there are fewer pictures than features."""
+    def root(c):
+        values, vectors = torch.linalg.eigh(c)
+        return vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.svdvals(root(a.cov) @ root(b.cov)).sum()
+    return float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross)
+
+def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tuple[float, float]:
+    """Kynkaanniemi et al. Eq. (1), (2): the share of fakes within reach of a real one, and of real
+    ones within reach of a fake; a picture reaches as far as its k-th nearest neighbour."""
+    def reach(f):
+        return torch.cat([torch.cdist(part, f).kthvalue(k + 1).values for part in f.split(1024)])
+
+    def share(f, of):
+        r = reach(of)
+        return torch.cat([(torch.cdist(part, of) <= r).any(1) for part in f.split(1024)])
+    return tuple(float(v.double().mean()) for v in (share(fake, real), share(real, fake)))
+
+class Statistics:
+    """What comparing needs to know of a set of pictures, by a network of features.py."""
+    def __init__(self, net: Callable, batches: Iterable[torch.Tensor], stride: int = 1):
+        """batches of (B, 3, H, W) in [-1, 1]; every stride-th picture's features are kept."""
+        self.name, self.moments, self.kept, self.scores = net.name, Moments(), [], []
+        self.p, self.p_log_p, self.count = 0.0, 0.0, torch.zeros(10, 1, dtype=torch.float64)
+        for x in batches:
+            f, p = net(x)
+            k = torch.arange(self.moments.n, self.moments.n + len(x))
+            self.moments.add(f.cpu())
+            self.kept.append(f.cpu()[k % stride == 0])
+            if p is not None:
+                tenth = F.one_hot(k % 10, 10).double().T
+                p = p.double().cpu()
+                self.p = self.p + tenth @ p
+                self.p_log_p = self.p_log_p + tenth @ torch.xlogy(p, p).sum(1, keepdim=True)
+                self.count += tenth.sum(1, keepdim=True)
+
+    def inception_score(self) -> float:
+        """exp of the mean of KL(p(y | x), p(y)): 1 .. number of classes; the mean of ten tenths."""
+        n = self.count[self.count > 0][:, None]
+        p, p_log_p = (v[:len(n)] / n for v in (self.p, self.p_log_p))
+        return float((p_log_p[:, 0] - torch.xlogy(p, p).sum(1)).exp().mean())
+
+def compare(real: Statistics, fake: Statistics) -> dict[str, float]:
+    """Frechet distance (named fid for Inception only), inception score, precision and recall."""
+    p, r = precision_recall(torch.cat(real.kept), torch.cat(fake.kept))
+    out = {"fid" if real.name == "inception" else f"fd_{real.name}":
+           frechet(real.moments, fake.moments), "precision": p, "recall": r}
+    if fake.count.any():
+        out["is" if real.name == "inception" else f"is_{real.name}"] = fake.inception_score()
+    return out
+
+# ---- the program
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--real", required=True, help="a folder or .zip of pictures; or of the built-in "
+                   "world: train, held-out")
+    p.add_argument("--fake", required=True, help="a folder or .zip: the pictures to judge")
+    p.add_argument("--size", type=int, help="scaled and cropped to it, px; default: the first's")
+    p.add_argument("--n", type=int, default=50_000, help="at most so many of each")
+    p.add_argument("--pairs", action="store_true", help="compare pictures of equal names, too")
+    p.add_argument("--workers", type=int, default=0, help="processes that load pictures")
+    p.add_argument("--device", default="auto")
+    feature_flags(p)
+    return p.parse_args(argv)
+
+def read(data: torch.utils.data.Dataset, which: Sequence[int], workers: int, device):
+    """Batches (64, 3, H, W) of these pictures, with a progress bar."""
+    parts = [which[i:i + 64] for i in range(0, len(which), 64)]
+    for b in tqdm(loader(data, parts, workers), "pictures", dynamic_ncols=True):
+        yield b["image"].to(device)
+
+def compare_pairs(real: Folder, fake: Folder, args) -> dict[str, float]:
+    """Means over the pictures that both folders name alike; perceptual.py's distance, of VGG16 if
+    its weights are given. Raises BadInput."""
+    at = [{row["file_name"]: i for i, row in enumerate(s.rows)} for s in (real, fake)]
+    names = sorted(at[0].keys() & at[1].keys())[:args.n]
+    if not names:
+        raise BadInput("--pairs: no picture of --fake is named as one of --real")
+    kind = "vgg16" if args.vgg_weights else "random"
+    distance = Perceptual(kind, args.vgg_weights).to(args.device)
+    both = zip(*(read(s, [a[n] for n in names], args.workers, args.device)
+                 for s, a in zip((real, fake), at)))
+    rows = [torch.stack([psnr(x, y), ssim(x, y), distance(x, y)]) for x, y in both]
+    return dict(zip(("psnr", "ssim", f"perceptual_{kind}"), torch.cat(rows, 1).mean(1).tolist()))
+
+def main(args):
+    args.device, *_ = tr.setup(args.device, "fp32")
+    net = open_features(args, args.device)
+    if args.size is None:
+        first = Folder(args.fake, 1, "all")
+        args.size = min(load_rgb(first.read(first.rows[0]["file_name"])).size)
+    sets = [Shapes(args.n, args.size, split=path) if path in ("train", "held-out")
+            else Folder(path, args.size, "all") for path in (args.real, args.fake)]
+    if min(map(len, sets)) < 4:
+        raise BadInput("--real, --fake: there must be four pictures of each, or more")
+    told = []
+    for data in sets:
+        n = min(len(data), args.n)
+        told.append(Statistics(net, read(data, range(n), args.workers, args.device),
+                               -(-n // 10_000)))
+    figures = compare(*told)
+    if args.pairs:
+        figures |= compare_pairs(*sets, args)
+    print(f"{told[0].moments.n:,} real, {told[1].moments.n:,} fake: "
+          + " | ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+
+if __name__ == "__main__":
+    tr.run(main, parse_args)

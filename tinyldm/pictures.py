@@ -3,6 +3,7 @@
 Shapes:  images (n, 3, H, W) in [-1, 1].
 Reads:   degrade.py"""
 import colorsys
+import json
 from pathlib import Path
 
 import torch
@@ -59,3 +60,31 @@ def save_drawn(images: torch.Tensor, items: list[dict], task: str, names: tuple[
         images = torch.cat([torch.cat([part, *blank[:len(part) < columns]])
                             for row in rows for part in row])
     save_grid(images, path, columns)
+
+def save_curves(log: Path, path: Path) -> None:
+    """Each value of a log.jsonl by step, loss_at_0, loss_at_250, ... in one plot; only where
+    matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    plots = {}
+    for line in map(json.loads, log.read_text().splitlines()):
+        for k, v in line.items():
+            name, _, at = k.partition("_at_")
+            curve = plots.setdefault(name, {}).setdefault(at, ([], []))
+            curve[0].append(line["step"])
+            curve[1].append(v)
+    plots = [(k, v) for k, v in plots.items() if k not in ("step", "ms", "gb", "eta_min")]
+    rows = -(-len(plots) // 4)
+    figure = Figure((14, 2.4 * rows), layout="constrained")
+    for (name, curves), axes in zip(plots, figure.subplots(rows, 4, squeeze=False).flat):
+        for at, curve in curves.items():
+            axes.plot(*curve, "." if len(curve[0]) == 1 else "-", label=at and f"t from {at}")
+        axes.set(title=name, xlabel="step")
+        axes.set_yscale("log" if name in ("loss", "gnorm", "rec", "held_out_loss") else "linear")
+        if len(curves) > 1:
+            axes.legend()
+    for axes in figure.axes[len(plots):]:
+        axes.remove()
+    figure.savefig(path)

@@ -41,6 +41,14 @@ def optimisation_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--cosine", action=BooleanOptionalAction, help="let the lr fall to 0 at the end")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
 
+def run_flags(parser: argparse.ArgumentParser, out: str, every: int, n: int) -> None:
+    g = parser.add_argument_group("run")
+    g.add_argument("--out", default=out, type=Path, help="folder of what is written")
+    g.add_argument("--steps", type=int)
+    g.add_argument("--save-every", type=int, default=every, help="steps between checkpoints")
+    g.add_argument("--eval-every", type=int, default=every, help="steps between figures, pictures")
+    g.add_argument("--eval-n", type=int, default=n, help="held-out or drawn pictures of them")
+
 def system_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("system")
     g.add_argument("--device", default="auto", help="auto (CUDA if there is any), cpu, cuda")
@@ -144,16 +152,19 @@ class Stop:
             dist.all_reduce(self.flag, dist.ReduceOp.MAX)
         return bool(self.flag)
 
-def steps(args, done: int, log: "Log", save):
-    """The steps after `done`: 1, 2, ... Between them save(step), where it is due; leaves when asked
-    to. (zip the batches behind it: it must be the first to be asked for more.)"""
+def steps(args, done: int, log: "Log", save, evaluate):
+    """The steps after `done`: 1, 2, ... Between them save(step) and evaluate(step) where they are
+    due, in the main process; leaves when asked to. (zip the batches behind it: it must be the first
+    to be asked for more.)"""
     stop = Stop(log.device)
     for step in range(done + 1, args.steps + 1):
         yield step
         stopping = stop.asked()
-        if log.main and (step % args.save_every == 0 or step == args.steps or stopping):
-            with log.aside():
+        with log.aside():
+            if log.main and (step % args.save_every == 0 or step == args.steps or stopping):
                 save(step)
+            if log.main and (step % args.eval_every == 0 or step == args.steps):
+                evaluate(step)
         if stopping:
             break
     log.close()
@@ -267,6 +278,7 @@ class Log:
 
     def write(self, step: int, **values: float) -> None:
         """A line on the terminal and in log.jsonl."""
+        values = {k: float(v) for k, v in values.items()}
         if self.main:
             body = " | ".join(f"{k} {v:,.0f}" if abs(v) >= 1e3 else f"{k} {v:.3g}"
                               for k, v in values.items())

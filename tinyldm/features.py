@@ -1,0 +1,99 @@
+"""Networks whose features say how alike two sets of pictures are: x -> (features, probabilities).
+
+Paper:   App. E.3 (FID by torch-fidelity's Inception).
+Shapes:  x (B, 3, H, W) in [-1, 1] -> features (B, d), and p(y | x) (B, K) or None.
+Reads:   inception.py, perceptual.py, shapes.py
+
+    python -m tinyldm.features          # trains ShapesNet anew, a minute: tinyldm/shapesnet.pt
+"""
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from tinyldm.checkpoint import unpickle
+from tinyldm.inception import load_inception
+from tinyldm.perceptual import Perceptual
+from tinyldm.shapes import COLOURS, SHAPES, SIZES, Shapes
+
+SHAPESNET = Path(__file__).with_name("shapesnet.pt")
+KINDS = list(product(COLOURS, SHAPES, SIZES))
+
+class ShapesNet(nn.Module):
+    """A small classifier of the built-in world; p: the share of each (colour, shape, size).
+
+    NB: its Frechet distance, "fd_shapes", is no FID and compares with nothing outside this project:
+    it needs no download, and knows nothing but flat shapes."""
+    name = "shapes"
+
+    def __init__(self):
+        super().__init__()
+        widths = (3, 16, 32, 64)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(widths, widths[1:]))
+        self.out = nn.Linear(sum(widths[1:]), len(KINDS))
+        self.register_buffer("std", torch.ones(sum(widths[1:])))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """features (B, 112): each channel's mean over places, three layers, of std 1 in the set."""
+        means = []
+        for conv in self.convs:
+            x = F.gelu(conv(x))
+            means.append(x.mean((2, 3)))
+        f = torch.cat(means, dim=1)
+        return f / self.std, self.out(f).softmax(1)
+
+class VGG16(Perceptual):
+    """torchvision's: the mean over places of the last convolution, relu5_3 (B, 512); no p.
+
+    NB: Kynkaanniemi et al. take its second fully connected layer, of pictures of 224 px."""
+    name = "vgg16"
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.features((x - self.mean) / self.std).mean((2, 3)), None
+
+def feature_flags(parser) -> None:
+    g = parser.add_argument_group("features")
+    g.add_argument("--features", choices=["shapes", "vgg16", "inception"], default="shapes",
+                   help="of the Frechet distance: inception is FID; shapes needs no download")
+    g.add_argument("--inception", help="pt_inception-2015-12-05-6726825d.pth; default: fetched")
+    g.add_argument("--vgg-weights", help="torchvision's vgg16-397923af.pth; default: fetched")
+
+def open_features(args, device: torch.device) -> nn.Module:
+    """The network of --features, frozen, with its name in .name. Raises BadInput."""
+    if args.features == "inception":
+        net = load_inception(args.inception)
+    elif args.features == "vgg16":
+        net = VGG16("vgg16", args.vgg_weights)
+    else:
+        net = ShapesNet()
+        net.load_state_dict(unpickle(SHAPESNET, SHAPESNET, mmap=False))
+    return net.to(device).eval().requires_grad_(False)
+
+def train(steps: int = 1500, batch: int = 64) -> ShapesNet:
+    """A minute on one core: pictures in, the share of each kind of object out."""
+    torch.manual_seed(0)
+    net, data = ShapesNet(), Shapes(steps * batch)
+    opt = torch.optim.Adam(net.parameters())
+    fall = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, steps)
+    for step in (bar := tqdm(range(steps), dynamic_ncols=True)):
+        k = range(step * batch, step * batch + batch)
+        x = torch.stack([data[i]["image"] for i in k])
+        y = torch.stack([F.one_hot(torch.tensor([KINDS.index((t.colour, t.shape, t.size))
+                                                 for t in data.scene(i)[0]]), len(KINDS))
+                         .float().mean(0) for i in k])
+        loss = -(y * net(x)[1].log()).sum(1).mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        fall.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    with torch.no_grad():
+        net.std = torch.cat([net(torch.stack([data[i]["image"] for i in range(k, k + batch)]))[0]
+                             for k in range(0, 2048, batch)]).std(0)
+    return net
+
+if __name__ == "__main__":
+    torch.save({k: v.half() for k, v in train().state_dict().items()}, SHAPESNET)
