@@ -37,8 +37,7 @@ BUNDLED = Path(samplers.__file__).with_name("toy.pt")
 NEAREST, LANCZOS = Image.Resampling.NEAREST, Image.Resampling.LANCZOS
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = tr.flags(__doc__)
     g = p.add_argument_group("what to draw; spatial conditions: default the set's, held out")
     g.add_argument("prompt", nargs="*", help="one or more prompts, each in quotes")
     g.add_argument("--prompts", type=Path, help="a file with one prompt a line")

@@ -8,7 +8,6 @@
 Writes OUT/ckpt.pt (all that resuming needs), OUT/log.jsonl, OUT/recon_*.png (pictures, each row
 above its reconstructions) and, where matplotlib is installed, OUT/curves.png. The same command
 again goes on where it stopped."""
-import argparse
 import math
 from argparse import BooleanOptionalAction
 from dataclasses import asdict
@@ -30,8 +29,7 @@ from tinyldm.quantize import Codebook, count, perplexity
 from tinyldm.score import score
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = tr.flags(__doc__)
     tr.run_flags(p, "out/ae", 500, 256)
     data_flags(p)
     g = p.add_argument_group("model")

@@ -9,8 +9,8 @@
 Writes OUT/ckpt.pt (everything, for resuming and sampling), OUT/log.jsonl, OUT/samples_*.png and at
 the end OUT/model.pt (only what sampling needs: averaged weights in fp16). The same command again
 goes on where it stopped."""
-import argparse
 from argparse import BooleanOptionalAction
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,8 +55,7 @@ def model_flags(parser) -> None:
     g.add_argument("--vocab-size", type=int, help="most pieces of words (8192), or places (1025)")
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = tr.flags(__doc__)
     tr.run_flags(p, "out/ldm", 1000, 64)
     g = p.add_argument_group("stage one and task")
     g.add_argument("--ae", default="out/ae/ckpt.pt", type=Path, help="stage one; none: pixels")
@@ -129,6 +128,31 @@ def held_out_loss(m: Model, q: Posterior, y: torch.Tensor) -> dict[str, float]:
     return {f"held_out_loss_at_{k * T // 4}": v
             for k, v in enumerate(torch.cat(losses, dim=1).mean(1).tolist())}
 
+def judging(m: Model, args, data, held_out, to_y, log, autocast) -> Callable:
+    """-> judge(step): the loss on held-out pairs, and how --eval-n drawn pictures score, and lie to
+    2,048 of the training set; figures to the log, pictures and curves to --out."""
+    device, other = m.abar.device, held_out if len(held_out) else data
+    features, items = open_features(args, device), examples(args, other, data.labels)
+    real = Statistics(features, read(data, range(min(2048, len(data))), args.workers, device))
+    with autocast():
+        pairs = encode_set(m.ae, other, min(256, len(other)), args.workers, device, False, to_y)
+    how = defaults(steps=min(25, args.T), size=(args.size, args.size))
+    if args.task == "text":
+        log.note("each grid shows\n  " + "\n  ".join(i["caption"] for i in items[:16]))
+
+    def judge(step):
+        with autocast():
+            loss = held_out_loss(m, *pairs)
+            images = torch.cat([draw(m, items[i:i + 64], how, i)
+                                for i in range(0, len(items), 64)])
+        save_drawn(images[:16], items[:16], args.task, m.classes,
+                   args.out / f"samples_{step:06d}.png", 8)
+        figures = score(args.task, images, items) if args.data == "shapes" else {}
+        drawn = Statistics(features, (v.to(device) for v in images.split(64)))
+        log.write(step, **loss, **figures, **compare(real, drawn))
+        save_curves(log.path, args.out / "curves.png")
+    return judge
+
 def wrap(net, compiled: bool, world: int):
     """net compiled, and shared by processes, as the flags say."""
     net = torch.compile(net) if compiled else net
@@ -188,13 +212,15 @@ def main(args):
     if path.exists():
         ckpt = load_checkpoint(path, "ldm", "--out")
         same_config({"task": {"name": "text"}} | ckpt["config"], config, path)
-        done, ema.shadow, ema.n = ckpt["step"], ckpt["ema"], ckpt["ema_n"]
+        done, ema.n = ckpt["step"], ckpt["ema_n"]
         for part, state in ((opt, ckpt["opt"]), (ae, ckpt["ae"]),
-                            *((net, ckpt["nets"][k]) for k, net in nets.items())):
+                            *((net, ckpt["nets"][k]) for k, net in nets.items()),
+                            *((net, ckpt["ema"][k]) for k, net in ema.nets.items())):
             part.load_state_dict(state)
 
     # ---- latents
-    m = Model(ae, unet, tau, tokenizer, abar, args.predict, args.task, tuple(names), tr.plain(args))
+    m = Model(ae, ema.nets["unet"], ema.nets.get("tau"), tokenizer, abar, args.predict, args.task,
+              tuple(names), tr.plain(args))
 
     def to_y(batch):
         return task.y(batch, tau, tokenizer)
@@ -209,13 +235,6 @@ def main(args):
     if done == 0:
         ae.z_std.copy_(cache.std() if args.z_std is None else torch.tensor(args.z_std))
         cache = cache.scaled(ae.z_std.cpu())
-    items = examples(args, held_out if len(held_out) else data, data.labels)
-    if rank == 0:                           # what judges: held-out pairs, and real pictures
-        features, pairs = open_features(args, device), None
-        real = Statistics(features, read(data, range(min(2048, len(data))), args.workers, device))
-        if n_pairs := min(256, len(held_out)):
-            with autocast():
-                pairs = encode_set(ae, held_out, n_pairs, args.workers, device, False, to_y)
     order = BatchOrder(len(data), args.batch, done, args.steps, args.seed, rank, world)
 
     def batches():
@@ -234,31 +253,16 @@ def main(args):
                "args": tr.plain(args), "classes": list(names),
                "tokenizer": tokenizer.to_str() if tokenizer else None}
         raw = {k: net.state_dict() for k, net in nets.items()}
-        save_checkpoint({**out, "ae": ae.state_dict(), "nets": raw, "ema": ema.shadow,
+        save_checkpoint({**out, "ae": ae.state_dict(), "nets": raw, "ema": ema.state(),
                          "ema_n": ema.n, "opt": opt.state_dict()}, path)
         if step == args.steps:
-            save_checkpoint(out | half({"ae": ae.state_dict(), "ema": ema.shadow}),
+            save_checkpoint(out | half({"ae": ae.state_dict(), "ema": ema.state()}),
                             args.out / "model.pt")
-
-    def judge(step):
-        how = defaults(steps=min(25, args.T), size=(args.size, args.size))
-        with ema.swapped(), autocast():
-            figures = held_out_loss(m, *pairs) if pairs else {}
-            images = torch.cat([draw(m, items[i:i + 64], how, i)
-                                for i in range(0, len(items), 64)])
-        save_drawn(images[:16], items[:16], args.task, m.classes,
-                   args.out / f"samples_{step:06d}.png", 8)
-        if args.data == "shapes":
-            figures |= score(args.task, images, items)
-        drawn = Statistics(features, (v.to(device) for v in images.split(64)))
-        log.write(step, **figures, **compare(real, drawn))
-        save_curves(log.path, args.out / "curves.png")
 
     # ---- loop
     log = tr.Log(args, done, device, rank)
     log.note("healthy: loss falls fast from 1 to 0.1, then slowly; gnorm below 1; z_std 1")
-    if args.task == "text":
-        log.note("each grid shows\n  " + "\n  ".join(i["caption"] for i in items[:16]))
+    judge = judging(m, args, data, held_out, to_y, log, autocast) if rank == 0 else None
     for step, (q, y) in zip(tr.steps(args, done, log, save, judge), batches()):
         g = tr.generator(args.seed, step)
         opt.param_groups[0]["lr"] = lr = tr.lr_at(step, args)

@@ -18,9 +18,7 @@ def test_ema_is_the_weighted_sum_and_warms_up():
         ema.update()
         decay = min(0.99, (1 + n) / (10 + n))
         want = decay * want + (1 - decay) * (n % 7)
-    assert_close(ema.shadow["net"]["weight"].item(), want, rtol=1e-4, atol=0)
-    with ema.swapped():
-        assert_close(net.weight.item(), want, rtol=1e-4, atol=0)
+    assert_close(ema.state()["net"]["weight"].item(), want, rtol=1e-4, atol=0)
     assert net.weight.item() == 2000 % 7
 
 

@@ -10,7 +10,6 @@ Reads:   features.py, data.py
 
 Only sums are kept, and 10,000 features for precision and recall: 50,000 pictures need no more
 memory than 10,000. FID in the literature is of 50,000 samples and the whole training set."""
-import argparse
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -130,8 +129,7 @@ def compare(real: Statistics, fake: Statistics) -> dict[str, float]:
 # ---- the program
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = tr.flags(__doc__)
     p.add_argument("--real", required=True, help="a folder or .zip of pictures; or of the built-in "
                    "world: train, held-out")
     p.add_argument("--fake", required=True, help="a folder or .zip: the pictures to judge")
@@ -169,7 +167,7 @@ def main(args):
     if args.size is None:
         first = Folder(args.fake, 1, "all")
         args.size = min(load_rgb(first.read(first.rows[0]["file_name"])).size)
-    sets = [Shapes(args.n, args.size, split=path) if path in ("train", "held-out")
+    sets = [Shapes(min(args.n, 10_000), args.size, split=path) if path in ("train", "held-out")
             else Folder(path, args.size, "all") for path in (args.real, args.fake)]
     if min(map(len, sets)) < 4:
         raise BadInput("--real, --fake: there must be four pictures of each, or more")

@@ -4,6 +4,7 @@ Paper:   App. E.2 (EMA, learning rates); the method itself is elsewhere.
 Reads:   nothing of ours."""
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -22,6 +23,10 @@ from tqdm import tqdm
 from tinyldm import BadInput
 
 # ---- flags
+
+def flags(doc: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 def parse(parser: argparse.ArgumentParser, presets: dict, argv: list[str] | None):
     """-> args, parsed with the preset's row as defaults, so that a flag always wins."""
@@ -192,35 +197,24 @@ def check_finite(value: torch.Tensor, step: int, path: Path) -> None:
                        "--warmup, or --dtype fp32")
 
 class EMA:
-    """Exponential moving average of the weights of some modules, {name: module}, in float32.
+    """Exponential moving average of the weights of some modules, {name: module}: .nets.
 
     The decay at update n is min(decay, (1 + n) / (10 + n)), the released code's warm-up. The
     paper's 0.9999 needs 100k steps; a toy run of 2,000 wants 0.99.
     NB: the released code averages the U-Net only; here tau is averaged with it."""
     def __init__(self, nets: dict[str, torch.nn.Module], decay: float):
-        self.nets, self.decay, self.n = nets, decay, 0
-        self.shadow = {k: {n: p.detach().clone() for n, p in net.state_dict().items()}
-                       for k, net in nets.items()}
+        self.source, self.decay, self.n = nets, decay, 0
+        self.nets = {k: copy.deepcopy(net).requires_grad_(False) for k, net in nets.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         self.n += 1
         w = 1 - min(self.decay, (1 + self.n) / (10 + self.n))
         for k, net in self.nets.items():
-            torch._foreach_lerp_(list(self.shadow[k].values()), list(net.state_dict().values()), w)
+            torch._foreach_lerp_(*(list(v.state_dict().values()) for v in (net, self.source[k])), w)
 
-    @contextlib.contextmanager
-    def swapped(self):
-        """Within this context the nets hold the averaged weights."""
-        raw = {k: {n: p.clone() for n, p in net.state_dict().items()}
-               for k, net in self.nets.items()}
-        for k, net in self.nets.items():
-            net.load_state_dict(self.shadow[k])
-        try:
-            yield
-        finally:
-            for k, net in self.nets.items():
-                net.load_state_dict(raw[k])
+    def state(self) -> dict:
+        return {k: net.state_dict() for k, net in self.nets.items()}
 
 # ---- log
 
