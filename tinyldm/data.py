@@ -1,9 +1,9 @@
 """Image folders, batches in a fixed order, and the latent cache.
 
 Paper:   Sec. 3.1 and App. E.2: E encodes the set once; stage two never sees a pixel again.
-Shapes:  an item is a dict: image float (3, H, W) in [-1, 1], and what the set has of caption str,
-         label int, boxes (K, 5) [class, x0, y0, x1, y1 in 0..1], segmentation int (H, W); and,
-         for a task that asks for them, what degrade.py makes: small, mask.
+Shapes:  an item is a dict: image float (3, H, W) in [-1, 1], and what is known of caption str,
+         label int, boxes (K, 5) [class, x0, y0, x1, y1 in 0..1], segmentation int (H, W), and of
+         what degrade.py makes: small, mask.
 Reads:   autoencoder.py (Posterior), shapes.py, degrade.py
 
 A folder, or a .zip of one, holds pictures in any depth. What is known of them stands in
@@ -143,20 +143,27 @@ class Folder(Dataset):
     def __getitem__(self, i: int) -> dict:
         epoch, k = divmod(i, len(self))
         row, whole = self._readable(k)
-        require(self.resize or min(whole.size) >= self.size,
+        side = min(whole.size) if self.resize else self.size
+        require(side <= min(whole.size),
                 f"--data: {row['file_name']} is {whole.width}x{whole.height}, smaller than the "
-                f"crop of {self.size}; drop --no-resize or take a smaller --size")
-        item = {"image": to_tensor(self._crop(whole, LANCZOS))}
+                f"crop of {side}; drop --no-resize or take a smaller --size")
+        x, y = ((v - side) // 2 for v in whole.size)
+        shown, square = (x, y, x + side, y + side), (self.size, self.size)
+        item = {"image": to_tensor(whole.resize(square, LANCZOS, shown))}
         if "text" in row:
             item["caption"] = str(row["text"])
         if "label" in row:
             item["label"] = self.labels.index(str(row["label"]))
         if "boxes" in row:
-            item["boxes"] = self._boxes(row["boxes"], whole.size)
+            b = [[float(self.classes.index(str(kind))), *at[:4]] for kind, *at in row["boxes"]]
+            b = torch.tensor(b).reshape(-1, 5)
+            b[:, 1:] = ((b[:, 1:] - torch.tensor([x, y, x, y])) / side).clamp(0, 1)
+            item["boxes"] = b[(b[:, 3:] > b[:, 1:3]).all(1)]
         if "mask" in row:
             with reading(f"--data {self.path}: {row['mask']} cannot be read"):
-                m = load_map(self.read(row["mask"])).resize(whole.size, NEAREST)
-            item["segmentation"] = torch.from_numpy(np.int64(self._crop(m, NEAREST)))
+                m = load_map(self.read(row["mask"]))
+            part = [v * n / of for v, n, of in zip(shown, m.size * 2, whole.size * 2)]
+            item["segmentation"] = torch.from_numpy(np.int64(m.resize(square, NEAREST, part)))
         if self.flip and epoch % 2 == 1:
             item |= {k: item[k].flip(-1) for k in {"image", "segmentation"} & item.keys()}
             if "boxes" in item:
@@ -175,23 +182,6 @@ class Folder(Dataset):
                     warnings.warn(f"{name} cannot be read and is skipped: {e} "
                                   f"({len(self.bad)} so far)", stacklevel=2)
         raise BadInput(f"--data {self.path}: none of its {len(self)} pictures can be read")
-
-    def _crop(self, image: Image.Image, how) -> Image.Image:
-        """Scale the shorter side to `size`, then cut size x size from the middle."""
-        size, short = self.size, min(image.size)
-        if self.resize and short != size:
-            image = image.resize([max(size, round(v * size / short)) for v in image.size], how)
-        x, y = (image.width - size) // 2, (image.height - size) // 2
-        return image.crop((x, y, x + size, y + size))
-
-    def _boxes(self, boxes: list, whole: tuple[int, int]) -> torch.Tensor:
-        """[class, x0, y0, x1, y1] in the file's pixels -> (K, 5), sides in 0..1 of the crop."""
-        scale = self.size / min(whole) if self.resize else 1.0
-        out = [[float(self.classes.index(str(b[0]))), *b[1:5]] for b in boxes]
-        out = torch.tensor(out).reshape(-1, 5)
-        margin = (torch.tensor([*whole, *whole]) * scale - self.size) / 2
-        out[:, 1:] = ((out[:, 1:] * scale - margin) / self.size).clamp(0, 1)
-        return out[(out[:, 3:] > out[:, 1:3]).all(1)]
 
 def load_map(data: bytes) -> Image.Image:
     """A label map's bytes -> a picture of one channel of class numbers. Raises ValueError."""
@@ -223,9 +213,6 @@ class BatchOrder:
                  world: int = 1):
         self.n, self.batch, self.steps, self.seed = n, batch, range(done, steps), seed
         self.slice = slice(rank * batch // world, (rank + 1) * batch // world)
-
-    def __len__(self):
-        return len(self.steps)
 
     def __iter__(self):
         def shuffled(first):
