@@ -55,7 +55,7 @@ def parse_args(argv=None):
     g.add_argument("--official", type=Path, help="a released model's file, .ckpt or .safetensors")
     g.add_argument("--preset", choices=[*presets.LDM][1:], help="which; default: found out")
     g.add_argument("--vocab", type=Path, help="its tokenizer: a folder, vocab.txt, tokenizer.json")
-    g.add_argument("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged")
+    g.add_argument("--ema", action=argparse.BooleanOptionalAction, default=True, help="EMA weights")
     g = p.add_argument_group("how")
     g.add_argument("--sampler", choices=gen.SAMPLERS, default="ddim")
     g.add_argument("--steps", type=int, help="1..T; each calls the U-Net once; default: 50")
@@ -225,12 +225,11 @@ def main(args):
     chunks, n_steps = range(0, len(items), args.batch), len(gen.timesteps(args, len(m.abar))) - 1
     calls = [k + (args.sampler == "plms" and k > 0) for k in range(n_steps)]        # by step
     total, images, z_0s, maps = len(chunks) * (calls[-1] + 1), [], [], []
+    plain, kept = (lambda eps: eps), (lambda eps: record(eps, m.abar, z_0s))
     with tqdm(total=total, unit="step", dynamic_ncols=True) as bar, autocast():
         for i in chunks:
-            part, wrap, watch = items[i:i + args.batch], lambda eps: eps, contextlib.nullcontext([])
-            if i == 0 and args.trajectory:
-                def wrap(eps):
-                    return record(eps, m.abar, z_0s)
+            part, watch = items[i:i + args.batch], contextlib.nullcontext([])
+            wrap = kept if i == 0 and args.trajectory else plain
             if i == 0 and args.attention:
                 watch = attention_maps(m.unet, len(part), *(v // m.ae.cfg.f for v in args.size),
                                        {calls[k - 1] for k in args.at} if args.at else None)

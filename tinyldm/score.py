@@ -38,8 +38,7 @@ def find(image, unit: float | None = None) -> list[Thing]:
     unit = unit or min(h, w) / 32
     delta = image - np.median(image.reshape(3, -1), axis=1)[:, None, None]
     away = np.sqrt((delta ** 2).sum(0))
-    label = _components(away > .5)
-    found = []
+    label, found = _components(away > .5), []
     for k in np.unique(label)[1:]:
         core = (label == k) & (away > .8 * away[label == k].max())
         ink = np.median(delta[:, core], axis=1)                            # the object's own colour
@@ -73,8 +72,8 @@ def follows(things: list[Thing], prompt: str) -> bool:
     asked, relation = parse_prompt(prompt)
     rx, ry = RELATIONS.get(relation, (0, 0))
 
-    def said(order):                                    # of these, the first is what is named first
-        dx, dy = order[0].x - order[-1].x, order[0].y - order[-1].y
+    def said(order):
+        dx, dy = order[0].x - order[-1].x, order[0].y - order[-1].y        # more along than across
         return (all(a[:3] == (t.shape, t.colour, a.size and t.size) for a, t in zip(asked, order))
                 and (relation is None or dx * rx + dy * ry > abs(dx * ry + dy * rx)))
     return len(asked) == len(things) and any(map(said, itertools.permutations(things)))

@@ -3,7 +3,6 @@
 A picture has one or two objects (4 shapes, 7 colours, 2 sizes) on a plain ground with faint grain;
 its caption names colour, shape, size and relation ("a small red circle left of a big blue square").
 Everything follows from (seed, index) by + - * / and sqrt, so it is the same on every machine.
-What score.py finds in a picture can be asked back of it.
 
 Shapes: image (3, H, W) in [-1, 1]; boxes (K, 5) [class, x0, y0, x1, y1 in 0..1]; segmentation
         (H, W), 0 = ground, 1 + class. A class is a colour-shape pair. World unit: side / 32.
@@ -126,9 +125,8 @@ class Shapes(torch.utils.data.Dataset):
     def scene(self, i: int) -> tuple[list[Thing], str, np.random.Generator]:
         """Item i's placed things and caption. One in four has one object, one in five no sizes.
 
-        Three of four relations are "left of" or "above". Were all four as frequent, then who is
-        named first would tell nothing of who is where unless the relation is read as well: an
-        exclusive or, in front of which a toy run stood still (its relations a coin toss)."""
+        Three of four relations are "left of" or "above": were all four as frequent, who is named
+        first would tell who is where only by an exclusive or, which a toy run never learned."""
         rng = np.random.default_rng([*self.key, i])
         few, terse, plain = rng.random() < .25, rng.random() < .2, rng.random() < .5
         specs = self.singles if few and self.singles else self.pairs
