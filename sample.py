@@ -75,8 +75,6 @@ def parse_args(argv=None):
     g.add_argument("--at", type=int, nargs="+", help="steps, 1..., of these; default: all, and 8")
     return p.parse_args(argv)
 
-# ---- reading conditions
-
 def read(args, flag: str, opened) -> Image.Image | dict | list | str:
     """opened(bytes of the flag's file). Raises BadInput."""
     path = getattr(args, flag)
@@ -206,16 +204,13 @@ def prepare(args, m: gen.Model) -> list[dict]:
                 "--score: needs the built-in world, or superres with the truth")
         for item in items if m.task == "text" else ():
             parse_prompt(item["caption"])
+    more = read_hole(args, size) if args.mask else {}
     if args.init:
-        init = to_tensor(fitted("init", read(args, "init", load_rgb), size, LANCZOS))
-        items = [i | {"init": init} for i in items]
-    if args.mask:
-        hole = read_hole(args, size)
-        items = [i | hole for i in items]
+        more["init"] = to_tensor(fitted("init", read(args, "init", load_rgb), size, LANCZOS))
     args.n = args.n or (16 // min(len(items), 16) if args.to_seed is None else 8)
     for out in filter(None, (args.out, args.attention, args.trajectory)):
         (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
-    return [i for i in items for _ in range(args.n)]
+    return [i | more for i in items for _ in range(args.n)]
 
 def main(args):
     device, autocast, _, _ = tr.setup(args.device, args.dtype)

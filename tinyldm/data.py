@@ -228,7 +228,7 @@ def loader(data: Dataset, order, workers: int, cuda: bool = False):
     """Batches of items in the order of the lists that `order` yields: image (B, 3, H, W), and every
     other field that all of them have as a list."""
     def collate(items):
-        common = set.intersection(*(set(i) for i in items))
+        common = set.intersection(*map(set, items))
         return {k: torch.stack([i[k] for i in items]) if k == "image" else [i[k] for i in items]
                 for k in common}
     return DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=collate,
@@ -240,8 +240,7 @@ def encode_set(ae: torch.nn.Module, data, n: int, workers: int, device, show: bo
     """The latent cache: E's posterior for items 0..n-1 (from len on: mirrored), and their y.
 
     Means and log-variances (n, c_z, h, w) stay on the CPU; z is still sampled anew at each step."""
-    order = [list(range(i, min(i + 64, n))) for i in range(0, n, 64)]
-    parts = []
+    order, parts = [list(range(i, min(i + 64, n))) for i in range(0, n, 64)], []
     for b in tqdm(loader(data, order, workers), "encoding", disable=not show, dynamic_ncols=True):
         q = ae.encode(b["image"].to(device))
         parts.append((q.mean.float().cpu(), q.logvar.float().cpu(), to_y(b)))
