@@ -15,7 +15,6 @@ Writes one grid (--out FILE.png, a row a prompt) or, where --out does not end in
 import argparse
 import contextlib
 import json
-from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +22,10 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from tinyldm import BadInput, presets, samplers, shapes
 from tinyldm import generate as gen
+from tinyldm import presets, samplers, shapes
 from tinyldm import training as tr
-from tinyldm.data import UNREADABLE, load_map, load_rgb, open_data
+from tinyldm.data import LANCZOS, NEAREST, is_box, load_map, load_rgb, open_data, reading, require
 from tinyldm.degrade import to_image, to_tensor
 from tinyldm.inside import attention_maps, record, save_attention
 from tinyldm.pictures import save_drawn, save_grid
@@ -34,7 +33,6 @@ from tinyldm.score import parse_prompt, score
 from tinyldm.tasks import TASKS
 
 BUNDLED = Path(samplers.__file__).with_name("toy.pt")
-NEAREST, LANCZOS = Image.Resampling.NEAREST, Image.Resampling.LANCZOS
 
 def parse_args(argv=None):
     p = tr.flags(__doc__)
@@ -56,7 +54,7 @@ def parse_args(argv=None):
     g.add_argument("--official", type=Path, help="a released model's file, .ckpt or .safetensors")
     g.add_argument("--preset", choices=[*presets.LDM][1:], help="which; default: found out")
     g.add_argument("--vocab", type=Path, help="its tokenizer: a folder, vocab.txt, tokenizer.json")
-    g.add_argument("--ema", action=BooleanOptionalAction, default=True, help="averaged weights")
+    g.add_argument("--ema", action=argparse.BooleanOptionalAction, default=True, help="EMA weights")
     g = p.add_argument_group("how")
     g.add_argument("--sampler", choices=gen.SAMPLERS, default="ddim")
     g.add_argument("--steps", type=int, help="1..T; each calls the U-Net once; default: 50")
@@ -76,60 +74,53 @@ def parse_args(argv=None):
     g.add_argument("--at", type=int, nargs="+", help="steps, 1..., of these; default: all, and 8")
     return p.parse_args(argv)
 
-# ---- reading conditions
-
-def read(flag: str, path: Path, opened) -> Image.Image | dict | list | str:
-    """opened(bytes of the file). Raises BadInput."""
-    try:
+def read(args, flag: str, opened) -> Image.Image | dict | list | str:
+    """opened(bytes of the flag's file). Raises BadInput."""
+    path = getattr(args, flag)
+    with reading(f"--{flag} {path}: cannot be read"):
         return opened(path.read_bytes())
-    except (*UNREADABLE, RecursionError) as e:
-        raise BadInput(f"--{flag} {path}: cannot be read: {e}") from e
 
 def fitted(flag: str, image: Image.Image, size: tuple[int, int], how) -> Image.Image:
     """Scaled, and cropped in the middle, to the size (W, H), with a notice."""
     if image.size != size:
         print(f"--{flag}: {image.width}x{image.height} is scaled and cropped to "
               f"{size[0]}x{size[1]}{' (nearest)' if how == NEAREST else ''}")
-        image = ImageOps.fit(image, size, how)
-    return image
+    return ImageOps.fit(image, size, how)
 
 def read_hole(args, size: tuple[int, int]) -> dict:
     """What is kept, and the mask: image (3, H, W), mask (1, H, W). Raises BadInput."""
-    image, mask = (read(k, getattr(args, k), load_rgb) for k in ("image", "mask"))
-    mask = mask.convert("L")
+    image, mask = (read(args, k, load_rgb) for k in ("image", "mask"))
     if mask.size != image.size:
         print(f"--mask: {mask.width}x{mask.height} is resized (nearest) to --image's "
               f"{image.width}x{image.height}")
-        mask = mask.resize(image.size, NEAREST)
-    mask = torch.from_numpy(np.array(fitted("mask", mask, size, NEAREST)) > 127).float()[None]
-    if mask.mean() in (0, 1):
-        raise BadInput(f"--mask {args.mask}: covers {'all' if mask.mean() else 'nothing'}; white "
-                       "is painted, black is kept")
+    mask = fitted("mask", mask.convert("L").resize(image.size, NEAREST), size, NEAREST)
+    mask = torch.from_numpy(np.array(mask) > 127).float()[None]
+    require(0 < mask.mean() < 1, f"--mask {args.mask}: covers {'all' if mask.any() else 'nothing'}"
+            "; white is painted, black is kept")
     return {"image": to_tensor(fitted("image", image, size, LANCZOS)), "mask": mask}
 
-def read_boxes(path: Path, names: tuple[str, ...], n: int, size: int) -> torch.Tensor:
+def read_boxes(args, m: gen.Model) -> torch.Tensor:
     """-> (K, 5) as in data.py. Raises BadInput."""
-    rows, out = read("boxes", path, json.loads), []
+    rows, side, out = read(args, "boxes", json.loads), args.size[0], []
     for row in rows if isinstance(rows, list) else [rows]:
-        say = f"--boxes {path}: {json.dumps(row)[:80]}: "
-        if not (isinstance(row, list) and len(row) == 5
-                and all(isinstance(v, int | float) for v in row[1:])):
-            raise BadInput(say + "a box is [class, x0, y0, x1, y1]")
-        x0, y0, x1, y1 = row[1:]
-        if not (0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size):
-            raise BadInput(say + f"must have 0 <= x0 < x1 <= {size} and so y, in pixels")
-        k = class_number(str(row[0]), names, n, say)
-        out.append([k, *(v / size for v in row[1:])])
+        say = f"--boxes {args.boxes}: {json.dumps(row)[:80]}: "
+        require(is_box(row), say + "a box is [class, x0, y0, x1, y1]")
+        x0, y0, x1, y1 = row[1:5]
+        require(0 <= x0 < x1 <= side and 0 <= y0 < y1 <= side,
+                f"{say}must have 0 <= x0 < x1 <= {side} and so y, in pixels")
+        out.append([class_number(str(row[0]), m, say), *(v / side for v in row[1:5])])
     return torch.tensor(out, dtype=torch.float32).reshape(-1, 5)
 
-def class_number(name: str, names: tuple[str, ...], n: int, say: str) -> int:
+def class_number(name: str, m: gen.Model, say: str = "") -> int:
     """Of a class that is given by its name or number. Raises BadInput."""
-    if name in names:
-        return names.index(name)
-    if name.isdecimal() and len(name) < 9 and int(name) < n:
-        return int(name)
-    more = f", or a name, like {', '.join(names[:3])}" if names else ""
-    raise BadInput(f"{say}{name!r} is no class of this model; they are numbers, 0..{n - 1}{more}")
+    if name in m.classes:
+        return m.classes.index(name)
+    n = (m.tau.embedding.num_embeddings if m.task == "class"
+         else len(m.classes) or m.tau.cfg.n_vocab - 1)
+    more = f", or a name, like {', '.join(m.classes[:3])}" if m.classes else ""
+    require(name.isdecimal() and len(name) < 9 and int(name) < n,
+            f"{say}{name!r} is no class of this model; they are numbers, 0..{n - 1}{more}")
+    return int(name)
 
 def asked(args, m: gen.Model) -> list[dict]:
     """The items to draw, each with what m's task asks for; sets args.size. Raises BadInput."""
@@ -137,43 +128,41 @@ def asked(args, m: gen.Model) -> list[dict]:
     if m.task in ("text", "class"):
         lines = args.prompt + args.label
         if args.prompts:
-            lines += read("prompts", args.prompts, lambda b: b.decode("utf8")).splitlines()
+            lines += read(args, "prompts", bytes.decode).splitlines()
         lines = [p.strip() for p in lines if p.strip()]
         if m.task == "text":
             return [{"caption": p} for p in lines]
-        n = m.tau.embedding.num_embeddings
         some = shapes.SEEN if m.flags.get("data") == "shapes" else range(len(m.classes))
-        return [{"label": class_number(p, m.classes, n, "")} for p in lines] or [
-            {"label": i} for i in some]
+        return [{"label": i} for i in [class_number(p, m) for p in lines] or some]
     if m.task == "uncond" or args.mask and m.task == "inpaint":
         return [{}]
     if args.boxes:
-        return [{"boxes": read_boxes(args.boxes, m.classes,
-                                     len(m.classes) or m.tau.cfg.n_vocab - 1, side)}]
+        return [{"boxes": read_boxes(args, m)}]
     if args.map:
-        y = np.array(fitted("map", read("map", args.map, load_map), (side, side), NEAREST))
-        return [{"segmentation": torch.from_numpy(y.astype(np.int64))}]
+        y = np.int64(fitted("map", read(args, "map", load_map), (side, side), NEAREST))
+        return [{"segmentation": torch.from_numpy(y)}]
     if args.image and m.task == "superres":
-        image, k = read("image", args.image, load_rgb), -(-m.factor // 4)
+        image, k = read(args, "image", load_rgb), -(-m.factor // 4)
         w, h = (v - v % k for v in image.size)
         if (w, h) != image.size:
             print(f"--image: {image.width}x{image.height} is cropped to {w}x{h}, multiples of {k}")
-        if not w * h:
-            raise BadInput(f"--image {args.image}: its sides must be at least {k}")
+        require(w * h, f"--image {args.image}: its sides must be at least {k}")
         args.size = 4 * h, 4 * w
         return [{"small": to_tensor(image.crop((0, 0, w, h)))}]
-    flags = {"label_column": "label", "degrade": "bicubic", "resize": True, "seed": 0,
-             "n_shapes": 0, "flip": False} | m.flags | {"size": side}
-    m.flags["data"] = flags["data"] = args.data or flags.get("data")
-    if not flags["data"]:
-        raise BadInput("--data: a released model has none of its own; give a condition or a folder")
-    data = open_data(argparse.Namespace(**flags), "held-out", TASKS[m.task].fields)
-    if not len(data):
-        raise BadInput(f"--data {flags['data']}: has no held-out pictures; give a condition")
-    if m.task == "layout" and m.classes and tuple(data.classes) != m.classes:
-        raise BadInput(f"--data {flags['data']}: its classes are not those of the model")
-    if args.to_seed is not None:
-        raise BadInput("--to-seed: needs one condition, not held-out ones; give it as a file")
+    return held_out(args, m)
+
+def held_out(args, m: gen.Model) -> list[dict]:
+    """Held-out items of --data, or of what m was trained on. Raises BadInput."""
+    path = m.flags["data"] = args.data or m.flags.get("data")
+    require(path, "--data: a released model has none of its own; give a condition or a folder")
+    flags = {"label_column": "label", "degrade": "bicubic", "resize": True, "seed": 0} | m.flags
+    flags = argparse.Namespace(**flags | {"size": args.size[0]})
+    data = open_data(flags, "held-out", TASKS[m.task].fields)
+    require(len(data), f"--data {path}: has no held-out pictures; give a condition")
+    require(m.task != "layout" or not m.classes or tuple(data.classes) == m.classes,
+            f"--data {path}: its classes are not those of the model")
+    require(args.to_seed is None,
+            "--to-seed: needs one condition, not held-out ones; give it as a file")
     n, args.n = args.n or 16, 1
     return [data[i % len(data)] for i in range(n)]
 
@@ -181,63 +170,46 @@ def check(args, m: gen.Model) -> None:
     """Do the flags fit the model, and one another? Fills in args.size. Raises BadInput."""
     takes = TASKS[m.task].takes + (("image", "mask") if m.task != "superres" else ())
     for flag in ("prompt", "prompts", "label", "boxes", "map", "image", "mask"):
-        if getattr(args, flag) and flag not in takes:
-            raise BadInput(f"--{flag}: this model's task is {m.task}, which takes "
-                           + (", ".join("--" + f for f in takes)))
-    if m.task != "superres" and (args.image is None) != (args.mask is None):
-        raise BadInput("--image and --mask belong together: what is kept, and where it is painted")
+        require(flag in takes or not getattr(args, flag), f"--{flag}: this model's task is "
+                f"{m.task}, which takes {', '.join('--' + f for f in takes)}")
+    require(m.task == "superres" or (args.image is None) == (args.mask is None),
+            "--image and --mask belong together: what is kept, and where it is painted")
     for flag, low in (("n", 1), ("batch", 1), ("seed", 0), ("to_seed", 0)):
-        if (v := getattr(args, flag)) is not None and v < low:
-            raise BadInput(f"--{flag.replace('_', '-')} {v}: must be at least {low}")
+        v = getattr(args, flag)
+        require(v is None or v >= low, f"--{flag.replace('_', '-')} {v}: must be at least {low}")
     for path in filter(None, (args.attention, args.trajectory)):
-        if path.suffix != ".png":
-            raise BadInput(f"{path}: --attention and --trajectory must end in .png")
-    if (args.mask or m.task == "inpaint") and args.sampler == "plms":
-        raise BadInput("--sampler plms: forgets its past at each step of a masked run; use ddim")
-    if not 0 < args.strength <= 1:
-        raise BadInput(f"--strength {args.strength:g}: must be above 0 and at most 1")
-    if args.eta and args.sampler != "ddim":
-        raise BadInput(f"--eta {args.eta:g}: only --sampler ddim takes it")
+        require(path.suffix == ".png", f"{path}: --attention and --trajectory must end in .png")
+    require(args.sampler != "plms" or not args.mask and m.task != "inpaint",
+            "--sampler plms: forgets its past at each step of a masked run; use ddim")
+    require(0 < args.strength <= 1, f"--strength {args.strength:g}: must be above 0 and at most 1")
+    require(args.sampler == "ddim" or not args.eta,
+            f"--eta {args.eta:g}: only --sampler ddim takes it")
     side = m.flags["size"] if args.size is None else args.size
-    if side < m.factor or side % m.factor:
-        raise BadInput(f"--size {side}: must be a multiple of {m.factor}, the autoencoder's f "
-                       "times the U-Net's factor")
+    require(side > 0 and side % m.factor == 0, f"--size {side}: must be a multiple of {m.factor}, "
+            "the autoencoder's f times the U-Net's factor")
     n_steps = len(gen.timesteps(args, len(m.abar))) - 1
-    if args.at and not all(1 <= k <= n_steps for k in args.at):
-        raise BadInput(f"--at: steps must be 1..{n_steps}")
-    if args.attention and m.task != "text":
-        raise BadInput(f"--attention: is of words, but this model's task is {m.task}")
+    require(all(1 <= k <= n_steps for k in args.at or ()), f"--at: steps must be 1..{n_steps}")
+    require(m.task == "text" or not args.attention,
+            f"--attention: is of words, but this model's task is {m.task}")
     args.size = side, side
 
 def prepare(args, m: gen.Model) -> list[dict]:
     """An item a picture; fills in args.n and makes the folder of --out. Raises BadInput."""
     check(args, m)
-    items = asked(args, m)
-    if not items:
-        raise BadInput('no prompt: give one, like "a red circle above a blue square", or --prompts')
+    items, size = asked(args, m), args.size[::-1]
+    require(items, 'no prompt: give one, like "a red circle above a blue square", or --prompts')
     if args.score:
-        if "image" not in items[0] if m.task == "superres" else m.flags.get("data") != "shapes":
-            raise BadInput("--score: needs the built-in world, or superres with the truth")
+        require("image" in items[0] if m.task == "superres" else m.flags.get("data") == "shapes",
+                "--score: needs the built-in world, or superres with the truth")
         for item in items if m.task == "text" else ():
             parse_prompt(item["caption"])
+    more = read_hole(args, size) if args.mask else {}
     if args.init:
-        init = fitted("init", read("init", args.init, load_rgb), args.size[::-1], LANCZOS)
-        items = [i | {"init": to_tensor(init)} for i in items]
-    if args.mask:
-        hole = read_hole(args, args.size[::-1])
-        items = [i | hole for i in items]
+        more["init"] = to_tensor(fitted("init", read(args, "init", load_rgb), size, LANCZOS))
     args.n = args.n or (16 // min(len(items), 16) if args.to_seed is None else 8)
     for out in filter(None, (args.out, args.attention, args.trajectory)):
         (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
-    return [i for i in items for _ in range(args.n)]
-
-def write(images: torch.Tensor, items: list[dict], args, m: gen.Model) -> None:
-    """A grid, or one file a picture."""
-    if args.out.suffix == ".png":
-        row = args.n if 1 < args.n < len(images) or args.to_seed is not None else 8
-        return save_drawn(images, items, m.task, m.classes, args.out, min(row, len(images)))
-    for i, x in enumerate(images):
-        to_image(x).save(args.out / f"{i:06d}.png")
+    return [i | more for i in items for _ in range(args.n)]
 
 def main(args):
     device, autocast, _, _ = tr.setup(args.device, args.dtype)
@@ -245,15 +217,13 @@ def main(args):
          else gen.load_model(args.ckpt, args.ema, device))
     items = prepare(args, m)
     chunks, n_steps = range(0, len(items), args.batch), len(gen.timesteps(args, len(m.abar))) - 1
-    again, images, z_0s, maps = args.sampler == "plms" and n_steps > 1, [], [], []
-    calls = [k + (again and k > 0) for k in range(n_steps)]         # of the U-Net, by step
-    total = len(chunks) * (n_steps + again)
+    calls = [k + (args.sampler == "plms" and k > 0) for k in range(n_steps)]        # by step
+    total, images, z_0s, maps = len(chunks) * (calls[-1] + 1), [], [], []
+    plain, kept = (lambda eps: eps), (lambda eps: record(eps, m.abar, z_0s))
     with tqdm(total=total, unit="step", dynamic_ncols=True) as bar, autocast():
         for i in chunks:
-            part, wrap, watch = items[i:i + args.batch], lambda eps: eps, contextlib.nullcontext([])
-            if i == 0 and args.trajectory:
-                def wrap(eps):
-                    return record(eps, m.abar, z_0s)
+            part, watch = items[i:i + args.batch], contextlib.nullcontext([])
+            wrap = kept if i == 0 and args.trajectory else plain
             if i == 0 and args.attention:
                 watch = attention_maps(m.unet, len(part), *(v // m.ae.cfg.f for v in args.size),
                                        {calls[k - 1] for k in args.at} if args.at else None)
@@ -261,7 +231,12 @@ def main(args):
                 images.append(gen.draw(m, part, args, i, bar.update, wrap))
                 maps += new
     images = torch.cat(images)
-    write(images, items, args, m)
+    if args.out.suffix == ".png":
+        row = args.n if 1 < args.n < len(images) or args.to_seed is not None else 8
+        save_drawn(images, items, m.task, m.classes, args.out, min(row, len(images)))
+    else:
+        for i, x in enumerate(images):
+            to_image(x).save(args.out / f"{i:06d}.png")
     print(f"{len(images)} picture(s) -> {args.out}")
     if args.attention:
         maps = torch.stack(maps).mean(0)

@@ -1,16 +1,20 @@
 """Image folders, batches in a fixed order, and the latent cache.
 
 Paper:   Sec. 3.1 and App. E.2: E encodes the set once; stage two never sees a pixel again.
-Shapes:  an item is a dict: image float (3, H, W) in [-1, 1], and what the set has of caption str,
-         label int, boxes (K, 5) [class, x0, y0, x1, y1 in 0..1], segmentation int (H, W); and,
-         for a task that asks for them, what degrade.py makes: small, mask.
+Shapes:  an item is a dict: image float (3, H, W) in [-1, 1], and what is known of caption str,
+         label int, boxes (K, 5) [class, x0, y0, x1, y1 in 0..1], segmentation int (H, W), and of
+         what degrade.py makes: small, mask.
 Reads:   autoencoder.py (Posterior), shapes.py, degrade.py
 
 A folder, or a .zip of one, holds pictures in any depth. What is known of them stands in
 `metadata.jsonl` (file_name; text, label, boxes in pixels, mask = path of a label map), or else in a
 .txt beside each picture, and the names of the sub-folders are labels."""
+import contextlib
+import functools
 import io
+import itertools
 import json
+import os
 import warnings
 import zipfile
 import zlib
@@ -35,10 +39,33 @@ COLUMNS = {                     # of metadata.jsonl, and what to do where a pict
     "label": ("label", 'put it into a sub-folder named so, or a "label" into metadata.jsonl'),
     "boxes": ("boxes", 'give it "boxes" in metadata.jsonl: [[class, x0, y0, x1, y1 in px], ...]'),
     "segmentation": ("mask", 'give it a "mask" in metadata.jsonl: the file of its label map')}
-NEAREST = Image.Resampling.NEAREST
-UNREADABLE = (OSError, ValueError, SyntaxError, zipfile.BadZipFile, zlib.error,
-              Image.DecompressionBombError, Image.DecompressionBombWarning)
+NEAREST, LANCZOS = Image.Resampling.NEAREST, Image.Resampling.LANCZOS
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, zipfile.BadZipFile,
+              zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 Image.MAX_IMAGE_PIXELS = 64_000_000                     # more is refused as a decompression bomb
+
+@contextlib.contextmanager
+def reading(what: str):
+    """Turns all that a stranger's file can do wrong into BadInput: `what`, and why."""
+    try:
+        yield
+    except UNREADABLE as e:
+        raise BadInput(f"{what}: {e}") from e
+
+def require(ok, say: str) -> None:
+    """Raises BadInput(say) unless ok."""
+    if not ok:
+        raise BadInput(say)
+
+@functools.cache
+def open_zip(path: Path, process: int) -> zipfile.ZipFile:
+    """Once in each process: a worker that inherits an open file shares its position, too."""
+    return zipfile.ZipFile(path)
+
+def is_box(b) -> bool:
+    """Is it [class, x0, y0, x1, y1] with finite sides?"""
+    return isinstance(b, list) and len(b) > 4 and all(
+        isinstance(v, int | float) and abs(v) < 1e9 for v in b[1:5])
 
 class Folder(Dataset):
     """The pictures of a folder or .zip as items of `size` px; one in 20 is held out.
@@ -50,147 +77,111 @@ class Folder(Dataset):
     def __init__(self, path: str, size: int, split: str = "train", resize: bool = True,
                  flip: bool = False, label: str = "label"):
         self.path, self.size, self.resize, self.flip = Path(path), size, resize, flip
-        self.zip, self.bad = None, set()
-        rows = [r | {"label": r[label]} if label in r else r for r in self._rows(self._names())]
+        self.bad = set()
+        rows = [r | {"label": r[label]} if label in r else r for r in self._rows()]
         self.labels = sorted({str(r["label"]) for r in rows if "label" in r})
         self.classes = sorted({str(b[0]) for r in rows for b in r.get("boxes", [])})
         self.rows = [r for r in rows if split == "all" or
                      (zlib.crc32(r["file_name"].encode()) % 20 == 0) == (split == "held-out")]
-        if not self.rows and split != "held-out":
-            raise BadInput(f"--data {path}: no pictures in it ({', '.join(PICTURES)})")
+        require(self.rows or split == "held-out",
+                f"--data {path}: no pictures in it ({', '.join(PICTURES)})")
 
     def __len__(self):
         return len(self.rows)
 
     def need(self, field: str) -> None:
         """Raises BadInput naming a picture without this field, and what to do."""
-        column, cure = COLUMNS.get(field, (None, ""))
-        for row in self.rows if column else []:
-            if row.get(column) is None:
-                raise BadInput(f"--data {self.path}: {row['file_name']} has no {field}; {cure}")
+        column, cure = COLUMNS.get(field, ("file_name", ""))
+        for row in self.rows:
+            require(column in row, f"--data {self.path}: {row['file_name']} has no {field}; {cure}")
 
     def captions(self) -> list[str]:
         return [str(row["text"]) for row in self.rows]
 
-    def _names(self) -> list[str]:
-        try:
-            if self.path.suffix == ".zip":
-                with zipfile.ZipFile(self.path) as z:
-                    return sorted(n for n in z.namelist() if not n.endswith("/"))
-            if not self.path.is_dir():
-                raise FileNotFoundError("no such folder")
-            return sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob("*")
-                          if p.is_file())
-        except (OSError, zipfile.BadZipFile) as e:
-            raise BadInput(f"--data {self.path}: cannot be read: {e}") from e
+    def read(self, name: str) -> bytes:
+        if self.path.suffix == ".zip":
+            return open_zip(self.path, os.getpid()).read(name)
+        return (self.path / name).read_bytes()
 
-    def _rows(self, names: list[str]) -> list[dict]:
+    def _rows(self) -> list[dict]:
         """What is known of each picture, from metadata.jsonl or from names and .txt files."""
-        have, rows = set(names), []
-        if "metadata.jsonl" not in have:
+        inside = self.path.suffix == ".zip"
+        require(inside or self.path.is_dir(), f"--data {self.path}: no such folder")
+        with reading(f"--data {self.path}: cannot be read"):
+            names = open_zip(self.path, os.getpid()).namelist() if inside else (
+                p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
+            names = sorted(n for n in names if not n.endswith("/"))
+            have, rows = set(names), []
+            if "metadata.jsonl" in have:
+                lines = self.read("metadata.jsonl").decode("utf8", "replace").splitlines()
+                return [self._row(line, f"--data {self.path}: metadata.jsonl line {i}:", have)
+                        for i, line in enumerate(lines, 1) if line.strip()]
             for path in map(PurePosixPath, names):
                 if path.suffix.lower() in PICTURES:
-                    row, text = {"file_name": str(path)}, str(path.with_suffix(".txt"))
+                    rows.append({"file_name": str(path)})
                     if path.parent.name:
-                        row["label"] = str(path.parent)
-                    if text in have:
-                        row["text"] = self.read(text).decode("utf8", "replace").strip()
-                    rows.append(row)
+                        rows[-1]["label"] = str(path.parent)
+                    if (text := str(path.with_suffix(".txt"))) in have:
+                        rows[-1]["text"] = self.read(text).decode("utf8", "replace").strip()
             return rows
-        lines = self.read("metadata.jsonl").decode("utf8", "replace").splitlines()
-        for i, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"--data {self.path}: metadata.jsonl line {i}:"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise BadInput(f"{where} not JSON ({e})") from None
-            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                raise BadInput(f'{where} needs an object with a "file_name"')
-            row = {k: v for k, v in row.items() if v is not None}
-            for key in {"file_name", "mask"} & row.keys():
-                if not isinstance(row[key], str) or row[key] not in have:
-                    raise BadInput(f"{where} {key} {row[key]!r} is not in the folder")
-            boxes = row.get("boxes", [])
-            if not isinstance(boxes, list) or not all(
-                    isinstance(b, list) and len(b) > 4 and
-                    all(isinstance(v, int | float) and abs(v) < 1e9 for v in b[1:5])
-                    for b in boxes):
-                raise BadInput(f'{where} "boxes" must be [[class, x0, y0, x1, y1], ...] in pixels')
-            rows.append(row)
-        return rows
 
-    def read(self, name: str) -> bytes:
-        if self.path.suffix != ".zip":
-            return (self.path / name).read_bytes()
-        if self.zip is None:                            # opened once in each worker process
-            self.zip = zipfile.ZipFile(self.path)
-        return self.zip.read(name)
-
-    def __getstate__(self):
-        return self.__dict__ | {"zip": None}
+    def _row(self, line: str, where: str, have: set[str]) -> dict:
+        """A line of metadata.jsonl, without what is null in it."""
+        with reading(f"{where} not JSON"):
+            row = json.loads(line)
+        require(isinstance(row, dict) and isinstance(row.get("file_name"), str),
+                f'{where} needs an object with a "file_name"')
+        row = {k: v for k, v in row.items() if v is not None}
+        for key in {"file_name", "mask"} & row.keys():
+            require(isinstance(row[key], str) and row[key] in have,
+                    f"{where} {key} {row[key]!r} is not in the folder")
+        boxes = row.get("boxes", [])
+        require(isinstance(boxes, list) and all(map(is_box, boxes)),
+                f'{where} "boxes" must be [[class, x0, y0, x1, y1], ...] in pixels')
+        return row
 
     def __getitem__(self, i: int) -> dict:
-        epoch, k = divmod(i, len(self.rows))
-        mirror = self.flip and epoch % 2 == 1
+        epoch, k = divmod(i, len(self))
         row, whole = self._readable(k)
-        image = self._fit(whole, row["file_name"], mirror, Image.Resampling.LANCZOS)
-        item = {"image": to_tensor(image)}
+        side = min(whole.size) if self.resize else self.size
+        require(side <= min(whole.size),
+                f"--data: {row['file_name']} is {whole.width}x{whole.height}, smaller than the "
+                f"crop of {side}; drop --no-resize or take a smaller --size")
+        x, y = ((v - side) // 2 for v in whole.size)
+        shown, square = (x, y, x + side, y + side), (self.size, self.size)
+        item = {"image": to_tensor(whole.resize(square, LANCZOS, shown))}
         if "text" in row:
             item["caption"] = str(row["text"])
         if "label" in row:
             item["label"] = self.labels.index(str(row["label"]))
         if "boxes" in row:
-            item["boxes"] = self._boxes(row["boxes"], whole.size, mirror)
+            b = [[float(self.classes.index(str(kind))), *at[:4]] for kind, *at in row["boxes"]]
+            b = torch.tensor(b).reshape(-1, 5)
+            b[:, 1:] = ((b[:, 1:] - torch.tensor([x, y, x, y])) / side).clamp(0, 1)
+            item["boxes"] = b[(b[:, 3:] > b[:, 1:3]).all(1)]
         if "mask" in row:
-            try:
+            with reading(f"--data {self.path}: {row['mask']} cannot be read"):
                 m = load_map(self.read(row["mask"]))
-            except UNREADABLE as e:
-                raise BadInput(f"--data {self.path}: {row['mask']} cannot be read: {e}") from e
-            m = m.resize(whole.size, NEAREST)                   # as it is, where sizes agree
-            m = self._fit(m, row["mask"], mirror, NEAREST)
-            item["segmentation"] = torch.from_numpy(np.array(m).astype(np.int64))
+            part = [v * n / of for v, n, of in zip(shown, m.size * 2, whole.size * 2)]
+            item["segmentation"] = torch.from_numpy(np.int64(m.resize(square, NEAREST, part)))
+        if self.flip and epoch % 2 == 1:
+            item |= {k: item[k].flip(-1) for k in {"image", "segmentation"} & item.keys()}
+            if "boxes" in item:
+                item["boxes"][:, [1, 3]] = 1 - item["boxes"][:, [3, 1]]
         return item
 
     def _readable(self, k: int) -> tuple[dict, Image.Image]:
         """Row k and its picture; instead of an unreadable picture, the next readable one."""
-        for row in self.rows[k:] + self.rows[:k]:
-            if row["file_name"] not in self.bad:
+        for j in range(k, k + len(self)):
+            row = self.rows[j % len(self)]
+            if (name := row["file_name"]) not in self.bad:
                 try:
-                    return row, load_rgb(self.read(row["file_name"]))
+                    return row, load_rgb(self.read(name))
                 except UNREADABLE as e:
-                    self.bad.add(row["file_name"])
-                    warnings.warn(f"{row['file_name']} cannot be read and is skipped: {e} "
+                    self.bad.add(name)
+                    warnings.warn(f"{name} cannot be read and is skipped: {e} "
                                   f"({len(self.bad)} so far)", stacklevel=2)
-        raise BadInput(f"--data {self.path}: none of its {len(self.rows)} pictures can be read")
-
-    def _fit(self, image: Image.Image, name: str, mirror: bool, how) -> Image.Image:
-        """Scale and crop to size x size."""
-        if not self.resize and min(image.size) < self.size:
-            raise BadInput(f"--data: {name} is {image.width}x{image.height}, smaller than the crop "
-                           f"of {self.size}; drop --no-resize or take a smaller --size")
-        image = fit(image, self.size, how, self.resize)
-        return ImageOps.mirror(image) if mirror else image
-
-    def _boxes(self, boxes: list, whole: tuple[int, int], mirror: bool) -> torch.Tensor:
-        """[class, x0, y0, x1, y1] in the file's pixels -> (K, 5), sides in 0..1 of the crop."""
-        scale = self.size / min(whole) if self.resize else 1.0
-        out = torch.tensor([[float(self.classes.index(str(b[0]))), *b[1:5]] for b in boxes])
-        out = out.reshape(-1, 5)
-        margin = (torch.tensor([*whole, *whole]) * scale - self.size) / 2
-        out[:, 1:] = ((out[:, 1:] * scale - margin) / self.size).clamp(0, 1)
-        if mirror:
-            out[:, [1, 3]] = 1 - out[:, [3, 1]]
-        return out[(out[:, 3] > out[:, 1]) & (out[:, 4] > out[:, 2])]
-
-def fit(image: Image.Image, size: int, how, resize: bool = True) -> Image.Image:
-    """Scale the shorter side to `size`, then cut size x size from the middle."""
-    short = min(image.size)
-    if resize and short != size:
-        image = image.resize([max(size, round(v * size / short)) for v in image.size], how)
-    x, y = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((x, y, x + size, y + size))
+        raise BadInput(f"--data {self.path}: none of its {len(self)} pictures can be read")
 
 def load_map(data: bytes) -> Image.Image:
     """A label map's bytes -> a picture of one channel of class numbers. Raises ValueError."""
@@ -223,25 +214,21 @@ class BatchOrder:
         self.n, self.batch, self.steps, self.seed = n, batch, range(done, steps), seed
         self.slice = slice(rank * batch // world, (rank + 1) * batch // world)
 
-    def __len__(self):
-        return len(self.steps)
-
     def __iter__(self):
-        shuffled = (-1, None)
-        for step in self.steps:
-            out = []
-            while len(out) < self.batch:
-                epoch, k = divmod(step * self.batch + len(out), self.n)
-                if shuffled[0] != epoch:
-                    shuffled = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n)
-                out += (shuffled[1][k:k + self.batch - len(out)] + epoch * self.n).tolist()
-            yield out[self.slice]
+        def shuffled(first):
+            for epoch in itertools.count(first):
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+                yield from (order + epoch * self.n).tolist()
+        epoch, k = divmod(self.steps.start * self.batch, self.n)
+        items = itertools.islice(shuffled(epoch), k, None)
+        for _ in self.steps:
+            yield list(itertools.islice(items, self.batch))[self.slice]
 
 def loader(data: Dataset, order, workers: int, cuda: bool = False):
     """Batches of items in the order of the lists that `order` yields: image (B, 3, H, W), and every
     other field that all of them have as a list."""
     def collate(items):
-        common = set.intersection(*(set(i) for i in items))
+        common = set.intersection(*map(set, items))
         return {k: torch.stack([i[k] for i in items]) if k == "image" else [i[k] for i in items]
                 for k in common}
     return DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=collate,
@@ -253,8 +240,7 @@ def encode_set(ae: torch.nn.Module, data, n: int, workers: int, device, show: bo
     """The latent cache: E's posterior for items 0..n-1 (from len on: mirrored), and their y.
 
     Means and log-variances (n, c_z, h, w) stay on the CPU; z is still sampled anew at each step."""
-    order = [list(range(i, min(i + 64, n))) for i in range(0, n, 64)]
-    parts = []
+    order, parts = [list(range(i, min(i + 64, n))) for i in range(0, n, 64)], []
     for b in tqdm(loader(data, order, workers), "encoding", disable=not show, dynamic_ncols=True):
         q = ae.encode(b["image"].to(device))
         parts.append((q.mean.float().cpu(), q.logvar.float().cpu(), to_y(b)))
@@ -279,7 +265,7 @@ def open_data(args, split: str = "train", fields: tuple[str, ...] = ()) -> Datas
     if args.data == "shapes":
         data = Shapes(args.n_shapes if split == "train" else 256, args.size, args.seed, split)
     else:
-        flip = args.flip and split == "train"
+        flip = split == "train" and args.flip
         data = Folder(args.data, args.size, split, args.resize, flip, args.label_column)
         for field in fields:
             data.need(field)

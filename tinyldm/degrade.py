@@ -2,9 +2,7 @@
 
 Paper:   Sec. 4.4, 4.5, App. E.3 (bicubic, and LDM-BSR's chain, here in short; masks after LaMa).
 Shapes:  image (3, H, W) in [-1, 1] -> small (3, H / 4, W / 4); mask (1, H, W), 1 where it is lost.
-Reads:   nothing of ours.
-
-All is a function of the random generator that is given."""
+Reads:   nothing of ours; all is a function of the random generator that is given."""
 import io
 
 import numpy as np
@@ -35,8 +33,8 @@ def shrink(x: torch.Tensor, rng: np.random.Generator, chain: bool) -> torch.Tens
     how = (BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.BOX)[rng.integers(3)]
     pixels = np.asarray(image.resize((w, h), how)) + rng.normal(0, 8 * rng.random(), (h, w, 3))
     file = io.BytesIO()
-    Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).save(
-        file, "JPEG", quality=int(rng.integers(60, 96)), subsampling=0)
+    image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+    image.save(file, "JPEG", quality=int(rng.integers(60, 96)), subsampling=0)
     return to_tensor(Image.open(file))
 
 def draw_mask(side: int, rng: np.random.Generator) -> torch.Tensor:

@@ -14,12 +14,12 @@ from tinyldm.degrade import to_image, to_tensor
 def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
     """One png, `columns` a row; each picture enlarged to at least 96 px."""
     k, gap = -(-96 // images.shape[-1]), 4
-    w, h = images.shape[3] * k, images.shape[2] * k
+    h, w = (v * k + gap for v in images.shape[2:])
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + gap) + gap), "white")
+    sheet = Image.new("RGB", (columns * w + gap, rows * h + gap), "white")
     for i, x in enumerate(images):
-        tile = to_image(x).resize((w, h), Image.Resampling.NEAREST)
-        sheet.paste(tile, (gap + i % columns * (w + gap), gap + i // columns * (h + gap)))
+        tile = to_image(x).resize((w - gap, h - gap), Image.Resampling.NEAREST)
+        sheet.paste(tile, (gap + i % columns * w, gap + i // columns * h))
     sheet.save(path)
 
 def colour(k: int, names: tuple[str, ...]) -> tuple[int, ...]:
@@ -35,9 +35,8 @@ def condition(task: str, item: dict, names: tuple[str, ...], h: int, w: int) -> 
     if task == "semantic":
         y, out = item["segmentation"], to_tensor(sheet)
         for k in y.unique().tolist():
-            if k > 0 or len(names) == 0:                # the built-in world's 0 is the ground
-                rgb = torch.tensor(colour(k - 1, names)) / 127.5 - 1
-                out = torch.where(y == k, rgb[:, None, None], out)
+            if k > 0 or not names:                      # the built-in world's 0 is the ground
+                out[:, y == k] = torch.tensor(colour(k - 1, names))[:, None] / 127.5 - 1
         return out
     if task == "layout":
         for k, *b in item["boxes"].tolist():
@@ -55,10 +54,10 @@ def save_drawn(images: torch.Tensor, items: list[dict], task: str, names: tuple[
     """A grid of pictures, each row below the row of their conditions, where those can be seen."""
     seen = [condition(task, item, names, *images.shape[2:]) for item in items]
     if seen and seen[0] is not None:
-        rows = zip(torch.stack(seen).split(columns), images.split(columns))
-        blank = [torch.ones(-len(images) % columns, *images.shape[1:])]
-        images = torch.cat([torch.cat([part, *blank[:len(part) < columns]])
-                            for row in rows for part in row])
+        blank = torch.ones(-len(images) % columns, *images.shape[1:])
+        rows = [torch.cat([v, blank]).unflatten(0, (-1, columns))
+                for v in (torch.stack(seen), images)]
+        images = torch.stack(rows, dim=1).flatten(0, 2)
     save_grid(images, path, columns)
 
 def save_curves(log: Path, path: Path) -> None:

@@ -38,8 +38,7 @@ def find(image, unit: float | None = None) -> list[Thing]:
     unit = unit or min(h, w) / 32
     delta = image - np.median(image.reshape(3, -1), axis=1)[:, None, None]
     away = np.sqrt((delta ** 2).sum(0))
-    label = _components(away > .5)
-    found = []
+    label, found = _components(away > .5), []
     for k in np.unique(label)[1:]:
         core = (label == k) & (away > .8 * away[label == k].max())
         ink = np.median(delta[:, core], axis=1)                            # the object's own colour
@@ -71,18 +70,13 @@ def parse_prompt(prompt: str) -> tuple[list[Thing], str | None]:
 def follows(things: list[Thing], prompt: str) -> bool:
     """Do the found things say the prompt in full: number, colours, shapes, sizes and relation?"""
     asked, relation = parse_prompt(prompt)
-    if len(asked) != len(things):
-        return False
-    for order in itertools.permutations(things):
-        if all((a.shape, a.colour) == (t.shape, t.colour) and a.size in ("", t.size)
-               for a, t in zip(asked, order)):
-            if relation is None:
-                return True
-            dx, dy = order[0].x - order[1].x, order[0].y - order[1].y
-            rx, ry = RELATIONS[relation]
-            if (dx * rx > abs(dy)) if rx else (dy * ry > abs(dx)):
-                return True
-    return False
+    rx, ry = RELATIONS.get(relation, (0, 0))
+
+    def said(order):
+        dx, dy = order[0].x - order[-1].x, order[0].y - order[-1].y        # more along than across
+        return (all(a[:3] == (t.shape, t.colour, a.size and t.size) for a, t in zip(asked, order))
+                and (relation is None or dx * rx + dy * ry > abs(dx * ry + dy * rx)))
+    return len(asked) == len(things) and any(map(said, itertools.permutations(things)))
 
 # ---- one function a task: the pictures and the items that were asked for -> figures
 
@@ -136,17 +130,14 @@ def inpaint_score(images, items, found) -> dict:
     is seen by a quarter or more is whole again: of its class, and where it was."""
     sense, known = [], []
     for x, item, things in zip(images, items, found):
-        hole, side = item["mask"][0], x.shape[-1]
-        seen = [t for t in find(item["image"]) if share_seen(t, hole) >= .25]
+        kept, side = 1 - item["mask"][0], x.shape[-1]
+        seen = [t for t in find(item["image"]) if np.average(
+            kept, weights=coverage(t.shape, t.r, t.x, t.y, side, side)) >= .25]
         sense.append(whole(things) == things and all(
             any(name(t) == name(o) and max(abs(t.x - o.x), abs(t.y - o.y)) < side / 16
                 for t in things) for o in seen))
-        known.append(((x - item["image"]) * (1 - hole)).abs().max())
+        known.append(((x - item["image"]) * kept).abs().max())
     return {"holes_sensible": np.mean(sense), "known_error": max(known)}
-
-def share_seen(t: Thing, hole: torch.Tensor) -> float:
-    cover = coverage(t.shape, t.r, t.x, t.y, *hole.shape)
-    return float((cover * (1 - hole.numpy())).sum() / cover.sum())
 
 SCORES = {
     "uncond": uncond_score, "layout": layout_score, "semantic": semantic_score,
@@ -156,8 +147,7 @@ SCORES = {
     "text": lambda images, items, found: {"prompts_followed": np.mean(
         [follows(f, i["caption"]) for i, f in zip(items, found)])}}
 
-def score(task: str, images: torch.Tensor, items: list[dict],
-          unit: float | None = None) -> dict[str, float]:
-    """Figures by name: shares in 0..1, IoU, dB, SSIM, or numbers of things."""
+def score(task: str, images: torch.Tensor, items: list[dict], unit=None) -> dict[str, float]:
+    """Figures by name: shares in 0..1, IoU, dB, SSIM, or numbers of things. unit: as find's."""
     found = (find(x, unit) for x in images)                     # only where it is looked at
     return {k: float(v) for k, v in SCORES[task](images, items, found).items()}

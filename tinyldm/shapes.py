@@ -3,7 +3,6 @@
 A picture has one or two objects (4 shapes, 7 colours, 2 sizes) on a plain ground with faint grain;
 its caption names colour, shape, size and relation ("a small red circle left of a big blue square").
 Everything follows from (seed, index) by + - * / and sqrt, so it is the same on every machine.
-What score.py finds in a picture can be asked back of it.
 
 Shapes: image (3, H, W) in [-1, 1]; boxes (K, 5) [class, x0, y0, x1, y1 in 0..1]; segmentation
         (H, W), 0 = ground, 1 + class. A class is a colour-shape pair. World unit: side / 32.
@@ -20,7 +19,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-SHAPES = ("circle", "square", "triangle", "cross")
+# Left, up, right and down of the centroid, in radii. All shapes of a size have the same area and
+# their centroid in the middle, so the scorer gets size and place from sums over pixels alone.
+EXTENT = {"circle": (-1., -1., 1., 1.), "square": (-.8862, -.8862, .8862, .8862),
+          "triangle": (-1.3468, -1.5551, 1.3468, .7776), "cross": (-1.189, -1.189, 1.189, 1.189)}
+SHAPES = tuple(EXTENT)
 COLOURS = {"red":  (.84, .10, .12), "orange": (.96, .52, .08), "yellow": (.97, .85, .10),
            "green": (.10, .58, .22), "cyan":  (.12, .74, .84), "blue":  (.12, .24, .78),
            "purple": (.58, .16, .66)}
@@ -30,10 +33,6 @@ UNSEEN = {("purple", "circle"), ("orange", "square"), ("cyan", "triangle"), ("ye
 CLASSES = [f"{c} {s}" for c in COLOURS for s in SHAPES]
 SEEN = [i for i, c in enumerate(CLASSES) if tuple(c.split()) not in UNSEEN]
 PALETTE = np.array(list(COLOURS.values())) * 2 - 1
-# Half-extents (left/right, up, down) in radii. All shapes of a size have the same area and their
-# centroid in the middle, so the scorer gets size and place from sums over pixels alone.
-EXTENT = {"circle": (1., 1., 1.), "square": (.8862, .8862, .8862),
-          "triangle": (1.3468, 1.5551, .7776), "cross": (1.1890, 1.1890, 1.1890)}
 GAP, MARGIN = 2.0, 0.5                              # between objects; to the edge
 
 class Thing(NamedTuple):
@@ -46,17 +45,17 @@ class Thing(NamedTuple):
 
 def coverage(shape: str, r: float, x: float, y: float, h: int, w: int) -> np.ndarray:
     """Share of each pixel in the shape, (h, w) in [0, 1], from its signed distance; in pixels."""
-    dx, dy = np.arange(w)[None, :] + .5 - x, np.arange(h)[:, None] + .5 - y
+    dx, dy = np.arange(w) + .5 - x, np.arange(h)[:, None] + .5 - y
     ax, ay = np.abs(dx), np.abs(dy)
+    near, far = np.minimum(ax, ay), np.maximum(ax, ay)
     if shape == "circle":
         d = np.sqrt(dx * dx + dy * dy) - r
     elif shape == "square":
-        d = np.maximum(ax, ay) - .8862 * r
+        d = far - .8862 * r
     elif shape == "triangle":
         d = np.maximum(dy, ax * .8660 - dy * .5) - .7776 * r
     else:
-        d = np.minimum(np.maximum(ax - 1.189 * r, ay - .3963 * r),
-                       np.maximum(ax - .3963 * r, ay - 1.189 * r))
+        d = np.maximum(far - 1.189 * r, near - .3963 * r)
     return np.clip(.5 - d, 0, 1)
 
 def name(t: Thing) -> str:
@@ -64,12 +63,9 @@ def name(t: Thing) -> str:
 
 def boxes(things: list[Thing], side: int) -> torch.Tensor:
     """(K, 5) [class, x0, y0, x1, y1 in 0..1] of things in pixels, in a picture of side px."""
-    out = []
-    for t in things:
-        e, up, down = (v * t.r for v in EXTENT[t.shape])
-        out.append([CLASSES.index(name(t)),
-                    *((t.x - e) / side, (t.y - up) / side, (t.x + e) / side, (t.y + down) / side)])
-    return torch.tensor(out).reshape(-1, 5)
+    return torch.tensor([[CLASSES.index(name(t)), *((at + e * t.r) / side for at, e in
+                                                    zip((t.x, t.y) * 2, EXTENT[t.shape]))]
+                         for t in things]).reshape(-1, 5)
 
 def label_map(things: list[Thing], side: int) -> torch.Tensor:
     """(side, side) of 0 = ground, or 1 + class, of things in pixels."""
@@ -79,8 +75,7 @@ def label_map(things: list[Thing], side: int) -> torch.Tensor:
     return torch.from_numpy(out)
 
 def caption(things: list[Thing], relation: str | None, sizes: bool = True) -> str:
-    names = [f"a {t.size + ' ' if sizes else ''}{t.colour} {t.shape}" for t in things]
-    return f" {relation} ".join(names)
+    return f" {relation} ".join(f"a {t.size + ' ' if sizes else ''}{name(t)}" for t in things)
 
 def _specs(split: str) -> tuple[list, list]:
     """All (things, relation) of one and of two objects that belong to a split.
@@ -92,31 +87,29 @@ def _specs(split: str) -> tuple[list, list]:
         return any((t.colour, t.shape) in UNSEEN for t in things)
     singles = [([a], None) for a in kinds if new([a]) == (split == "unseen")]
     pairs = []
-    for a, b, relation in itertools.product(kinds, kinds, ("left of", "above")):
-        held = zlib.crc32(caption([a, b], relation).encode()) % 8 == 0
+    ways = ("left of", "right of"), ("above", "below")
+    for a, b, (there, back) in itertools.product(kinds, kinds, ways):
+        held = zlib.crc32(caption([a, b], there).encode()) % 8 == 0
         if ("unseen" if new([a, b]) else "held-out" if held else "train") == split:
-            pairs += [([a, b], relation),
-                      ([b, a], {"left of": "right of", "above": "below"}[relation])]
+            pairs += [([a, b], there), ([b, a], back)]
     return singles if split != "held-out" else [], pairs
 
 def _place(things: list[Thing], relation: str | None, rng: np.random.Generator) -> list[Thing]:
     """Give each thing a radius and a place: in the picture, apart, the relation beyond doubt."""
-    r = [SIZES[t.size][0] + (SIZES[t.size][1] - SIZES[t.size][0]) * rng.random() for t in things]
-    ext = [[e * ri for e in EXTENT[t.shape]] for t, ri in zip(things, r)]  # sides, up, down
-    low = [(e[0] + MARGIN, e[1] + MARGIN) for e in ext]
-    high = [(32 - e[0] - MARGIN, 32 - e[2] - MARGIN) for e in ext]
+    r = [lo + (hi - lo) * rng.random() for lo, hi in (SIZES[t.size] for t in things)]
+    ext = np.array([EXTENT[t.shape] for t in things]) * np.array(r)[:, None]
+    low, high = MARGIN - ext[:, :2], 32 - ext[:, 2:] - MARGIN
     if relation is None:
-        at = [[low[0][k] + (high[0][k] - low[0][k]) * rng.random() for k in (0, 1)]]
+        at = low + (high - low) * rng.random((1, 2))
     else:
         k = 0 if RELATIONS[relation][0] else 1                             # axis of the relation
         a, b = (0, 1) if sum(RELATIONS[relation]) < 0 else (1, 0)          # a before b on the axis
-        need = ext[a][k and 2] + ext[b][k] + GAP                           # centre to centre
-        slack = high[b][k] - need - low[a][k]                              # room along the axis
-        at = [[min(max(16 + 4 * (rng.random() - .5), lo[j]), hi[j]) for j in (0, 1)]
-              for lo, hi in zip(low, high)]                                # the other axis: middle
-        at[a][k] = low[a][k] + slack * .25 * rng.random()
-        at[b][k] = high[b][k] - slack * .25 * rng.random()
-    return [t._replace(r=ri, x=p[0], y=p[1]) for t, ri, p in zip(things, r, at)]
+        need = ext[a, 2 + k] - ext[b, k] + GAP                             # centre to centre
+        slack = high[b, k] - need - low[a, k]                              # room along the axis
+        at = (16 + 4 * (rng.random((2, 2)) - .5)).clip(low, high)          # the other axis: middle
+        at[a, k] = low[a, k] + slack * .25 * rng.random()
+        at[b, k] = high[b, k] - slack * .25 * rng.random()
+    return [t._replace(r=ri, x=x, y=y) for t, ri, (x, y) in zip(things, r, at.tolist())]
 
 class Shapes(torch.utils.data.Dataset):
     """`n` pictures of `size` px: `train`, `held-out` or `unseen`; item i depends on (seed, i)."""
@@ -132,9 +125,8 @@ class Shapes(torch.utils.data.Dataset):
     def scene(self, i: int) -> tuple[list[Thing], str, np.random.Generator]:
         """Item i's placed things and caption. One in four has one object, one in five no sizes.
 
-        Three of four relations are "left of" or "above". Were all four as frequent, then who is
-        named first would tell nothing of who is where unless the relation is read as well: an
-        exclusive or, in front of which a toy run stood still (its relations a coin toss)."""
+        Three of four relations are "left of" or "above": were all four as frequent, who is named
+        first would tell who is where only by an exclusive or, which a toy run never learned."""
         rng = np.random.default_rng([*self.key, i])
         few, terse, plain = rng.random() < .25, rng.random() < .2, rng.random() < .5
         specs = self.singles if few and self.singles else self.pairs
@@ -148,7 +140,7 @@ class Shapes(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict:
         things, text, rng = self.scene(i)
         side, unit = self.size, self.size / 32
-        image = np.ones((side, side, 3)) * (.64 + .24 * rng.random())      # light grey ground
+        image = np.full((side, side, 3), .64 + .24 * rng.random())         # light grey ground
         things = [t._replace(r=t.r * unit, x=t.x * unit, y=t.y * unit) for t in things]
         for t in things:
             cover = coverage(t.shape, t.r, t.x, t.y, side, side)
