@@ -100,29 +100,25 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
     Nothing is believed: n and all offsets must lie within the file, and extents fit the shapes.
     Raises BadInput."""
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        if n > min(size - 8, 100_000_000):
-            raise BadInput(f"{path}: truncated, or its header lies about its length ({n:,} bytes)")
-        try:
+    size, out = path.stat().st_size, {}
+    try:
+        with open(path, "rb") as f:
+            n = int.from_bytes(f.read(8), "little")
+            if n > min(size - 8, 100_000_000):
+                raise ValueError(f"it says that it has {n:,} bytes")
             header = json.loads(f.read(n))
-            header.pop("__metadata__", None)
-        except (ValueError, TypeError, RecursionError, AttributeError) as e:
-            raise BadInput(f"{path}: its header is no JSON object") from e
-    data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + n:]
-    out = {}
-    for name, entry in header.items():
-        try:
+        header.pop("__metadata__", None)
+        data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + n:]
+        for name, entry in header.items():
             dtype, shape, (a, b) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if not (all(type(v) is int and v >= 0 for v in (a, b, *shape)) and b <= len(data)
                     and math.prod(shape) * dtype.itemsize == b - a):
-                raise ValueError("is not where its header says")
-        except (KeyError, TypeError, ValueError) as e:
-            raise BadInput(f"{path}: truncated, or its header is wrong about {name[:99]!r}") from e
-        raw = data[a:b]
-        aligned = raw.storage_offset() % dtype.itemsize == 0
-        out[name] = (raw if aligned else raw.clone()).view(dtype).reshape(shape)
+                raise ValueError(f"{name[:99]!r} does not fit")
+            raw = data[a:b]
+            aligned = raw.storage_offset() % dtype.itemsize == 0
+            out[name] = (raw if aligned else raw.clone()).view(dtype).reshape(shape)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise BadInput(f"{path}: truncated, or its header is wrong: {str(e)[:120]}") from e
     return out
 
 def write_state(state: dict[str, torch.Tensor], path: Path) -> None:

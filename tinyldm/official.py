@@ -6,8 +6,7 @@ Paper:   the released model zoo; the names are those of its code's modules.
 Symbols: state is an official state dict {key: tensor}; prefix what its keys begin with in a file.
 Reads:   autoencoder.py, unet.py, conditioning.py, patchgan.py, presets.py, checkpoint.py
 
-Our modules take the file's own tensors, mapped into memory and in the file's precision; only q, k
-and v are copied, where they have to be joined or reordered."""
+Our modules take the file's own tensors, mapped into memory; q, k and v alone may be copied."""
 import argparse
 import re
 import warnings
@@ -21,7 +20,7 @@ from torch import nn
 from tinyldm import BadInput, presets
 from tinyldm import training as tr
 from tinyldm.attention import SelfAttention2d
-from tinyldm.autoencoder import Autoencoder, Decoder, build_autoencoder
+from tinyldm.autoencoder import Autoencoder, Decoder, Pixels, build_autoencoder
 from tinyldm.checkpoint import load_checkpoint, read_state, write_state
 from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextTransformer
 from tinyldm.diffusion import SCHEDULES, cumulative
@@ -42,9 +41,8 @@ UNET_RULES = [
     (r"(_blocks?\.[\d.]+)norm1", r"\1in_layers.0"), (r"conv1", "in_layers.2"),  # ResBlock
     (r"(_blocks?\.[\d.]+)norm2", r"\1out_layers.0"), (r"conv2", "out_layers.3"),
     (r"\.emb\.", ".emb_layers.1."), (r"\.skip\.", ".skip_connection."),
-    (r"\.blocks\.", ".transformer_blocks."),                                    # TransformerBlock
-    (r"self_attn", "attn1"), (r"cross_attn", "attn2"), (r"to_out", "to_out.0"),
-    (r"mlp\.proj", "ff.net.0.proj"), (r"mlp\.out", "ff.net.2")]
+    (r"\.blocks\.", ".transformer_blocks."), (r"self_attn", "attn1"), (r"cross_attn", "attn2"),
+    (r"to_out", "to_out.0"), (r"mlp\.proj", "ff.net.0.proj"), (r"mlp\.out", "ff.net.2")]
 AE_RULES = [(r"\.skip\.", ".nin_shortcut."), (r"^codebook\.codes", "quantize.embedding.weight")]
 TEXT_RULES = [                                                                  # x-transformers
     (r"^token\.", "token_emb."), (r"^position\.", "pos_emb.emb."),
@@ -88,7 +86,7 @@ def rules_of(net: nn.Module) -> list[tuple[str, str | Callable]]:
         return [(r"^(\w+)\.layers\.(\d+)", lambda m: f"{m[1]}.{where[m[1]][int(m[2])]}"), *AE_RULES]
     if isinstance(net, TextTransformer):
         return CLIP_RULES if net.cfg.clip else TEXT_RULES
-    return {UNet: UNET_RULES, Discriminator: [("^layers", "main")], ClassEmbedder: [],
+    return {UNet: UNET_RULES, Discriminator: [("^layers", "main")], ClassEmbedder: [], Pixels: [],
             SpatialRescaler: [("^conv", "channel_mapper")]}[type(net)]
 
 def table(net: nn.Module) -> dict[str, Source]:
@@ -156,18 +154,17 @@ class Loaded(NamedTuple):
 
 def detect(state: dict) -> str:
     """The first row of presets.LDM whose networks have the shapes of state. Raises BadInput."""
-    first = state.get(UNET + "input_blocks.0.0.weight")
-    if first is None:
-        raise BadInput("this is no latent diffusion model: it has no " + UNET + "* tensors")
+    ch = len(state.get(UNET + "input_blocks.0.0.weight", ()))
     for name, row in presets.LDM.items():
-        if name == "toy" or row["ae_preset"] == "none" or first.shape[0] != row["ch"]:
+        if name == "toy" or row["ae_preset"] == "none" or ch != row["ch"]:
             continue
         nets = zip(presets.networks(row), (AE, UNET, TAU))
         want = {prefix + k: s.shape for net, prefix in nets if net
                 for s in table(net).values() for k in s.keys}
         if want == {k: tuple(v.shape) for k, v in state.items() if k in want or k.startswith(UNET)}:
             return name
-    raise BadInput("no preset has these tensors; --preset NAME says what differs from a row")
+    raise BadInput("no preset has these tensors; --preset NAME says what differs from a row" if ch
+                   else f"this is no latent diffusion model: it has no {UNET}* tensors")
 
 def averaged(state: dict, unet: UNet) -> dict:
     """state with the EMA's weights in place of the U-Net's raw ones, where it has any.
@@ -183,8 +180,7 @@ def averaged(state: dict, unet: UNet) -> dict:
 def load_model(path: Path, preset: str | None = None, ema: bool = True) -> Loaded:
     """The model in a released .ckpt or .safetensors; preset: which, else it is found out.
 
-    Every tensor of the file is used or a known passenger, and every one of ours is filled; else
-    BadInput names it."""
+    Raises BadInput naming a tensor of the file that is unknown, or one of ours that it lacks."""
     state = read_state(path)
     try:
         preset = preset or detect(state)

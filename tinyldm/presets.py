@@ -7,7 +7,7 @@ lr is the effective learning rate, of the whole batch. The toy rows are tuned fo
 import torch
 from torch import nn
 
-from tinyldm.autoencoder import AEConfig, Autoencoder
+from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, build_autoencoder
 from tinyldm.tasks import TASKS, build_tau
 from tinyldm.unet import UNet, UNetConfig
 
@@ -25,30 +25,28 @@ TABLE_8 = dict(
     perceptual_weight=1.0, disc_ch=64, betas=(0.5, 0.9), warmup=0, cosine=False, clip=float("inf"))
 KL = TABLE_8 | dict(reg="kl", kl_weight=1e-6, disc_weight=0.5, disc_start=50001, disc_layers=3)
 VQ = TABLE_8 | dict(reg="vq", codebook_weight=1.0, vq_beta=0.25, vq_beta_on="codebook")
-KL_COLUMNS = ("ch_mult", "attn_res", "c_z", "batch", "lr", "steps")
-VQ_COLUMNS = (*KL_COLUMNS, "n_codes", "disc_weight", "disc_start", "disc_layers")
-KL_ROWS = {         # ch_mult          attn_res c_z batch     lr   steps
-    "kl-f4":      ((1, 2, 4),          (),       3, 10, 4.5e-5, 176991),
-    "kl-f8":      ((1, 2, 4, 4),       (),       4,  4, 1.8e-5, 246803),
-    "kl-f16":     ((1, 1, 2, 2, 4),    (16,),   16,  6, 2.7e-5, 442998),
-    "kl-f32":     ((1, 1, 2, 2, 4, 4), (16, 8), 64,  6, 2.7e-5, 406763),
-    # Not released: f, c_z and n_codes are Table 8's, the rest is that of the nearest row above.
-    "kl-f2":      ((1, 2),             (),       2, 10, 4.5e-5, 176991),
-    "kl-f16-c8":  ((1, 1, 2, 2, 4),    (16,),    8,  6, 2.7e-5, 442998),
-    "kl-f32-c16": ((1, 1, 2, 2, 4, 4), (16, 8), 16,  6, 2.7e-5, 406763)}
-VQ_ROWS = {           # ch_mult          attn_res c_z batch     lr    steps n_codes   disc_*
+AE_COLUMNS = ("ch_mult", "attn_res", "c_z", "batch", "lr", "steps", "n_codes", "disc_weight",
+              "disc_start", "disc_layers")
+AE_ROWS = {           # ch_mult          attn_res c_z batch     lr    steps n_codes   disc_*
+    "kl-f4":        ((1, 2, 4),          (),       3, 10, 4.5e-5,  176991),
+    "kl-f8":        ((1, 2, 4, 4),       (),       4,  4, 1.8e-5,  246803),
+    "kl-f16":       ((1, 1, 2, 2, 4),    (16,),   16,  6, 2.7e-5,  442998),
+    "kl-f32":       ((1, 1, 2, 2, 4, 4), (16, 8), 64,  6, 2.7e-5,  406763),
     "vq-f4":        ((1, 2, 4),          (),       3,  8, 3.6e-5,  533066,   8192, 0.75,      0, 3),
     "vq-f4-noattn": ((1, 2, 4),          (),       3,  8, 3.6e-5,  658131,   8192, 0.75,     11, 3),
     "vq-f8":        ((1, 2, 2, 4),       (32,),    4, 10, 4.5e-5,  971043,  16384, 0.60,      1, 2),
     "vq-f8-n256":   ((1, 2, 2, 4),       (32,),    4, 10, 4.5e-5, 1608649,    256, 0.75, 250001, 3),
     "vq-f16":       ((1, 1, 2, 2, 4),    (16,),    8, 14, 6.3e-5, 1101166,  16384, 0.75, 250001, 2),
-    # Not released, as above.
+    # Not released: f, c_z and n_codes are Table 8's, the rest is the nearest released row's.
+    "kl-f2":        ((1, 2),             (),       2, 10, 4.5e-5,  176991),
+    "kl-f16-c8":    ((1, 1, 2, 2, 4),    (16,),    8,  6, 2.7e-5,  442998),
+    "kl-f32-c16":   ((1, 1, 2, 2, 4, 4), (16, 8), 16,  6, 2.7e-5,  406763),
     "vq-f2":        ((1, 2),             (),       2,  8, 3.6e-5,  533066,   2048, 0.75, 250001, 3),
     "vq-f2-n64":    ((1, 2),             (),       2,  8, 3.6e-5,  533066,     64, 0.75, 250001, 3),
     "vq-f4-n256":   ((1, 2, 4),          (),       3,  8, 3.6e-5,  533066,    256, 0.75, 250001, 3),
     "vq-f32":       ((1, 1, 2, 2, 4, 4), (16, 8), 16, 14, 6.3e-5, 1101166,  16384, 0.75, 250001, 2)}
-for base, columns, rows in ((KL, KL_COLUMNS, KL_ROWS), (VQ, VQ_COLUMNS, VQ_ROWS)):
-    AE |= {name: base | dict(zip(columns, row)) for name, row in rows.items()}
+for name, row in AE_ROWS.items():
+    AE[name] = (VQ if name.startswith("vq") else KL) | dict(zip(AE_COLUMNS, row))
 AE["vq-f4-noattn"]["attn_mid"] = False
 
 LDM = {"toy": dict(
@@ -117,29 +115,26 @@ for name, (*row, n_head) in LDM_ROWS.items():
     heads = dict(d_head=None if n_head else 32, n_head=n_head or None)
     LDM[name] = PAPER | dict(zip(LDM_COLUMNS, row)) | heads | MORE.get(name, {})
 
-def ae_config(name: str) -> AEConfig | None:
-    """The shape of a row of AE; None for "none", where pixels are diffused."""
+def ae_config(name: str) -> AEConfig:
+    """The shape of a row of AE; that of Pixels for "none", where pixels are diffused."""
     row = {k: v for k, v in AE.get(name, {}).items() if k in AEConfig.__dataclass_fields__}
-    return AEConfig(**row, side=AE[name]["size"]) if row else None
+    return AEConfig(**row, side=AE[name]["size"]) if row else Pixels.cfg
 
-def unet_config(row: dict, ae: AEConfig | None) -> UNetConfig:
+def unet_config(row: dict, ae: AEConfig) -> UNetConfig:
     """The shape of eps_theta for a row of LDM, or a training script's flags, and its stage one."""
-    c_z, f = (ae.c_z, ae.f) if ae else (3, 1)
-    task = TASKS[row["task"]]
+    task, c_z = TASKS[row["task"]], ae.c_z
     d_ctx = row["d_ctx"] if task.net and not task.beside else None
     return UNetConfig(
-        c_z + (task.beside(c_z) if task.beside else 0), c_z, row["size"] // f, row["ch"],
+        c_z + (task.beside(c_z) if task.beside else 0), c_z, row["size"] // ae.f, row["ch"],
         tuple(row["ch_mult"]), row["n_res"], tuple(row["attn_res"]), row["d_head"], row["n_head"],
         d_ctx, row["depth"], row["groups"], row["scale_shift"], row["res_updown"])
 
 def condition_encoder(row: dict, f: int) -> nn.Module | None:
     """tau of a row of LDM or a training script's flags; None where nothing is to be learned."""
-    shape = TASKS[row["task"]].shape
-    return shape and build_tau(row["task"], shape(row, f))
+    return build_tau(row["task"], TASKS[row["task"]].shape(row, f))
 
-def networks(row: dict) -> tuple[Autoencoder | None, UNet, nn.Module | None]:
+def networks(row: dict) -> tuple[Autoencoder | Pixels, UNet, nn.Module | None]:
     """Stage one, eps_theta and tau of a row, on the meta device: shapes without memory."""
     with torch.device("meta"):
-        cfg = ae_config(row["ae_preset"])
-        ae, unet = Autoencoder(cfg) if cfg else None, UNet(unet_config(row, cfg))
-        return ae, unet, condition_encoder(row, cfg.f if cfg else 1)
+        ae = build_autoencoder(vars(ae_config(row["ae_preset"])))
+        return ae, UNet(unet_config(row, ae.cfg)), condition_encoder(row, ae.cfg.f)
