@@ -78,9 +78,9 @@ def load_official(args, device: torch.device) -> Model:
             raise BadInput(f"--scale {args.scale:g}: {m.preset} has learned no null condition to "
                            "guide away from; use --scale 1")
         args.scale = 1.0
-    wide = torch.float32 if device.type == "cpu" or args.dtype == "fp32" else None
+    wide = device.type == "cpu" or args.dtype == "fp32"         # a CPU is slow in fp16
     for net in filter(None, (m.ae, m.unet, m.tau)):
-        net.to(device, wide)                                    # a CPU is slow in fp16
+        net.to(device, torch.float32 if wide else None)
     print(f"{args.official}: {m.preset}")
     return Model(m.ae, m.unet, m.tau, tokenizer, m.abar.to(device), "eps", row["task"], (), row)
 

@@ -81,7 +81,8 @@ def semantic_y(batch: dict, tau: SpatialRescaler, tokenizer) -> torch.Tensor:
     """Label maps -> (B, H, W) int32. Raises BadInput for a label that the model has not."""
     y, n = torch.stack(batch["segmentation"]), tau.conv.in_channels
     if y.max() >= n or y.min() < -1:
-        raise BadInput(f"label maps: labels {y.min()}..{y.max()}, but the model's are 0..{n - 1}")
+        raise BadInput(f"label maps: there are labels {y.min()}..{y.max()}, but the model's are "
+                       f"0..{n - 1}")
     return y.to(torch.int32)
 
 def inpaint_y(batch: dict, tau, tokenizer) -> torch.Tensor:
