@@ -39,9 +39,8 @@ def unpickle(path: str | Path, where: str, mmap: bool, allowed=()) -> object:
         raise BadInput(f"{where}: {e.strerror or e}") from e
     except pickle.UnpicklingError as e:
         asked = re.search(r"GLOBAL (\S+)", str(e))
-        raise BadInput(f"{where}: refused, it asks for {asked[1]}, which could run code" if asked
-                       else f"{where}: refused: not a checkpoint, or more than tensors and plain "
-                            "values, which could run code when loaded") from e
+        what = f"it asks for {asked[1]}" if asked else "no checkpoint, or more than plain values"
+        raise BadInput(f"{where}: refused: {what}, which could run code when loaded") from e
     except Exception as e:
         raise BadInput(f"{where}: truncated, or not a checkpoint ({type(e).__name__})") from e
 
@@ -71,11 +70,7 @@ def half(tree: dict) -> dict:
 
 class Inert(dict):
     """Stands for what a trainer left in a file beside the weights: it holds and does nothing."""
-    def __init__(self, *_):
-        super().__init__()
-
-    def __setstate__(self, _):
-        pass
+    __init__ = __setstate__ = lambda self, *_: None
 
 ALLOWED = [(Inert, name) for name in (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
@@ -105,30 +100,25 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
     Nothing is believed: n and all offsets must lie within the file, and extents fit the shapes.
     Raises BadInput."""
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        if size < 8 or n > min(size - 8, 100_000_000):
-            raise BadInput(f"{path}: truncated, or its header lies about its length ({n:,} bytes)")
-        try:
+    size, out = path.stat().st_size, {}
+    try:
+        with open(path, "rb") as f:
+            n = int.from_bytes(f.read(8), "little")
+            if n > min(size - 8, 100_000_000):
+                raise ValueError(f"it says that it has {n:,} bytes")
             header = json.loads(f.read(n))
-            header.pop("__metadata__", None)
-        except (ValueError, TypeError, RecursionError, AttributeError) as e:
-            raise BadInput(f"{path}: its header is no JSON object") from e
-    data, out = torch.from_file(str(path), size=size, dtype=torch.uint8), {}
-    for name, entry in header.items():
-        try:
+        header.pop("__metadata__", None)
+        data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + n:]
+        for name, entry in header.items():
             dtype, shape, (a, b) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            fits = (all(type(v) is int and v >= 0 for v in (a, b, *shape)) and b <= size - 8 - n
-                    and math.prod(shape) * dtype.itemsize == b - a)
-        except (KeyError, TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise BadInput(f"{path}: the header's entry of {name[:100]!r} is wrong, or the file is "
-                           "truncated")
-        raw = data[8 + n + a:8 + n + b]
-        aligned = (8 + n + a) % dtype.itemsize == 0
-        out[name] = (raw if aligned else raw.clone()).view(dtype).reshape(shape)
+            if not (all(type(v) is int and v >= 0 for v in (a, b, *shape)) and b <= len(data)
+                    and math.prod(shape) * dtype.itemsize == b - a):
+                raise ValueError(f"{name[:99]!r} does not fit")
+            raw = data[a:b]
+            aligned = raw.storage_offset() % dtype.itemsize == 0
+            out[name] = (raw if aligned else raw.clone()).view(dtype).reshape(shape)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise BadInput(f"{path}: truncated, or its header is wrong: {str(e)[:120]}") from e
     return out
 
 def write_state(state: dict[str, torch.Tensor], path: Path) -> None:

@@ -49,21 +49,17 @@ class TextTransformer(nn.Module):
     The paper's is x-transformers' encoder, with 8 heads of 64 whatever D is; M at most n_token.
 
     Tokens and positions begin at one size. Were positions drawn at 0.02 beside unit-size tokens,
-    the first LayerNorm would all but hide them: a toy run then mixed up "left of" and "right of".
-    """
+    the first LayerNorm would all but hide them: a toy run mixed up "left of" and "right of"."""
     def __init__(self, cfg: TextConfig):
         super().__init__()
         self.cfg = cfg
-        self.token = nn.Embedding(cfg.n_vocab, cfg.d)
-        self.position = nn.Embedding(cfg.n_token, cfg.d)
-        self.blocks = nn.ModuleList(TextBlock(cfg) for _ in range(cfg.depth))
+        self.token, self.position = (nn.Embedding(n, cfg.d) for n in (cfg.n_vocab, cfg.n_token))
+        self.blocks = nn.Sequential(*(TextBlock(cfg) for _ in range(cfg.depth)))
         self.norm = nn.LayerNorm(cfg.d)
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         h = self.token(y) + self.position.weight[:y.shape[1]]                   # (B, M, D)
-        for block in self.blocks:
-            h = block(h)
-        return self.norm(h)
+        return self.norm(self.blocks(h))
 
 class ClassEmbedder(nn.Module):
     """labels (B,) in 0..n_classes-1 -> ctx (B, 1, D), a single token.
@@ -84,8 +80,7 @@ class SpatialRescaler(nn.Module):
     Bilinear halving n times (on even sides the mean of 2 x 2 each time), then a 1x1 conv."""
     def __init__(self, c_in: int, c_out: int, n: int):
         super().__init__()
-        self.n = n
-        self.conv = nn.Conv2d(c_in, c_out, 1, bias=False)
+        self.n, self.conv = n, nn.Conv2d(c_in, c_out, 1, bias=False)
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         if y.ndim == 3:

@@ -68,20 +68,19 @@ def load_official(args, device: torch.device) -> Model:
     """The model in a released file. Raises BadInput."""
     m = official.load_model(args.official, args.preset, args.ema)
     row = dict(presets.LDM[m.preset])
-    if row["task"] == "text" and not args.vocab:
-        raise BadInput(f"--vocab: {m.preset} needs its tokenizer's vocabulary, CLIP's or BERT's")
+    tokenizer = None
+    if row["task"] == "text":
+        if not args.vocab:
+            raise BadInput(f"--vocab: {m.preset} needs a tokenizer's vocabulary, CLIP's or BERT's")
+        tokenizer = open_vocab(args.vocab, m.tau.cfg.n_vocab, m.tau.cfg.n_token)
     if row["p_drop"] == 0:
         if m.tau and args.scale not in (None, 1):
             raise BadInput(f"--scale {args.scale:g}: {m.preset} has learned no null condition to "
                            "guide away from; use --scale 1")
         args.scale = 1.0
-    tokenizer = None
-    if row["task"] == "text":
-        tokenizer = open_vocab(args.vocab, m.tau.cfg.n_vocab, m.tau.cfg.n_token)
+    wide = device.type == "cpu" or args.dtype == "fp32"         # a CPU is slow in fp16
     for net in filter(None, (m.ae, m.unet, m.tau)):
-        net.to(device)
-        if device.type == "cpu" or args.dtype == "fp32":        # a CPU is slow in fp16
-            net.float()
+        net.to(device, torch.float32 if wide else None)
     print(f"{args.official}: {m.preset}")
     return Model(m.ae, m.unet, m.tau, tokenizer, m.abar.to(device), "eps", row["task"], (), row)
 
@@ -127,7 +126,6 @@ def draw(m: Model, items: list[dict], args, first: int = 0, tick: Callable = lam
 
     def fields(name):
         return torch.stack([item[name] for item in items]).to(device)
-
     s = task.s if args.scale is None else args.scale
     eps = wrap(guided(as_eps_theta(net, m.abar, m.predict), ctx_null, 1 if ctx is None else s))
     z, randn = draw_noise(len(items), args, first, (m.ae.cfg.c_z, H // f, W // f), device)
@@ -136,7 +134,6 @@ def draw(m: Model, items: list[dict], args, first: int = 0, tick: Callable = lam
     def sampler(z_t, ts):
         more = {"eta": args.eta} if args.sampler == "ddim" else {}
         return SAMPLERS[args.sampler](eps, z_t, ctx, m.abar, ts, randn, **more)
-
     if args.init:
         z = q_sample(m.ae.encode(fields("init")).mean, samplers.each(ts[0], z), z, m.abar)
     if "mask" in items[0]:
@@ -151,5 +148,5 @@ def draw(m: Model, items: list[dict], args, first: int = 0, tick: Callable = lam
 
 def defaults(**flags) -> Namespace:
     """What draw() asks of sample.py's flags."""
-    return Namespace(**{"steps": 25, "timesteps": "even", "sampler": "ddim", "eta": 0.0, "seed": 0,
-                        "scale": None, "init": None, "strength": 1.0, "to_seed": None} | flags)
+    return Namespace(**dict(steps=25, timesteps="even", sampler="ddim", eta=0.0, seed=0, scale=None,
+                            init=None, strength=1.0, to_seed=None) | flags)

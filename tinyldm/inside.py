@@ -22,26 +22,21 @@ def attention_maps(unet: torch.nn.Module, n: int, h: int, w: int, calls: set[int
     """Yields a list that fills with one tensor (n, M, h, w) a layer and call of unet in `calls`
     (numbered from 0; None: all): cross-attention, the mean over heads, resized to the latent grid.
     n: the last n of the batch, which under guidance are those with the condition."""
-    maps, seen = [], [-1]
-
-    def count(module, args):
-        seen[0] += 1
+    maps, seen = [], []
 
     def look(attn, args, output):
-        if calls is None or seen[0] in calls:
+        if calls is None or len(seen) - 1 in calls:
             q, k = (v[-n:].unflatten(2, (attn.n_head, -1)).transpose(1, 2)
                     for v in (attn.to_q(args[0]), attn.to_k(args[1])))
             a = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1).mT          # (n, M, N)
             rows = round((a.shape[2] * h / w) ** 0.5)
             maps.append(F.interpolate(a.unflatten(2, (rows, -1)).float(), (h, w), mode="bilinear"))
-    hooks = [unet.register_forward_pre_hook(count)]
-    hooks += [m.cross_attn.register_forward_hook(look) for m in unet.modules()
-              if isinstance(m, TransformerBlock)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(unet.register_forward_pre_hook(lambda *_: seen.append(1)))
+        for m in unet.modules():
+            if isinstance(m, TransformerBlock):
+                hooks.enter_context(m.cross_attn.register_forward_hook(look))
         yield maps
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 def record(eps_theta: Callable, abar: torch.Tensor, kept: list) -> Callable:
     """eps_theta, which also appends the predicted z_0 of each call to `kept`."""
@@ -55,24 +50,23 @@ def save_attention(images: torch.Tensor, maps: torch.Tensor, encodings: list, pa
     """A row a picture: the picture, then one tile a word, bright where it was looked at most.
 
     maps (n, M, h, w); encodings: the tokenizer's, of each prompt; pieces of a word are averaged."""
-    side, head = 128, 16
-    words = []
+    side, head, words = 128, 16, []
     for e in encodings:
-        ids = dict.fromkeys(i for i in e.word_ids[:maps.shape[1]] if i is not None)
-        words.append([[j for j, k in enumerate(e.word_ids[:maps.shape[1]]) if k == i] for i in ids])
-    sheet = Image.new("RGB", ((1 + max(map(len, words))) * side, len(images) * (side + head)),
-                      "white")
+        ids = e.word_ids[:maps.shape[1]]
+        words.append([[j for j, k in enumerate(ids) if k == i] for i in sorted({*ids} - {None})])
+    width, height = (1 + max(map(len, words))) * side, len(images) * (side + head)
+    sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     for row, (x, a, e, of_row) in enumerate(zip(images, maps, encodings, words)):
-        picture = to_image(x).resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(picture, (0, row * (side + head) + head))
+        picture, y = to_image(x).resize((side, side), Image.Resampling.NEAREST), row * (side + head)
+        sheet.paste(picture, (0, y + head))
         for column, pieces in enumerate(of_row, 1):
             m = a[pieces].mean(0)
             m = (m - m.min()) / (m.max() - m.min() + 1e-8)
             light = Image.fromarray((255 * (.15 + .85 * m)).byte().cpu().numpy())
             tile = Image.composite(picture, Image.new("RGB", picture.size, "black"),
                                    light.resize((side, side), Image.Resampling.BICUBIC))
-            sheet.paste(tile, (column * side, row * (side + head) + head))
+            sheet.paste(tile, (column * side, y + head))
             word = "".join(e.tokens[j].removeprefix("##").removesuffix("</w>") for j in pieces)
-            pen.text((column * side + 4, row * (side + head) + 2), word, "black")
+            pen.text((column * side + 4, y + 2), word, "black")
     sheet.save(path)

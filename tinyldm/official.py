@@ -6,8 +6,7 @@ Paper:   the released model zoo; the names are those of its code's modules.
 Symbols: state is an official state dict {key: tensor}; prefix what its keys begin with in a file.
 Reads:   autoencoder.py, unet.py, conditioning.py, patchgan.py, presets.py, checkpoint.py
 
-Our modules take the file's own tensors, mapped into memory and in the file's precision; only q, k
-and v are copied, where they have to be joined or reordered."""
+Our modules take the file's own tensors, mapped into memory; q, k and v alone may be copied."""
 import argparse
 import re
 import warnings
@@ -21,7 +20,7 @@ from torch import nn
 from tinyldm import BadInput, presets
 from tinyldm import training as tr
 from tinyldm.attention import SelfAttention2d
-from tinyldm.autoencoder import Autoencoder, Decoder, build_autoencoder
+from tinyldm.autoencoder import Autoencoder, Decoder, Pixels, build_autoencoder
 from tinyldm.checkpoint import load_checkpoint, read_state, write_state
 from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextTransformer
 from tinyldm.diffusion import SCHEDULES, cumulative
@@ -42,9 +41,8 @@ UNET_RULES = [
     (r"(_blocks?\.[\d.]+)norm1", r"\1in_layers.0"), (r"conv1", "in_layers.2"),  # ResBlock
     (r"(_blocks?\.[\d.]+)norm2", r"\1out_layers.0"), (r"conv2", "out_layers.3"),
     (r"\.emb\.", ".emb_layers.1."), (r"\.skip\.", ".skip_connection."),
-    (r"\.blocks\.", ".transformer_blocks."),                                    # TransformerBlock
-    (r"self_attn", "attn1"), (r"cross_attn", "attn2"), (r"to_out", "to_out.0"),
-    (r"mlp\.proj", "ff.net.0.proj"), (r"mlp\.out", "ff.net.2")]
+    (r"\.blocks\.", ".transformer_blocks."), (r"self_attn", "attn1"), (r"cross_attn", "attn2"),
+    (r"to_out", "to_out.0"), (r"mlp\.proj", "ff.net.0.proj"), (r"mlp\.out", "ff.net.2")]
 AE_RULES = [(r"\.skip\.", ".nin_shortcut."), (r"^codebook\.codes", "quantize.embedding.weight")]
 TEXT_RULES = [                                                                  # x-transformers
     (r"^token\.", "token_emb."), (r"^position\.", "pos_emb.emb."),
@@ -70,21 +68,16 @@ class Source(NamedTuple):
 
 def places(ae: Autoencoder, net: nn.Module) -> list[str]:
     """The official names of E's or D's layers; up.0 is D's finest level, though it runs last."""
-    way, step = ("up", -1) if isinstance(net, Decoder) else ("down", 1)
-    level, block, names = len(ae.cfg.ch_mult) - 1 if way == "up" else 0, 0, []
+    up, names, block = isinstance(net, Decoder), [], -1
+    way, level = ("up", len(ae.cfg.ch_mult) - 1) if up else ("down", 0)
     mid = ["mid.block_1", *["mid.attn_1"] * ae.cfg.attn_mid, "mid.block_2"]
-    body = net.layers[1:-3]
-    for layer in body[len(mid):] if way == "up" else body[:-len(mid)]:
-        if isinstance(layer, ResBlock):
-            names.append(f"{way}.{level}.block.{block}")
-            block += 1
-        elif isinstance(layer, SelfAttention2d):
-            names.append(f"{way}.{level}.attn.{block - 1}")
-        else:
-            names.append(f"{way}.{level}.{way}sample")
-            level, block = level + step, 0
-    names = mid + names if way == "up" else names + mid
-    return ["conv_in", *names, "norm_out", "", "conv_out"]
+    for layer in net.layers[1 + len(mid):-3] if up else net.layers[1:-3 - len(mid)]:
+        kind = {ResBlock: "block", SelfAttention2d: "attn"}.get(type(layer))
+        block += kind == "block"
+        names.append(f"{way}.{level}." + (f"{kind}.{block}" if kind else f"{way}sample"))
+        if not kind:
+            level, block = level + (-1 if up else 1), -1
+    return ["conv_in", *(mid + names if up else names + mid), "norm_out", "", "conv_out"]
 
 def rules_of(net: nn.Module) -> list[tuple[str, str | Callable]]:
     """The renaming rules of a network."""
@@ -93,7 +86,7 @@ def rules_of(net: nn.Module) -> list[tuple[str, str | Callable]]:
         return [(r"^(\w+)\.layers\.(\d+)", lambda m: f"{m[1]}.{where[m[1]][int(m[2])]}"), *AE_RULES]
     if isinstance(net, TextTransformer):
         return CLIP_RULES if net.cfg.clip else TEXT_RULES
-    return {UNet: UNET_RULES, Discriminator: [("^layers", "main")], ClassEmbedder: [],
+    return {UNet: UNET_RULES, Discriminator: [("^layers", "main")], ClassEmbedder: [], Pixels: [],
             SpatialRescaler: [("^conv", "channel_mapper")]}[type(net)]
 
 def table(net: nn.Module) -> dict[str, Source]:
@@ -101,18 +94,17 @@ def table(net: nn.Module) -> dict[str, Source]:
     rules, out = rules_of(net), {}
     attn = {name: m for name, m in net.named_modules() if isinstance(m, SelfAttention2d)}
     for key, p in net.state_dict().items():
-        if key == "z_std":
-            continue
-        name, shape, n_head = key, tuple(p.shape), 1
+        name, shape = key, tuple(p.shape)
         for pattern, to in rules:
             name = re.sub(pattern, to, name)
-        names, block = (name,), attn.get(key.rsplit(".", 2)[0])
-        if block and isinstance(net, UNet):
-            shape, n_head = shape[:3], block.n_head if ".qkv." in key else 1    # 1d convs
-        elif block and ".qkv." in key:
+        block, qkv = attn.get(key.rsplit(".", 2)[0]), ".qkv." in key
+        if block and isinstance(net, UNet):                                     # 1d convs
+            out[key] = Source((name,), shape[:3], block.n_head if qkv else 1)
+        elif block and qkv:
             names = tuple(name.replace("qkv", c) for c in "qkv")
-            shape = (shape[0] // 3, *shape[1:])
-        out[key] = Source(names, shape, n_head)
+            out[key] = Source(names, (shape[0] // 3, *shape[1:]))
+        elif key != "z_std":
+            out[key] = Source((name,), shape)
     return out
 
 # ---- from their tensors to ours, and back
@@ -131,21 +123,18 @@ def load_into(net: nn.Module, state: dict, prefix: str = "") -> nn.Module:
     for k in state:
         if k.startswith(prefix) and k not in known and not PASSENGERS.fullmatch(k):
             raise BadInput(f"{k} is unexpected: this is another model")
-    ours = {}
-    for key, p in net.state_dict().items():
-        if key in sources:
-            keys, _, n_head = sources[key]
-            parts = [state[prefix + k] for k in keys]
-            t = torch.cat(parts) if parts[1:] else parts[0]
-            if n_head > 1:
-                t = t.unflatten(0, (n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
-            ours[key] = t.reshape(p.shape)
-    net.load_state_dict(ours, strict=False, assign=True)
+    own = net.state_dict()
+    for key, (keys, _, n_head) in sources.items():
+        t = torch.cat([state[prefix + k] for k in keys]) if keys[1:] else state[prefix + keys[0]]
+        if n_head > 1:
+            t = t.unflatten(0, (n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
+        own[key] = t.reshape(own[key].shape)
+    net.load_state_dict(own, assign=True)
     return net
 
-def official_state(net: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The inverse of load_into."""
-    out, state = {}, net.state_dict()
+def official_state(net: nn.Module, prefix: str = "", state: dict | None = None) -> dict:
+    """The inverse of load_into: net's tensors, or those of a state dict of ours that fits it."""
+    out, state = {}, state or net.state_dict()
     for key, (keys, shape, n_head) in table(net).items():
         t = state[key]
         if n_head > 1:
@@ -165,30 +154,25 @@ class Loaded(NamedTuple):
 
 def detect(state: dict) -> str:
     """The first row of presets.LDM whose networks have the shapes of state. Raises BadInput."""
-    first = state.get(UNET + "input_blocks.0.0.weight")
-    if first is None:
-        raise BadInput("this is no latent diffusion model: it has no " + UNET + "* tensors")
+    ch = len(state.get(UNET + "input_blocks.0.0.weight", ()))
     for name, row in presets.LDM.items():
-        if name == "toy" or row["ae_preset"] == "none" or first.shape[0] != row["ch"]:
+        if name == "toy" or row["ae_preset"] == "none" or ch != row["ch"]:
             continue
         nets = zip(presets.networks(row), (AE, UNET, TAU))
         want = {prefix + k: s.shape for net, prefix in nets if net
                 for s in table(net).values() for k in s.keys}
-        have = {k: tuple(state[k].shape) for k in state if k.startswith(UNET) or k in want}
-        if have == want:
+        if want == {k: tuple(v.shape) for k, v in state.items() if k in want or k.startswith(UNET)}:
             return name
-    raise BadInput("no preset has these tensors; --preset NAME says what differs from a row")
+    raise BadInput("no preset has these tensors; --preset NAME says what differs from a row" if ch
+                   else f"this is no latent diffusion model: it has no {UNET}* tensors")
 
 def averaged(state: dict, unet: UNet) -> dict:
     """state with the EMA's weights in place of the U-Net's raw ones, where it has any.
 
-    NB: the names of the released EMA are those of the U-Net without dots. Only the U-Net has one.
-    """
+    NB: the names of the released EMA are those of the U-Net without dots. No other net has one."""
     names = {EMA + k.replace(".", ""): UNET + k for s in table(unet).values() for k in s.keys}
     found = {k for k in state if k.startswith("model_ema.") and not PASSENGERS.fullmatch(k)}
-    if not found:
-        return state
-    if found != names.keys():
+    if found and found != names.keys():
         odd = min(found ^ names.keys())
         raise BadInput(f"{odd} is {'unexpected' if odd in found else 'missing'} among the EMA's")
     return state | {names[k]: state[k] for k in found}
@@ -196,29 +180,25 @@ def averaged(state: dict, unet: UNet) -> dict:
 def load_model(path: Path, preset: str | None = None, ema: bool = True) -> Loaded:
     """The model in a released .ckpt or .safetensors; preset: which, else it is found out.
 
-    Every tensor of the file is used or a known passenger, and every one of ours is filled; else
-    BadInput names it."""
+    Raises BadInput naming a tensor of the file that is unknown, or one of ours that it lacks."""
     state = read_state(path)
     try:
         preset = preset or detect(state)
         row = presets.LDM[preset]
-        ae, unet, tau = presets.networks(row)
+        ae, unet, tau = nets = presets.networks(row)
+        # inpaint256's condition encoder is stage one, whose weights its file has twice
+        known = (UNET, AE, "model_ema.", *[TAU] * bool(tau or row["task"] == "inpaint"))
         for k in state:
-            known = k.startswith((UNET, AE, "model_ema.")) or PASSENGERS.fullmatch(k)
-            # inpaint256's condition encoder is stage one, whose weights its file has twice
-            if not known and not (k.startswith(TAU) and (tau or row["task"] == "inpaint")):
+            if not k.startswith(known) and not PASSENGERS.fullmatch(k):
                 raise BadInput(f"{k} is unexpected: this is another model")
-        load_into(unet, averaged(state, unet) if ema else state, UNET)
-        load_into(ae, state, AE)
-        if tau:
-            load_into(tau, state, TAU)
+        weights = averaged(state, unet) if ema else state
+        for net, prefix in zip(nets, (AE, UNET, TAU)):
+            if net:
+                load_into(net, weights, prefix).eval().requires_grad_(False)
     except BadInput as e:
         raise BadInput(f"{path}: {e}") from e
     z_std = 1 / state["scale_factor"].float() if "scale_factor" in state else row["z_std"] or 1.0
     ae.z_std = torch.as_tensor(z_std, dtype=torch.float32).reshape(())
-    for net in (ae, unet, tau):
-        if net:
-            net.eval().requires_grad_(False)
     abar = cumulative(SCHEDULES[row["schedule"]](1000, *row["beta_range"]))
     return Loaded(preset, ae, unet, tau, abar)
 
@@ -232,23 +212,19 @@ def export(path: Path, out: Path) -> None:
         raise BadInput(f"--export {path}: the official layout has no diffusion of pixels")
     ae = build_autoencoder(config["autoencoder"])
     if "unet" not in config:                            # stage one alone
-        ae.load_state_dict(ckpt["nets"]["ae"])
-        return write_state(official_state(ae), out)
-    nets = ckpt.get("nets", ckpt["ema"])
-    unet, mean = UNet(UNetConfig(**config["unet"])), UNet(UNetConfig(**config["unet"]))
+        return write_state(official_state(ae, "", ckpt["nets"]["ae"]), out)
+    unet, mean = UNet(UNetConfig(**config["unet"])), ckpt["ema"]
     tau = build_tau(config.get("task", {"name": "text"})["name"], config["tau"])
-    for net, state in ((ae, ckpt["ae"]), (unet, nets["unet"]), (mean, ckpt["ema"]["unet"]),
-                       (tau, ckpt["ema"].get("tau"))):
-        if net:
-            net.load_state_dict(state, assign=True)
-    if unet.cfg.groups != 32 or config["schedule"]["predict"] != "eps":
-        warnings.warn(f"the official code has 32 groups and predicts eps; this model has "
-                      f"{unet.cfg.groups} and predicts {config['schedule']['predict']}",
-                      stacklevel=2)
-    averages = {EMA + k.replace(".", ""): v for k, v in official_state(mean).items()}
-    of_tau = official_state(tau, TAU) if tau else {}
-    write_state(official_state(unet, UNET) | official_state(ae, AE) | of_tau | averages
-                | {"scale_factor": 1 / ae.z_std.float()}, out)
+    groups, predict = unet.cfg.groups, config["schedule"]["predict"]
+    if groups != 32 or predict != "eps":
+        warnings.warn("the official code has 32 groups and predicts eps; this model has "
+                      f"{groups} and predicts {predict}", stacklevel=2)
+    averages = official_state(unet, "", mean["unet"])
+    write_state(official_state(unet, UNET, ckpt.get("nets", mean)["unet"])
+                | official_state(ae, AE, ckpt["ae"])
+                | (official_state(tau, TAU, mean["tau"]) if tau else {})
+                | {EMA + k.replace(".", ""): v for k, v in averages.items()}
+                | {"scale_factor": 1 / ckpt["ae"]["z_std"].float()}, out)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)

@@ -65,8 +65,7 @@ def layout_y(batch: dict, tau: TextTransformer, tokenizer) -> torch.Tensor:
 
     Three tokens a box: its class, and its corners as places of a grid, numbered row by row; the
     last token of the vocabulary stands for none (paper's code: taming's objects_bbox.py).
-    NB: there, too, classes and places share their numbers; where a token stands tells which it is.
-    """
+    NB: there, too, classes and places share their numbers; where a token stands tells which."""
     none, M = tau.cfg.n_vocab - 1, tau.cfg.n_token
     side = math.isqrt(none)
     y = torch.full((len(batch["boxes"]), M), none)
@@ -111,7 +110,7 @@ class Task(NamedTuple):
     null: dict                      # the batch whose y, stretched, is the null condition
     ctx: Callable = lambda y, tau, ae: tau(y)
     net: Callable | None = None     # tau(**shape); None: nothing to learn
-    shape: Callable | None = None   # (row of flags, f) -> what shapes tau
+    shape: Callable = lambda row, f: {}     # (row of flags, f) -> what shapes tau
     fit: Callable | None = None     # (flags, *sets) -> tokenizer or None; fills in flags
     beside: Callable | None = None  # c_z -> channels that lie beside z_t
     s: float = 1.0                  # guidance scale to sample with, unless a flag says otherwise
@@ -127,10 +126,9 @@ BLANK, ALL = torch.zeros(3, 1, 1), torch.ones(1, 1, 1)
 TASKS = {
     "uncond": Task((), lambda batch, *_: torch.zeros(len(batch["image"])), {"image": [None]},
                  lambda *_: None),
-    "class": Task(
-        ("label",), class_y, {"label": [None]}, net=ClassEmbedder, fit=fit_class, s=2.0,
-        shape=lambda row, f: dict(n_classes=row["n_classes"], d=row["d_ctx"]),
-        takes=("prompt", "prompts", "label")),
+    "class": Task(("label",), class_y, {"label": [None]}, net=ClassEmbedder, fit=fit_class, s=2.0,
+                  shape=lambda row, f: dict(n_classes=row["n_classes"], d=row["d_ctx"]),
+                  takes=("prompt", "prompts", "label")),
     "text": Task(("caption",), text_y, {"caption": [""]}, fit=fit_text, **TEXT,
                  takes=("prompt", "prompts")),
     "layout": Task(("boxes",), layout_y, {"boxes": [torch.zeros(0, 5)]}, fit=fit_layout, **TEXT,

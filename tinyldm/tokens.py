@@ -14,21 +14,22 @@ from tinyldm import BadInput
 PAD, UNK = "[PAD]", "[UNK]"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"           # CLIP's
 
+def word_piece(pieces: dict[str, int]) -> Tokenizer:
+    """BERT's kind, of lower case: each word is cut into the longest pieces that there are."""
+    t = Tokenizer(models.WordPiece(pieces, unk_token=UNK))
+    t.normalizer, t.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    return t
+
 def train_tokenizer(captions: list[str], vocab_size: int = 8192) -> Tokenizer:
     """Learn at most vocab_size pieces from the captions, lower-cased; keep those that they use.
 
     Dropping the unused pieces makes every word that training cannot teach an [UNK], which `encode`
     reports, where letters would spell it silently with embeddings that stay random."""
-    def blank(vocab):
-        t = Tokenizer(models.WordPiece(vocab, unk_token=UNK))
-        t.normalizer = normalizers.BertNormalizer()
-        t.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        return t
-    full = blank({UNK: 0})
+    full = word_piece({UNK: 0})
     full.train_from_iterator(captions, trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=[PAD, UNK], show_progress=False))
     used = {piece for e in full.encode_batch(captions) for piece in e.tokens} - {PAD, UNK}
-    return blank({piece: i for i, piece in enumerate([PAD, UNK, *sorted(used)])})
+    return word_piece({piece: i for i, piece in enumerate([PAD, UNK, *sorted(used)])})
 
 def encode(tokenizer: Tokenizer, captions: list[str], M: int) -> torch.Tensor:
     """ids (n, M), padded with 0. Warns of words cut off at M tokens and of unknown words."""
@@ -41,27 +42,18 @@ def encode(tokenizer: Tokenizer, captions: list[str], M: int) -> torch.Tensor:
         elif e.overflowing:                                         # of open_vocab's tokenizers
             cut[text[min(a for a, b in e.overflowing[0].offsets if b):]] = None
         unknown |= {text[a:b]: None for (a, b), piece in zip(e.offsets, e.tokens) if piece == UNK}
-    if cut:
-        warnings.warn(f"prompts are limited to {M} tokens, so these words are ignored: "
-                      + brief(cut), stacklevel=2)
-    if unknown:
-        warnings.warn("words that no training caption has are read as [UNK]: " + brief(unknown),
-                      stacklevel=2)
+    for words, say in ((cut, f"prompts are limited to {M} tokens, so these words are ignored: "),
+                       (unknown, "words that no training caption has are read as [UNK]: ")):
+        if words:
+            more = f" and {len(words) - 8} more" if len(words) > 8 else ""
+            warnings.warn(say + ", ".join(map(repr, [*words][:8])) + more, stacklevel=2)
     return rows
-
-def brief(words) -> str:
-    """At most eight quoted words, and how many more there are."""
-    words = list(words)
-    more = f" and {len(words) - 8} more" if len(words) > 8 else ""
-    return ", ".join(map(repr, words[:8])) + more
 
 def bert(vocab: Path) -> Tokenizer:
     """bert-base-uncased's: a piece a line; [CLS] words [SEP]."""
     pieces = {line: i for i, line in enumerate(vocab.read_text("utf8").splitlines())}
-    t = Tokenizer(models.WordPiece(pieces, unk_token=UNK))
-    t.normalizer, t.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    t.post_processor = processors.BertProcessing(("[SEP]", pieces["[SEP]"]),
-                                                 ("[CLS]", pieces["[CLS]"]))
+    t = word_piece(pieces)
+    t.post_processor = processors.BertProcessing(*((s, pieces[s]) for s in ("[SEP]", "[CLS]")))
     return t
 
 def clip(folder: Path) -> Tokenizer:
@@ -74,8 +66,7 @@ def clip(folder: Path) -> Tokenizer:
     t.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(words), "removed", invert=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    t.post_processor = processors.BertProcessing((EOS, t.token_to_id(EOS)),
-                                                 (BOS, t.token_to_id(BOS)))
+    t.post_processor = processors.BertProcessing(*((s, t.token_to_id(s)) for s in (EOS, BOS)))
     return t
 
 def open_vocab(path: Path, n_vocab: int, M: int) -> Tokenizer:
