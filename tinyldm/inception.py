@@ -1,14 +1,15 @@
 """The network in whose features the literature measures FID, and by whose classes it computes IS.
 
-Paper:   App. E.3.1 (torch-fidelity). FID: Heusel et al. 2017. The net: Szegedy et al. 2016, Tab. 1.
+Paper:   App. E.3 (torch-fidelity). FID: Heusel et al. 2017. The net: Szegedy et al. 2016, Tab. 1.
 Shapes:  x (B, 3, H, W) in [-1, 1] -> features (B, 2048), probabilities (B, 1008).
 Reads:   nothing of ours.
 
 NB: a figure is comparable only if every step is that of the TensorFlow graph of 2015-12-05: pixels
-of 8 bits, TensorFlow 1's resize to 299 x 299, average pools that leave their padding out, a max
-pool in the last block, 1008 classes. torchvision's inception_v3 differs in all of these, and
-pytorch-fid in the resize; torch-fidelity does as the graph did, and so do we."""
+of 8 bits, TensorFlow 1's resize to 299 x 299, (v - 128) / 128, average pools that leave their
+padding out, a max pool in the last block, 1008 classes. torchvision's inception_v3 differs in all
+of these, pytorch-fid in the resize and the scale; torch-fidelity follows the graph, as we do."""
 import re
+import warnings
 from collections import OrderedDict
 
 import torch
@@ -28,7 +29,6 @@ def conv(c_in: int, width: int, kernel, stride: int = 1, padding="same") -> nn.S
 
 class Block(nn.ModuleDict):
     """rows: name -> a pool, or conv's arguments. (B, C, H, W) -> all branches, side by side.
-
     A name with _2 .. _5 or _pool goes on from the row before, b from where a did; others from x."""
     def __init__(self, rows: dict):
         super().__init__({f"branch{name}": conv(*row) if isinstance(row, tuple) else row
@@ -46,16 +46,16 @@ def a(c, w):
         "1x1": (c, 64, 1), "5x5_1": (c, 48, 1), "5x5_2": (48, 64, 5), "3x3dbl_1": (c, 64, 1),
         "3x3dbl_2": (64, 96, 3), "3x3dbl_3": (96, 96, 3), "pool": MEAN, "_pool": (c, w, 1)})
 
-def c(w, row=(1, 7), column=(7, 1)):
+def c(w, row=(1, 7), col=(7, 1)):
     return Block({
-        "1x1": (768, 192, 1), "7x7_1": (768, w, 1), "7x7_2": (w, w, row), "7x7_3": (w, 192, column),
-        "7x7dbl_1": (768, w, 1), "7x7dbl_2": (w, w, column), "7x7dbl_3": (w, w, row),
-        "7x7dbl_4": (w, w, column), "7x7dbl_5": (w, 192, row), "pool": MEAN, "_pool": (768, 192, 1)})
+        "1x1": (768, 192, 1), "7x7_1": (768, w, 1), "7x7_2": (w, w, row), "7x7_3": (w, 192, col),
+        "7x7dbl_1": (768, w, 1), "7x7dbl_2": (w, w, col), "7x7dbl_3": (w, w, row),
+        "7x7dbl_4": (w, w, col), "7x7dbl_5": (w, 192, row), "pool": MEAN, "_pool": (768, 192, 1)})
 
 def e(c, pool, fork=((384, 384, (1, 3)), (384, 384, (3, 1)))):
     return Block({
         "1x1": (c, 320, 1), "3x3_1": (c, 384, 1), "3x3_2a": fork[0], "3x3_2b": fork[1],
-        "3x3dbl_1": (c, 448, 1), "3x3dbl_2": (448, 384, 3), "3x3dbl_3a": fork[0],
+        "3x3dbl_1": (c, 448, 1), "3x3dbl_2": (448, 384, 3, 1, "same"), "3x3dbl_3a": fork[0],
         "3x3dbl_3b": fork[1], "pool": pool, "_pool": (c, 192, 1)})
 
 def tf_resize(x: torch.Tensor, n: int) -> torch.Tensor:
@@ -88,7 +88,7 @@ class Inception(nn.Sequential):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, 3, H, W) in [-1, 1] -> the last block's mean over places (B, 2048), and softmax of
         the logits (B, 1008). NB: without fc's bias, as torch-fidelity and Salimans et al.'s IS."""
-        h = ((x.float() + 1) * 127.5).round().clamp(0, 255)             # the pixels of a png
+        h = ((x + 1) * 127.5).round().clamp(0, 255)             # the pixels of a png
         h = (tf_resize(tf_resize(h, 299).mT, 299).mT - 128) / 128
         *layers, fc = self
         for layer in layers:
@@ -98,15 +98,17 @@ class Inception(nn.Sequential):
 
 def load_inception(path: str | None) -> Inception:
     """The public weights, from the state dict in a file or fetched once into torch's hub cache.
-
-    Raises BadInput. A TorchScript file is none: to load one is to run the code in it."""
-    net, how = Inception(), dict(map_location="cpu", weights_only=True)
+    Raises BadInput, for TorchScript too: to load such a file is to run the code in it."""
+    where, how = URL if path is None else path, dict(map_location="cpu", weights_only=True)
     try:
-        state = (torch.load(path, **how) if path is not None else
-                 torch.hub.load_state_dict_from_url(URL, check_hash=True, **how))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*TorchScript")
+            state = (torch.hub.load_state_dict_from_url(URL, check_hash=True, **how)
+                     if path is None else torch.load(path, **how))
+        net = Inception()
         net.load_state_dict(dict(state))        # a plain dict may lack num_batches_tracked
     except Exception as e:
-        why = "TorchScript: code to run" if "TorchScript" in str(e) else type(e).__name__
-        raise BadInput(f"--inception: no weights from {path or URL} ({why}); give pytorch-fid's "
-                       f"state dict {URL.split('/')[-1]} as --inception PATH") from e
+        why = "TorchScript, which is code" if isinstance(e, Warning) else type(e).__name__
+        raise BadInput(f"--inception: no weights from {where} ({why}); give pytorch-fid's state "
+                       f"dict {URL.split('/')[-1]} as --inception PATH") from e
     return net
