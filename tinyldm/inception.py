@@ -55,7 +55,7 @@ def c(w, row=(1, 7), col=(7, 1)):
 def e(c, pool, fork=((384, 384, (1, 3)), (384, 384, (3, 1)))):
     return Block({
         "1x1": (c, 320, 1), "3x3_1": (c, 384, 1), "3x3_2a": fork[0], "3x3_2b": fork[1],
-        "3x3dbl_1": (c, 448, 1), "3x3dbl_2": (448, 384, 3, 1, "same"), "3x3dbl_3a": fork[0],
+        "3x3dbl_1": (c, 448, 1), "3x3dbl_2": (448, 384, 3), "3x3dbl_3a": fork[0],
         "3x3dbl_3b": fork[1], "pool": pool, "_pool": (c, 192, 1)})
 
 def tf_resize(x: torch.Tensor, n: int) -> torch.Tensor:
@@ -68,6 +68,8 @@ def tf_resize(x: torch.Tensor, n: int) -> torch.Tensor:
 
 class Inception(nn.Sequential):
     """Frozen, in eval mode; the state dict's keys are pytorch-fid's, which are torchvision's."""
+    name = "inception"
+
     def __init__(self):
         super().__init__(OrderedDict(
             Conv2d_1a_3x3=conv(3, 32, 3, 2, 0), Conv2d_2a_3x3=conv(32, 32, 3, 1, 0),
@@ -88,7 +90,7 @@ class Inception(nn.Sequential):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, 3, H, W) in [-1, 1] -> the last block's mean over places (B, 2048), and softmax of
         the logits (B, 1008). NB: without fc's bias, as torch-fidelity and Salimans et al.'s IS."""
-        h = ((x + 1) * 127.5).round().clamp(0, 255)             # the pixels of a png
+        h = ((x.float() + 1) * 127.5).round().clamp(0, 255)             # the pixels of a png
         h = (tf_resize(tf_resize(h, 299).mT, 299).mT - 128) / 128
         *layers, fc = self
         for layer in layers:
