@@ -241,6 +241,8 @@ def main(args):
                             args.out / "model.pt")
 
     def judge(step):
+        if min(args.eval_n, real.moments.n) < 4:
+            return
         how = defaults(steps=min(25, args.T), size=(args.size, args.size))
         with ema.swapped(), autocast():
             figures = held_out_loss(m, *pairs) if pairs else {}
