@@ -22,7 +22,7 @@ def test_every_row_sets_flags_that_exist_and_leaves_none_open(script, table):
         assert all(args[k] == v for k, v in row.items())
         open_flags = {k for k, v in args.items() if v is None}
         optional = {"micro_batch", "vgg_weights", "n_head", "d_head", "z_std", "d_ctx", "n_classes",
-                    "vocab_size"}
+                    "vocab_size", "inception"}
         if row.get("task") not in (None, "text", "layout"):
             optional |= {"text_depth", "text_heads", "text_d_head", "n_token"}
         assert open_flags <= optional | ({"data"} - {*row}), name
