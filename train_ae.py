@@ -190,7 +190,7 @@ def main(args):
                          "opts": {"ae": opts[0].state_dict(), "disc": opts[1].state_dict()}}, path)
 
     def judge(step):
-        if len(val) < 4:
+        if not val:
             return
         x = torch.stack(val)
         with autocast():

@@ -262,7 +262,9 @@ def main(args):
     # ---- loop
     log = tr.Log(args, done, device, rank)
     log.note("healthy: loss falls fast from 1 to 0.1, then slowly; gnorm below 1; z_std 1")
-    judge = judging(m, args, data, held_out, to_y, log, autocast) if rank == 0 else None
+    judge = None
+    if rank == 0 and args.eval_n:
+        judge = judging(m, args, data, held_out, to_y, log, autocast)
     for step, (q, y) in zip(tr.steps(args, done, log, save, judge), batches()):
         g = tr.generator(args.seed, step)
         opt.param_groups[0]["lr"] = lr = tr.lr_at(step, args)

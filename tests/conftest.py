@@ -18,20 +18,27 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 TINY_AE = ["--ch", "8", "--ch-mult", "1", "2", "--groups", "4", "--batch", "4",
            "--perceptual", "none", "--disc-ch", "4", "--disc-layers", "1", "--disc-start", "1",
-           "--log-every", "1", "--n-shapes", "40"]
+           "--log-every", "1", "--n-shapes", "40", "--eval-n", "8"]
 TINY_VQ = [*TINY_AE, "--reg", "vq", "--n-codes", "32", "--restart-codes", "1", "--attn-res", "8",
            "--no-attn-mid"]
 TINY_LDM = ["--ch", "16", "--d-ctx", "32", "--d-head", "16", "--text-depth", "1",
-            "--groups", "4", "--batch", "4", "--log-every", "1", "--n-shapes", "40"]
+            "--groups", "4", "--batch", "4", "--log-every", "1", "--n-shapes", "40",
+            "--eval-n", "8"]
 
 
 @pytest.fixture(scope="session")
 def cli():
-    """Run a script as the command line does: cli("sample.py", "--n", 3, code=2) -> its output."""
-    def run(script, *flags, code=0):
+    """Run a script as the command line does: cli("sample.py", "--n", 3, code=2) -> its output.
+
+    As if matplotlib were not installed, unless curves are asked for: they take longer than a run.
+    """
+    def run(script, *flags, code=0, curves=False):
         module, said = importlib.import_module(script[:-3]), io.StringIO()
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), \
+                pytest.MonkeyPatch.context() as patch:
+            if not curves:
+                patch.setitem(sys.modules, "matplotlib.figure", None)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("always")

@@ -29,14 +29,16 @@ def test_sizes():
 @pytest.mark.parametrize("path", CODE, ids=lambda p: p.name)
 def test_only_the_allowed_packages_are_imported(path):
     allowed = {"torch", "numpy", "PIL", "tokenizers", "tqdm", "tinyldm"}
+    if path.name == "pictures.py":
+        allowed |= {"matplotlib"}           # within a try: it may be missing
     assert {p for p, _ in imports(path)} <= allowed | set(sys.stdlib_module_names)
 
 
 def test_imports_run_one_way():
     needs = {p.stem: {n for k, n in imports(p) if k == "tinyldm" and n in OURS}
              for p in ROOT.glob("tinyldm/*.py")}
-    for name in ("layers", "diffusion", "guidance", "patchgan", "perceptual", "tokens", "metrics",
-                 "quantize"):
+    for name in ("layers", "diffusion", "guidance", "patchgan", "perceptual", "tokens", "quantize",
+                 "inception"):
         assert not needs[name], name
     done = set()
     while needs:

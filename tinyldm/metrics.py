@@ -69,7 +69,7 @@ class Moments:
 
     @property
     def cov(self) -> torch.Tensor:
-        return self.scatter / (self.n - 1)
+        return self.scatter / max(1, self.n - 1)
 
 def frechet(a: Moments, b: Moments) -> float:
     """Heusel et al. Eq. (6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
@@ -86,12 +86,17 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tupl
     """Kynkaanniemi et al. Eq. (1), (2): the share of fakes within reach of a real one, and of real
     ones within reach of a fake; a picture reaches as far as its k-th nearest neighbour."""
     def reach(f):
-        return torch.cat([torch.cdist(part, f).kthvalue(k + 1).values for part in f.split(1024)])
+        return torch.cat([torch.cdist(part, f).kthvalue(min(k + 1, len(f))).values
+                          for part in f.split(1024)])
 
     def share(f, of):
         r = reach(of)
         return torch.cat([(torch.cdist(part, of) <= r).any(1) for part in f.split(1024)])
     return tuple(float(v.double().mean()) for v in (share(fake, real), share(real, fake)))
+
+# Picture k belongs to the tenth of all where k * GOLDEN % 1 lies: evenly, whatever the pictures'
+# order; of k % 10, each would hold one class only of ten that come in turn.
+GOLDEN = (5 ** 0.5 - 1) / 2
 
 class Statistics:
     """What comparing needs to know of a set of pictures, by a network of features.py."""
@@ -105,7 +110,7 @@ class Statistics:
             self.moments.add(f.cpu())
             self.kept.append(f.cpu()[k % stride == 0])
             if p is not None:
-                tenth = F.one_hot(k % 10, 10).double().T
+                tenth = F.one_hot((k.double() * GOLDEN % 1 * 10).long(), 10).double().T
                 p = p.double().cpu()
                 self.p = self.p + tenth @ p
                 self.p_log_p = self.p_log_p + tenth @ torch.xlogy(p, p).sum(1, keepdim=True)
@@ -113,8 +118,7 @@ class Statistics:
 
     def inception_score(self) -> float:
         """exp of the mean of KL(p(y | x), p(y)): 1 .. number of classes; the mean of ten tenths."""
-        n = self.count[self.count > 0][:, None]
-        p, p_log_p = (v[:len(n)] / n for v in (self.p, self.p_log_p))
+        p, p_log_p = ((v / self.count)[self.count[:, 0] > 0] for v in (self.p, self.p_log_p))
         return float((p_log_p[:, 0] - torch.xlogy(p, p).sum(1)).exp().mean())
 
 def compare(real: Statistics, fake: Statistics) -> dict[str, float]:
@@ -167,10 +171,14 @@ def main(args):
     if args.size is None:
         first = Folder(args.fake, 1, "all")
         args.size = min(load_rgb(first.read(first.rows[0]["file_name"])).size)
+    if args.size < 16:
+        raise BadInput(f"--size {args.size}: must be at least 16")
     sets = [Shapes(min(args.n, 10_000), args.size, split=path) if path in ("train", "held-out")
             else Folder(path, args.size, "all") for path in (args.real, args.fake)]
-    if min(map(len, sets)) < 4:
+    if min(args.n, *map(len, sets)) < 4:
         raise BadInput("--real, --fake: there must be four pictures of each, or more")
+    if args.pairs and not all(isinstance(s, Folder) for s in sets):
+        raise BadInput("--pairs: the built-in world's pictures have no names")
     told = []
     for data in sets:
         n = min(len(data), args.n)

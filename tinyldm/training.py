@@ -52,7 +52,7 @@ def run_flags(parser: argparse.ArgumentParser, out: str, every: int, n: int) -> 
     g.add_argument("--steps", type=int)
     g.add_argument("--save-every", type=int, default=every, help="steps between checkpoints")
     g.add_argument("--eval-every", type=int, default=every, help="steps between figures, pictures")
-    g.add_argument("--eval-n", type=int, default=n, help="held-out or drawn pictures of them")
+    g.add_argument("--eval-n", type=int, default=n, help="pictures of them; 0: none")
 
 def system_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("system")
@@ -168,7 +168,7 @@ def steps(args, done: int, log: "Log", save, evaluate):
         with log.aside():
             if log.main and (step % args.save_every == 0 or step == args.steps or stopping):
                 save(step)
-            if log.main and (step % args.eval_every == 0 or step == args.steps):
+            if log.main and args.eval_n and (step % args.eval_every == 0 or step == args.steps):
                 evaluate(step)
         if stopping:
             break
