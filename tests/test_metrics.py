@@ -1,6 +1,7 @@
 """metrics.py: SSIM window by window in plain loops; sets by closed forms, by hand, one by one."""
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -282,13 +283,15 @@ def test_compare_takes_its_first_set_as_real():
 
 @pytest.fixture
 def two_folders(tmp_path):
-    """real/ and fake/ of eight pictures, six of them named alike; fake is .4 brighter."""
+    """real/ and fake/ of eight pictures, six of them named alike; fake is .4 brighter.
+
+    A training set would hold out 38.png and 39.png."""
     rng = np.random.default_rng(0)
-    for i in range(10):
+    for i in range(36, 46):
         x = rng.integers(0, 204, (20, 24, 3), np.uint8)
         for name, y in (("real", x), ("fake", x + 51)):
             (tmp_path / name).mkdir(exist_ok=True)
-            if i not in {"real": (0, 1), "fake": (8, 9)}[name]:
+            if i not in {"real": (36, 37), "fake": (44, 45)}[name]:
                 Image.fromarray(y.astype(np.uint8)).save(tmp_path / name / f"{i}.png")
     return tmp_path / "real", tmp_path / "fake"
 
@@ -314,6 +317,17 @@ def test_the_program_pairs_pictures_by_name(two_folders, cli):
     got = figures(cli("tinyldm.metrics.py", "--real", real, "--fake", fake, "--pairs"))
     assert_close(got["psnr"], 20 * math.log10(5), atol=.01, rtol=0)
     assert got["ssim"] < .99 and got["perceptual_random"] > 0
+
+
+def test_the_program_keeps_an_even_share_of_more_than_10_000(cli, monkeypatch):
+    """Every second one's features of 10,001 pictures; of the built-in world's two splits."""
+    strides = []
+    monkeypatch.setattr(metrics, "Statistics", lambda net, batches, stride: strides.append(stride)
+                        or SimpleNamespace(moments=Moments()))
+    monkeypatch.setattr(metrics, "compare", lambda real, fake: {})
+    for n in (10_000, 10_001, 50_000):
+        cli("tinyldm.metrics.py", "--real", "train", "--fake", "held-out", "--size", 16, "--n", n)
+    assert strides == [1, 1, 2, 2, 5, 5]
 
 
 def test_bad_input_to_the_program_is_one_line(two_folders, folder, cli):
