@@ -19,15 +19,15 @@ def pictures(seed=0, n=2):
 def naive_ssim(x, y):
     """Wang et al. 2004 Eq. (13)-(16) of one picture, in float64: every window by itself, with
 
-    variances about the window's own mean; L = 2 is the range of [-1, 1].
+    variances about the window's own mean; on pixels of 0..255, as the paper has them.
     """
     w = torch.tensor([[math.exp(-(i * i + j * j) / (2 * 1.5 ** 2)) for j in range(-5, 6)]
                       for i in range(-5, 6)], dtype=torch.float64)
-    w, c1, c2, out = w / w.sum(), (.01 * 2) ** 2, (.03 * 2) ** 2, []
+    w, c1, c2, out = w / w.sum(), (.01 * 255) ** 2, (.03 * 255) ** 2, []
     for c in range(x.shape[0]):
         for i in range(x.shape[1] - 10):
             for j in range(x.shape[2] - 10):
-                a, b = (v[c, i:i + 11, j:j + 11].double() for v in (x, y))
+                a, b = ((v[c, i:i + 11, j:j + 11].double() + 1) * 127.5 for v in (x, y))
                 ma, mb = (w * a).sum(), (w * b).sum()
                 va, vb = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum()
                 cov = (w * (a - ma) * (b - mb)).sum()
@@ -61,9 +61,10 @@ def test_ssim_is_symmetric_in_range_and_clamps_a_reconstruction_only():
 
 @pytest.mark.parametrize("a,b", [(.5, .7), (-.3, -.1), (0., .2), (-.4, .4)])
 def test_ssim_of_even_greys_is_its_first_factor(a, b):
-    """No variance is left: (2 a b + c1) / (a^2 + b^2 + c1)."""
+    """No variance is left: (2 a b + c1) / (a^2 + b^2 + c1), of greys in 0..1."""
     x = torch.zeros(1, 3, 12, 14)
-    want = (2 * a * b + .0004) / (a * a + b * b + .0004)
+    p, q = (a + 1) / 2, (b + 1) / 2
+    want = (2 * p * q + .0001) / (p * p + q * q + .0001)
     assert_close(ssim(x + a, x + b), torch.tensor([want]), atol=2e-4, rtol=0)
 
 
@@ -320,8 +321,9 @@ def test_the_program_pairs_pictures_by_name(two_folders, cli):
 
 
 def test_the_program_keeps_an_even_share_of_more_than_10_000(cli, monkeypatch):
-    """Every second one's features of 10,001 pictures; of the built-in world's two splits."""
+    """Every second one's features of 10,001 pictures, of both sets."""
     strides = []
+    monkeypatch.setattr(metrics, "Shapes", lambda *_, **__: range(60_000))
     monkeypatch.setattr(metrics, "Statistics", lambda net, batches, stride: strides.append(stride)
                         or SimpleNamespace(moments=Moments()))
     monkeypatch.setattr(metrics, "compare", lambda real, fake: {})

@@ -32,7 +32,9 @@ def psnr(x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
 
 def ssim(x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
     """Structural similarity, Wang et al. 2004 Eq. (13): a Gaussian window of 11 x 11 and std 1.5,
-    wherever it fits in; K_1 = 0.01, K_2 = 0.03; the mean over places and channels."""
+    wherever it fits in; K_1 = 0.01, K_2 = 0.03; the mean over places and channels. Its means are of
+    pixels that begin at 0, so 1 is added to x and to x_rec, clamped to [-1, 1]; L = 2."""
+    x, y = x.double() + 1, x_rec.double().clamp(-1, 1) + 1
     n = min(11, *x.shape[2:])
     i = torch.arange(n, dtype=x.dtype, device=x.device) - (n - 1) / 2
     g = (-i ** 2 / (2 * 1.5 ** 2)).exp()
@@ -40,12 +42,11 @@ def ssim(x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
 
     def mean(v):
         return F.conv2d(v, window, groups=x.shape[1])
-    y = x_rec.clamp(-1, 1)
     mx, my = mean(x), mean(y)
     vx, vy, cov = mean(x * x) - mx ** 2, mean(y * y) - my ** 2, mean(x * y) - mx * my
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
     out = (2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))
-    return out.flatten(1).mean(1)
+    return out.flatten(1).mean(1).float()
 
 def gradient(x: torch.Tensor) -> torch.Tensor:
     """Length of each pixel's gradient (differences to the right and down) -> (B, 3, H-1, W-1)."""
