@@ -227,7 +227,7 @@ def main(args):
                 loss = loss_rec + loss_reg
                 if gan:
                     loss_adv = generator_loss(disc, x_rec)
-                    lam = adaptive_weight(loss_rec, loss_adv, ae.last_layer)
+                    lam = adaptive_weight(loss_rec, loss_adv, ae.decoder.layers[-1].weight)
                     loss = loss + args.disc_weight * lam * loss_adv
                     v |= dict(adv=loss_adv, lam=lam)
                 (loss / len(parts)).backward()
