@@ -32,8 +32,7 @@ def at(abar: torch.Tensor, t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """abar_t as (B, 1, 1, 1) in z's dtype, from float64 abar (T,)."""
     return abar[t].to(z.dtype).view(-1, 1, 1, 1)
 
-def q_sample(z: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
-             abar: torch.Tensor) -> torch.Tensor:
+def q_sample(z: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, abar: torch.Tensor):
     """DDPM Eq. (4): z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps."""
     a = at(abar, t, z)
     return a.sqrt() * z + (1 - a).sqrt() * eps
@@ -42,8 +41,7 @@ def predict_z_0(z_t: torch.Tensor, eps: torch.Tensor, abar_t: torch.Tensor) -> t
     """q_sample solved for z: z_0 = (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t); abar_t a number."""
     return (z_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
 
-def posterior(z_0: torch.Tensor, z_t: torch.Tensor, abar_t: torch.Tensor,
-              abar_s: torch.Tensor) -> tuple:
+def posterior(z_0: torch.Tensor, z_t: torch.Tensor, abar_t: torch.Tensor, abar_s: torch.Tensor):
     """q(z_s | z_t, z_0) for s < t: its mean and variance (a number). DDPM Eq. (7) where s = t - 1.
 
     alpha = abar_t / abar_s, beta = 1 - alpha,

@@ -46,14 +46,12 @@ def generator_loss(disc: nn.Module, x_rec: torch.Tensor) -> torch.Tensor:
     disc.requires_grad_(True)
     return loss
 
-def adaptive_weight(loss_rec: torch.Tensor, loss_adv: torch.Tensor,
-                    last_layer: torch.Tensor) -> torch.Tensor:
+def adaptive_weight(loss_rec: torch.Tensor, loss_adv: torch.Tensor, last_layer: torch.Tensor):
     """VQGAN Eq. (7): lam = |d loss_rec / d last| / (|d loss_adv / d last| + 1e-4), in 0..1e4.
 
-    It is detached, and lets both terms pull equally hard on the decoder's last conv.
+    A number, detached: both terms pull equally hard on the decoder's last conv, last_layer.
     NB: the KL model's code sums loss_rec over pixels, so its lam is often at the clamp. Our losses
-    are means, like its VQ model's; multiplied by 3HW they are the sums, and lam scales with them.
-    """
+    are means, as its VQ model's; times 3HW they are the sums, and lam scales with them."""
     g_rec, = torch.autograd.grad(loss_rec, last_layer, retain_graph=True)
     g_adv, = torch.autograd.grad(loss_adv, last_layer, retain_graph=True)
     return (g_rec.norm() / (g_adv.norm() + 1e-4)).clamp(0, 1e4).detach()

@@ -84,18 +84,15 @@ def plms(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: li
     The mean is extrapolated from the last 2, 3, then 4 eps, by Adams and Bashforth's weights for
     even steps. The first step has no past and calls eps_theta twice, at both of its ends.
     NB: PNDM begins with three Runge-Kutta steps of four calls; this is the released code's way."""
-    weights = {2: (3, -1), 3: (23, -16, 5), 4: (55, -59, 37, -9)}       # of the newest eps first
+    weights = (1,), (3, -1), (23, -16, 5), (55, -59, 37, -9)            # of the newest eps first
     z, past = z_T, []
     for (t, abar_t, abar_s), s in zip(pairs(ts, abar), ts[1:]):
         past = [eps_theta(z, each(t, z), ctx), *past[:3]]
-        if len(past) == 1:
-            eps = past[0]
-            if s >= 0:                                  # z_0 itself has no eps to speak of
-                z_s = ddim_step(z, eps, abar_t, abar_s)
-                eps = (eps + eps_theta(z_s, each(s, z), ctx)) / 2
-        else:
-            w = weights[len(past)]
-            eps = sum(w_i * e for w_i, e in zip(w, past)) / sum(w)
+        w = weights[len(past) - 1]
+        eps = sum(w_i * e for w_i, e in zip(w, past)) / sum(w)
+        if len(past) == 1 and s >= 0:                   # z_0 itself has no eps to speak of
+            z_s = ddim_step(z, eps, abar_t, abar_s)
+            eps = (eps + eps_theta(z_s, each(s, z), ctx)) / 2
         z = ddim_step(z, eps, abar_t, abar_s)
     return z
 
