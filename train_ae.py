@@ -111,23 +111,17 @@ def evaluate(ae: Autoencoder, net, x: torch.Tensor, device) -> tuple[torch.Tenso
 
     edges: mean length of the gradients, over that of x. bits of a picture's latents: KL's are
     KL(q, N(0, 1)), as coded with bits-back; VQ's the entropy of how often each code is chosen."""
-    recs, bits, codes = [], [], []
-    for v in x.split(64):
-        q = ae.encode(v.to(device))
-        recs.append(ae.decode(q.mean).float().cpu())
-        if ae.codebook:
-            codes.append(ae.codebook(q.mean * ae.z_std).k)
-        else:
-            bits.append(q.kl() / math.log(2))
-    x_rec = torch.cat(recs)
-    if codes:
-        k = torch.cat(codes)
-        bits = [k[:1].numel() * perplexity(torch.bincount(k.flatten())).log2()[None]]
+    q = [ae.encode(v.to(device)) for v in x.split(64)]
+    x_rec = torch.cat([ae.decode(part.mean).float().cpu() for part in q])
+    if ae.codebook:
+        k = torch.cat([ae.codebook(part.mean * ae.z_std).k for part in q])
+        bits = k[0].numel() * perplexity(torch.bincount(k.flatten())).log2()
+    else:
+        bits = (torch.cat([part.kl() for part in q]) / math.log(2)).mean()
     real, fake = (Statistics(net, (v.to(device) for v in u.split(64))) for u in (x, x_rec))
     return x_rec, dict(
         held_out_psnr=psnr(x, x_rec).mean(), held_out_ssim=ssim(x, x_rec).mean(),
-        edges=gradient(x_rec).mean() / gradient(x).mean(), bits=torch.cat(bits).mean(),
-        **compare(real, fake))
+        edges=gradient(x_rec).mean() / gradient(x).mean(), bits=bits, **compare(real, fake))
 
 HEALTHY = {
     "kl": "kl 1..9 nats a latent value; z_std 0.5..4",
@@ -157,9 +151,8 @@ def main(args):
 
     # ---- model
     ae, disc = (net.to(device, memory_format=torch.channels_last) for net in (ae, disc))
-    perceptual = None
-    if args.perceptual != "none":
-        perceptual = Perceptual(args.perceptual, args.vgg_weights).to(device)
+    perceptual = (None if args.perceptual == "none" else
+                  Perceptual(args.perceptual, args.vgg_weights).to(device))
     features = open_features(args, device)
     disc_loss = {"hinge": patchgan.hinge_loss, "vanilla": patchgan.vanilla_loss}[args.disc_loss]
     run_ae, run_disc = (torch.compile(net) if args.compile else net for net in (ae, disc))
@@ -211,9 +204,8 @@ def main(args):
     batches = loader(data, order, args.workers, device.type == "cuda")
     for step, batch in zip(tr.steps(args, done, log, save, judge), batches):
         gan = args.disc_weight > 0 and step > args.disc_start
-        lr = tr.lr_at(step, args)
         for opt in opts:
-            opt.param_groups[0]["lr"] = lr
+            opt.param_groups[0]["lr"] = lr = tr.lr_at(step, args)
             opt.zero_grad()
         x = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
         g = tr.generator(args.seed, step)
