@@ -5,9 +5,8 @@
     python train_ae.py --data photos/ --preset vq-f4        # a model of Table 8, on one GPU
     torchrun --nproc-per-node 8 train_ae.py --data photos/  # the same run, each batch shared by 8
 
-Writes OUT/ckpt.pt (all that resuming needs), OUT/log.jsonl, OUT/recon_*.png (pictures, each row
-above its reconstructions) and, where matplotlib is installed, OUT/curves.png. The same command
-again goes on where it stopped."""
+Writes OUT/ckpt.pt (all that resuming needs), log.jsonl, recon_*.png (rows of pictures above their
+reconstructions) and, with matplotlib, curves.png. The same command again goes on from there."""
 import math
 from argparse import BooleanOptionalAction
 from dataclasses import asdict
@@ -22,7 +21,6 @@ from tinyldm.checkpoint import load_checkpoint, same_config, save_checkpoint
 from tinyldm.data import BatchOrder, data_flags, loader, open_data
 from tinyldm.features import feature_flags, open_features
 from tinyldm.metrics import Statistics, compare, gradient, psnr, ssim
-from tinyldm.patchgan import Discriminator, adaptive_weight, generator_loss
 from tinyldm.perceptual import Perceptual
 from tinyldm.pictures import save_curves, save_grid
 from tinyldm.quantize import Codebook, count, perplexity
@@ -123,10 +121,9 @@ def evaluate(ae: Autoencoder, net, x: torch.Tensor, device) -> tuple[torch.Tenso
         held_out_psnr=psnr(x, x_rec).mean(), held_out_ssim=ssim(x, x_rec).mean(),
         edges=gradient(x_rec).mean() / gradient(x).mean(), bits=bits, **compare(real, fake))
 
-HEALTHY = {
-    "kl": "kl 1..9 nats a latent value; z_std 0.5..4",
-    "vq": "codebook far below rec; z_std steady; codes_used and perplexity rise towards --n-codes "
-          "(where they stay at a few, try --restart-codes 50)"}
+HEALTHY = {"kl": "kl 1..9 nats a latent value; z_std 0.5..4",
+           "vq": "codebook far below rec; z_std steady; codes_used and perplexity rise towards "
+                 "--n-codes (where they stay at a few, try --restart-codes 50)"}
 
 def main(args):
     # ---- setup
@@ -135,13 +132,12 @@ def main(args):
     cfg = configure(args)
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
-        ae, disc = Autoencoder(cfg), Discriminator(3, args.disc_ch, args.disc_layers)
+        ae, disc = Autoencoder(cfg), patchgan.Discriminator(3, args.disc_ch, args.disc_layers)
     side = args.size // cfg.f
     if rank == 0:
         parts = ", ".join(f"{name} {tr.n_params(m):,}" for name, m in ae.named_children())
-        print(f"autoencoder {tr.n_params(ae):,} parameters ({parts}) | discriminator "
-              f"{tr.n_params(disc):,} | f = {cfg.f}, z ({cfg.c_z}, {side}, {side}) | {device}, "
-              f"{world} process(es)")
+        print(f"autoencoder {tr.n_params(ae):,} parameters ({parts}) | D_psi {tr.n_params(disc):,} "
+              f"| f = {cfg.f}, z ({cfg.c_z}, {side}, {side}) | {device}, {world} process(es)")
     if args.dry_run:
         return tr.dry_run(args, ae, disc)
 
@@ -218,8 +214,8 @@ def main(args):
                 loss_rec, loss_reg, v = losses(args, perceptual, x, x_rec, q)
                 loss = loss_rec + loss_reg
                 if gan:
-                    loss_adv = generator_loss(disc, x_rec)
-                    lam = adaptive_weight(loss_rec, loss_adv, ae.decoder.layers[-1].weight)
+                    loss_adv = patchgan.generator_loss(disc, x_rec)
+                    lam = patchgan.adaptive_weight(loss_rec, loss_adv, ae.decoder.layers[-1].weight)
                     loss = loss + args.disc_weight * lam * loss_adv
                     v |= dict(adv=loss_adv, lam=lam)
                 (loss / len(parts)).backward()

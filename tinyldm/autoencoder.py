@@ -36,9 +36,8 @@ class AEConfig:
 
 def middle(c: int, cfg: AEConfig) -> list[nn.Module]:
     """E and D have the same layers at the lowest resolution."""
-    g = cfg.groups
-    attn = [SelfAttention2d(c, groups=g)] if cfg.attn_mid else []
-    return [ResBlock(c, c, groups=g), *attn, ResBlock(c, c, groups=g)]
+    attn = [SelfAttention2d(c, groups=cfg.groups)] if cfg.attn_mid else []
+    return [ResBlock(c, c, groups=cfg.groups), *attn, ResBlock(c, c, groups=cfg.groups)]
 
 class Encoder(nn.Module):
     """x (B, c_x, H, W) -> (B, c_out, H/f, W/f), what quant_conv reads; c_out = 2 c_e for KL."""
@@ -55,9 +54,8 @@ class Encoder(nn.Module):
             if level < len(cfg.ch_mult) - 1:
                 layers.append(Downsample(c, asymmetric=True))
                 side //= 2
-        layers += middle(c, cfg)
-        layers += [nn.GroupNorm(g, c, 1e-6), nn.SiLU(), nn.Conv2d(c, c_out, 3, padding=1)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(*layers, *middle(c, cfg), nn.GroupNorm(g, c, 1e-6), nn.SiLU(),
+                                    nn.Conv2d(c, c_out, 3, padding=1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)
@@ -77,8 +75,8 @@ class Decoder(nn.Module):
             if level > 0:
                 layers.append(Upsample(c))
                 side *= 2
-        layers += [nn.GroupNorm(g, c, 1e-6), nn.SiLU(), nn.Conv2d(c, cfg.c_x, 3, padding=1)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(*layers, nn.GroupNorm(g, c, 1e-6), nn.SiLU(),
+                                    nn.Conv2d(c, cfg.c_x, 3, padding=1))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return self.layers(z)

@@ -4,6 +4,7 @@ Paper:   Sec. 3.1, App. E.2.1; the released code's model.py (E, D) and openaimod
 Symbols: h features (B, C, H, W); emb the timestep's features (B, D).
 Reads:   nothing of ours."""
 import math
+from collections import OrderedDict
 
 import torch
 from torch import nn
@@ -57,23 +58,17 @@ class ResBlock(nn.Module):
             h = self.norm2(h + e)
         return self.skip(self.resample(x)) + self.conv2(F.silu(h))
 
-class Downsample(nn.Module):
+class Downsample(nn.Sequential):
     """3x3 conv of stride 2: (B, C, H, W) -> (B, C, H/2, W/2).
 
     NB: the released E pads only right and bottom, the U-Net all four sides; the paper is silent."""
     def __init__(self, c: int, asymmetric: bool = False):
-        super().__init__()
-        self.asymmetric = asymmetric
-        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=0 if asymmetric else 1)
+        pad = nn.ZeroPad2d((0, 1, 0, 1)) if asymmetric else nn.Identity()
+        conv = nn.Conv2d(c, c, 3, stride=2, padding=0 if asymmetric else 1)
+        super().__init__(OrderedDict(pad=pad, conv=conv))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
-
-class Upsample(nn.Module):
+class Upsample(nn.Sequential):
     """Nearest-neighbour doubling, then a 3x3 conv: (B, C, H, W) -> (B, C, 2H, 2W)."""
     def __init__(self, c: int):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        grow, conv = nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)
+        super().__init__(OrderedDict(grow=grow, conv=conv))

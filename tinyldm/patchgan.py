@@ -2,7 +2,7 @@
 
 Paper:   Sec. 3.1, App. G, Eq. (25); VQGAN (Esser et al. 2021) Eq. (7) for lam; Isola et al. 2017.
 Symbols: disc is D_psi; logits > 0 mean real; lam the adaptive weight.
-Shapes:  x (B, 3, H, W) in [-1, 1] -> logits (B, 1, H', W'), one for each overlapping patch of
+Shapes:  x (B, c_x, H, W) in [-1, 1] -> logits (B, 1, H', W'), one for each overlapping patch of
          70 x 70 pixels (n_layers = 3; 34 for 2, 142 for 4).
 Reads:   nothing of ours.
 
@@ -12,9 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 class Discriminator(nn.Module):
-    """4x4 convs, stride 2 in the first n_layers, BatchNorm between, LeakyReLU 0.2; pix2pix's init.
-
-    x (B, c_x, H, W) -> (B, 1, H', W')."""
+    """4x4 convs, stride 2 in the first n_layers, BatchNorm between, LeakyReLU; pix2pix's init."""
     def __init__(self, c_x: int = 3, ch: int = 64, n_layers: int = 3):
         super().__init__()
         layers, c = [nn.Conv2d(c_x, ch, 4, 2, 1), nn.LeakyReLU(0.2)], ch

@@ -227,9 +227,6 @@ class Log:
             self.note(f"{args.out}: {step} of {args.steps} steps are done")
         self.bar = tqdm(total=args.steps, initial=step, disable=not self.main, unit="step",
                         dynamic_ncols=True)
-        self._restart(step)
-
-    def _restart(self, step: int) -> None:
         self.last, self.since, self.sums = step, time.perf_counter(), {}
 
     def note(self, text: str) -> None:
@@ -246,7 +243,7 @@ class Log:
             self.write(step, **{k: float(v) / n for k, v in self.sums.items()}, ms=dt * 1e3,
                        img_per_s=self.args.batch / dt, gb=peak_memory(self.device) / 2 ** 30,
                        eta_min=dt * (self.args.steps - step) / 60)
-            self._restart(step)
+            self.last, self.since, self.sums = step, time.perf_counter(), {}
 
     def write(self, step: int, **values: float) -> None:
         """A line on the terminal and in log.jsonl."""

@@ -42,9 +42,8 @@ class UNetConfig:
 class UNet(nn.Module):
     """eps_theta(z_t, t, ctx): z_t (B, c_out, h, w), t (B,) -> (B, c_out, h, w).
 
-    ctx: tokens (B, M, d_ctx) to attend to; without d_ctx, maps (B, c_in - c_out, h, w) that are
-    concatenated to z_t, or None. h and w must be divisible by 2^(levels - 1). Raises ValueError
-    when tokens are missing."""
+    ctx: tokens (B, M, d_ctx) to attend to, or ValueError; without d_ctx, maps (B, c_in - c_out, h,
+    w) that are concatenated to z_t, or None. h and w must be divisible by 2^(levels - 1)."""
     def __init__(self, cfg: UNetConfig):
         super().__init__()
         self.cfg, self.ckpt_grad = cfg, False
