@@ -5,9 +5,8 @@
     python train_ae.py --data photos/ --preset vq-f4        # a model of Table 8, on one GPU
     torchrun --nproc-per-node 8 train_ae.py --data photos/  # the same run, each batch shared by 8
 
-Writes OUT/ckpt.pt (all that resuming needs), OUT/log.jsonl, OUT/recon_*.png (pictures, each row
-above its reconstructions) and, where matplotlib is installed, OUT/curves.png. The same command
-again goes on where it stopped."""
+Writes OUT/ckpt.pt (all that resuming needs), log.jsonl, recon_*.png (rows of pictures above their
+reconstructions) and, with matplotlib, curves.png. The same command again goes on from there."""
 import math
 from argparse import BooleanOptionalAction
 from dataclasses import asdict
@@ -22,7 +21,6 @@ from tinyldm.checkpoint import load_checkpoint, same_config, save_checkpoint
 from tinyldm.data import BatchOrder, data_flags, loader, open_data
 from tinyldm.features import feature_flags, open_features
 from tinyldm.metrics import Statistics, compare, gradient, psnr, ssim
-from tinyldm.patchgan import Discriminator, adaptive_weight, generator_loss
 from tinyldm.perceptual import Perceptual
 from tinyldm.pictures import save_curves, save_grid
 from tinyldm.quantize import Codebook, count, perplexity
@@ -111,28 +109,21 @@ def evaluate(ae: Autoencoder, net, x: torch.Tensor, device) -> tuple[torch.Tenso
 
     edges: mean length of the gradients, over that of x. bits of a picture's latents: KL's are
     KL(q, N(0, 1)), as coded with bits-back; VQ's the entropy of how often each code is chosen."""
-    recs, bits, codes = [], [], []
-    for v in x.split(64):
-        q = ae.encode(v.to(device))
-        recs.append(ae.decode(q.mean).float().cpu())
-        if ae.codebook:
-            codes.append(ae.codebook(q.mean * ae.z_std).k)
-        else:
-            bits.append(q.kl() / math.log(2))
-    x_rec = torch.cat(recs)
-    if codes:
-        k = torch.cat(codes)
-        bits = [k[:1].numel() * perplexity(torch.bincount(k.flatten())).log2()[None]]
+    q = [ae.encode(v.to(device)) for v in x.split(64)]
+    x_rec = torch.cat([ae.decode(part.mean).float().cpu() for part in q])
+    if ae.codebook:
+        k = torch.cat([ae.codebook(part.mean * ae.z_std).k for part in q])
+        bits = k[0].numel() * perplexity(torch.bincount(k.flatten())).log2()
+    else:
+        bits = (torch.cat([part.kl() for part in q]) / math.log(2)).mean()
     real, fake = (Statistics(net, (v.to(device) for v in u.split(64))) for u in (x, x_rec))
     return x_rec, dict(
         held_out_psnr=psnr(x, x_rec).mean(), held_out_ssim=ssim(x, x_rec).mean(),
-        edges=gradient(x_rec).mean() / gradient(x).mean(), bits=torch.cat(bits).mean(),
-        **compare(real, fake))
+        edges=gradient(x_rec).mean() / gradient(x).mean(), bits=bits, **compare(real, fake))
 
-HEALTHY = {
-    "kl": "kl 1..9 nats a latent value; z_std 0.5..4",
-    "vq": "codebook far below rec; z_std steady; codes_used and perplexity rise towards --n-codes "
-          "(where they stay at a few, try --restart-codes 50)"}
+HEALTHY = {"kl": "kl 1..9 nats a latent value; z_std 0.5..4",
+           "vq": "codebook far below rec; z_std steady; codes_used and perplexity rise towards "
+                 "--n-codes (where they stay at a few, try --restart-codes 50)"}
 
 def main(args):
     # ---- setup
@@ -141,13 +132,12 @@ def main(args):
     cfg = configure(args)
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
-        ae, disc = Autoencoder(cfg), Discriminator(3, args.disc_ch, args.disc_layers)
+        ae, disc = Autoencoder(cfg), patchgan.Discriminator(3, args.disc_ch, args.disc_layers)
     side = args.size // cfg.f
     if rank == 0:
         parts = ", ".join(f"{name} {tr.n_params(m):,}" for name, m in ae.named_children())
-        print(f"autoencoder {tr.n_params(ae):,} parameters ({parts}) | discriminator "
-              f"{tr.n_params(disc):,} | f = {cfg.f}, z ({cfg.c_z}, {side}, {side}) | {device}, "
-              f"{world} process(es)")
+        print(f"autoencoder {tr.n_params(ae):,} parameters ({parts}) | D_psi {tr.n_params(disc):,} "
+              f"| f = {cfg.f}, z ({cfg.c_z}, {side}, {side}) | {device}, {world} process(es)")
     if args.dry_run:
         return tr.dry_run(args, ae, disc)
 
@@ -157,9 +147,8 @@ def main(args):
 
     # ---- model
     ae, disc = (net.to(device, memory_format=torch.channels_last) for net in (ae, disc))
-    perceptual = None
-    if args.perceptual != "none":
-        perceptual = Perceptual(args.perceptual, args.vgg_weights).to(device)
+    perceptual = (None if args.perceptual == "none" else
+                  Perceptual(args.perceptual, args.vgg_weights).to(device))
     features = open_features(args, device)
     disc_loss = {"hinge": patchgan.hinge_loss, "vanilla": patchgan.vanilla_loss}[args.disc_loss]
     run_ae, run_disc = (torch.compile(net) if args.compile else net for net in (ae, disc))
@@ -211,9 +200,8 @@ def main(args):
     batches = loader(data, order, args.workers, device.type == "cuda")
     for step, batch in zip(tr.steps(args, done, log, save, judge), batches):
         gan = args.disc_weight > 0 and step > args.disc_start
-        lr = tr.lr_at(step, args)
         for opt in opts:
-            opt.param_groups[0]["lr"] = lr
+            opt.param_groups[0]["lr"] = lr = tr.lr_at(step, args)
             opt.zero_grad()
         x = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
         g = tr.generator(args.seed, step)
@@ -226,8 +214,8 @@ def main(args):
                 loss_rec, loss_reg, v = losses(args, perceptual, x, x_rec, q)
                 loss = loss_rec + loss_reg
                 if gan:
-                    loss_adv = generator_loss(disc, x_rec)
-                    lam = adaptive_weight(loss_rec, loss_adv, ae.last_layer)
+                    loss_adv = patchgan.generator_loss(disc, x_rec)
+                    lam = patchgan.adaptive_weight(loss_rec, loss_adv, ae.decoder.layers[-1].weight)
                     loss = loss + args.disc_weight * lam * loss_adv
                     v |= dict(adv=loss_adv, lam=lam)
                 (loss / len(parts)).backward()

@@ -10,11 +10,10 @@ from goldens import close, golden
 from tinyldm import samplers as s
 from tinyldm.diffusion import cumulative, predict_z_0, sqrt_linear_betas
 from tinyldm.guidance import guided
-from tinyldm.presets import SD
 
 G, H = golden("samplers"), golden("diffusers_schedulers")
 ABAR = {k: cumulative(sqrt_linear_betas(1000, *ends)) for k, ends in
-        (("cin256", ()), ("txt2img_sd", SD))}
+        (("cin256", ()), ("txt2img_sd", (0.00085, 0.012)))}
 Z_T, NOISE, CTX, CTX_NULL, X0, MASK = (torch.from_numpy(G[f"in/{k}"]) for k in (
     "x_T", "noise", "context", "uncond_context", "x0", "mask"))
 TS = s.official_timesteps(1000, 10)

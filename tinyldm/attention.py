@@ -11,14 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tinyldm.layers import group_norm, zero_
+from tinyldm.layers import zero_
 
 class Attention(nn.Module):
     """Multi-head attention, x (B, N, d_x), ctx (B, M, d_ctx) -> (B, N, d_x).
 
-    Self-attention is ctx = x. No mask: like the released code, pictures also attend to padding
-    tokens ("unmasked", App. E.2.1). CLIP's text encoder alone has biases and is causal: token i
-    sees tokens 0..i."""
+    Self-attention is ctx = x. No mask: pictures also attend to padding tokens ("unmasked",
+    App. E.2.1). CLIP's text encoder alone has biases and is causal: token i sees 0..i."""
     def __init__(self, d_x: int, d_ctx: int, n_head: int, d_head: int, clip: bool = False):
         super().__init__()
         self.n_head, self.causal = n_head, clip
@@ -65,11 +64,10 @@ class SpatialTransformer(nn.Module):
 
     x (B, C, H, W), ctx (B, M, d_ctx) -> (B, C, H, W). Raises ValueError when ctx is missing.
     NB: the released code silently attends to x itself when the context is None."""
-    def __init__(self, c: int, d_ctx: int, n_head: int, d_head: int, depth: int = 1,
-                 groups: int = 32):
+    def __init__(self, c: int, d_ctx: int, n_head: int, d_head: int, depth: int = 1, groups=32):
         super().__init__()
         d = n_head * d_head
-        self.norm = group_norm(c, groups)
+        self.norm = nn.GroupNorm(groups, c, 1e-6)
         self.proj_in = nn.Conv2d(c, d, 1)
         self.blocks = nn.ModuleList(TransformerBlock(d, d_ctx, n_head, d_head)
                                     for _ in range(depth))
@@ -77,8 +75,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: torch.Tensor, ctx: torch.Tensor | None) -> torch.Tensor:
         if ctx is None:
-            raise ValueError("this U-Net attends to a condition: pass ctx (B, M, d_ctx), "
-                             "the null one if need be")
+            raise ValueError("this U-Net attends to a condition: pass ctx (B, M, d_ctx), or null's")
         h = self.proj_in(self.norm(x))
         tokens = h.flatten(2).transpose(1, 2)                           # (B, N, D)
         for block in self.blocks:
@@ -92,7 +89,7 @@ class SelfAttention2d(nn.Module):
     def __init__(self, c: int, n_head: int = 1, groups: int = 32, eps: float = 1e-6):
         super().__init__()
         self.n_head = n_head
-        self.norm = group_norm(c, groups, eps)
+        self.norm = nn.GroupNorm(groups, c, eps)
         self.qkv = nn.Conv2d(c, 3 * c, 1)
         self.proj_out = nn.Conv2d(c, c, 1)
 

@@ -5,15 +5,15 @@ Symbols: x image (B, 3, H, W) in [-1, 1]; z latent (B, c_z, h, w); f = H/h = 2^(
          z_std the paper's sigma-hat, one number, measured on the training set of stage two.
 Reads:   layers.py, attention.py, quantize.py
 
-The topology of E and D is one list each, in running order; `forward` walks it."""
+The topology of E and D is one list each, in running order."""
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from tinyldm.attention import SelfAttention2d
-from tinyldm.layers import Downsample, ResBlock, Upsample, group_norm
-from tinyldm.quantize import Codebook, Quantised
+from tinyldm.layers import Downsample, ResBlock, Upsample
+from tinyldm.quantize import Codebook
 
 @dataclass(frozen=True)
 class AEConfig:
@@ -36,9 +36,8 @@ class AEConfig:
 
 def middle(c: int, cfg: AEConfig) -> list[nn.Module]:
     """E and D have the same layers at the lowest resolution."""
-    g = cfg.groups
-    attn = [SelfAttention2d(c, groups=g)] if cfg.attn_mid else []
-    return [ResBlock(c, c, groups=g), *attn, ResBlock(c, c, groups=g)]
+    attn = [SelfAttention2d(c, groups=cfg.groups)] if cfg.attn_mid else []
+    return [ResBlock(c, c, groups=cfg.groups), *attn, ResBlock(c, c, groups=cfg.groups)]
 
 class Encoder(nn.Module):
     """x (B, c_x, H, W) -> (B, c_out, H/f, W/f), what quant_conv reads; c_out = 2 c_e for KL."""
@@ -55,22 +54,18 @@ class Encoder(nn.Module):
             if level < len(cfg.ch_mult) - 1:
                 layers.append(Downsample(c, asymmetric=True))
                 side //= 2
-        layers += middle(c, cfg)
-        layers += [group_norm(c, g), nn.SiLU(), nn.Conv2d(c, c_out, 3, padding=1)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.Sequential(*layers, *middle(c, cfg), nn.GroupNorm(g, c, 1e-6), nn.SiLU(),
+                                    nn.Conv2d(c, c_out, 3, padding=1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        return self.layers(x)
 
 class Decoder(nn.Module):
     """(B, c_in, h, w) from post_quant_conv -> (B, c_x, f h, f w), about [-1, 1]; not clamped."""
     def __init__(self, cfg: AEConfig, c_in: int):
         super().__init__()
         c, side, g = cfg.ch * cfg.ch_mult[-1], cfg.side // cfg.f, cfg.groups
-        layers = [nn.Conv2d(c_in, c, 3, padding=1)]
-        layers += middle(c, cfg)
+        layers = [nn.Conv2d(c_in, c, 3, padding=1), *middle(c, cfg)]
         for level, mult in reversed(list(enumerate(cfg.ch_mult))):
             for _ in range(cfg.n_res + 1):
                 layers.append(ResBlock(c, cfg.ch * mult, groups=g))
@@ -80,13 +75,11 @@ class Decoder(nn.Module):
             if level > 0:
                 layers.append(Upsample(c))
                 side *= 2
-        layers += [group_norm(c, g), nn.SiLU(), nn.Conv2d(c, cfg.c_x, 3, padding=1)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.Sequential(*layers, nn.GroupNorm(g, c, 1e-6), nn.SiLU(),
+                                    nn.Conv2d(c, cfg.c_x, 3, padding=1))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            z = layer(z)
-        return z
+        return self.layers(z)
 
 @dataclass
 class Posterior:
@@ -149,21 +142,15 @@ class Autoencoder(nn.Module):
             z = self.codebook(z).straight_through()
         return self.decoder(self.post_quant_conv(z))
 
-    def forward(self, x: torch.Tensor,
-                noise: torch.Tensor) -> tuple[torch.Tensor, Posterior | Quantised]:
-        """x, noise (B, c_z, h, w) -> x_rec and what the regulariser looks at: q(z | x), or for VQ
-        the unscaled z with their codes. Stage one in one call, for DDP and compile."""
+    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> tuple:
+        """Stage one in one call, for DDP and compile: x, noise (B, c_z, h, w) -> x_rec and what the
+        regulariser looks at, the Posterior, or for VQ the unscaled z and their codes, Quantised."""
         q = self.encode(x)
         z = q.sample(noise)
         if self.codebook is None:
             return self.decode(z), q
         q = self.codebook(z * self.z_std)
         return self.decode(q.straight_through() / self.z_std, quantise=False), q
-
-    @property
-    def last_layer(self) -> torch.Tensor:
-        """Weight of D's last conv, where patchgan.adaptive_weight compares gradients."""
-        return self.decoder.layers[-1].weight
 
 class Pixels(nn.Module):
     """In stage one's place for diffusion in pixel space, f = 1: z = x / z_std, nothing learned."""

@@ -32,8 +32,7 @@ def at(abar: torch.Tensor, t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """abar_t as (B, 1, 1, 1) in z's dtype, from float64 abar (T,)."""
     return abar[t].to(z.dtype).view(-1, 1, 1, 1)
 
-def q_sample(z: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
-             abar: torch.Tensor) -> torch.Tensor:
+def q_sample(z: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, abar: torch.Tensor):
     """DDPM Eq. (4): z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps."""
     a = at(abar, t, z)
     return a.sqrt() * z + (1 - a).sqrt() * eps
@@ -42,13 +41,10 @@ def predict_z_0(z_t: torch.Tensor, eps: torch.Tensor, abar_t: torch.Tensor) -> t
     """q_sample solved for z: z_0 = (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t); abar_t a number."""
     return (z_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
 
-def posterior(z_0: torch.Tensor, z_t: torch.Tensor, abar_t: torch.Tensor,
-              abar_s: torch.Tensor) -> tuple:
+def posterior(z_0: torch.Tensor, z_t: torch.Tensor, abar_t: torch.Tensor, abar_s: torch.Tensor):
     """q(z_s | z_t, z_0) for s < t: its mean and variance (a number). DDPM Eq. (7) where s = t - 1.
 
-    alpha = abar_t / abar_s, beta = 1 - alpha,
-    mean = (sqrt(abar_s) beta z_0 + sqrt(alpha) (1 - abar_s) z_t) / (1 - abar_t),
-    var = beta (1 - abar_s) / (1 - abar_t). With abar_s = 1 it is z_0 itself."""
+    alpha and beta are those of the whole step from t to s. With abar_s = 1 it is z_0 itself."""
     alpha = abar_t / abar_s
     beta = 1 - alpha
     mean = (abar_s.sqrt() * beta * z_0 + alpha.sqrt() * (1 - abar_s) * z_t) / (1 - abar_t)
@@ -65,7 +61,6 @@ def ldm_loss(eps_theta: Callable, z: torch.Tensor, t: torch.Tensor, eps: torch.T
 
 def as_eps_theta(net: Callable, abar: torch.Tensor, predict: str) -> Callable:
     """eps_theta(z_t, t, ctx) from a net that says "eps" (the paper) or "v" (Salimans and Ho 2022):
-
     eps = sqrt(1 - abar_t) z_t + sqrt(abar_t) v. Where noise is high, eps is almost z_t; a small net
     that must first learn to repeat its input is slow to learn the rest. The loss stays Eq. (2)."""
     def eps_theta(z_t: torch.Tensor, t: torch.Tensor, ctx: torch.Tensor | None) -> torch.Tensor:
@@ -77,8 +72,7 @@ def snr_weight(t: torch.Tensor, abar: torch.Tensor, low: float, high: float) -> 
     """Factors (B,) on ldm_loss that clamp the weight of an error of z_0 to low..high.
 
     In terms of z_0, Eq. (2) weighs timestep t by its signal-to-noise ratio SNR = abar / (1 - abar):
-    next to nothing where noise is high, where the layout of a picture is decided, and hundreds
-    where it is low and only invisible detail is left. 0..inf is the paper's equation; 0..high is
-    the min-SNR weight of Hang et al. 2023."""
+    next to nothing where noise is high and a picture's layout is decided, hundreds where only
+    invisible detail is left. 0..inf is Eq. (2) itself, 0..high min-SNR (Hang et al. 2023)."""
     snr = abar[t] / (1 - abar[t])
     return (snr.clamp(low, high) / snr).float()

@@ -14,14 +14,10 @@ def drop_condition(y: torch.Tensor, y_null: torch.Tensor, drop: torch.Tensor) ->
     return torch.where(drop.view(-1, *[1] * (y.ndim - 1)), y_null, y)
 
 def guided(eps_theta: Callable, ctx_null: torch.Tensor, s: float) -> Callable:
-    """eps(z_t, t, ctx) = eps_theta(null) + s (eps_theta(ctx) - eps_theta(null)), both in one call.
-
+    """eps(z_t, t, ctx) = eps_theta(null) + s (eps_theta(ctx) - eps_theta(null)), both in one call;
     ctx_null (1 or B, M, d_ctx)."""
-    if s == 1:
-        return eps_theta
-
     def eps(z_t: torch.Tensor, t: torch.Tensor, ctx: torch.Tensor) -> torch.Tensor:
         both = torch.cat([ctx_null.expand_as(ctx), ctx])
         e_null, e = eps_theta(torch.cat([z_t, z_t]), torch.cat([t, t]), both).chunk(2)
         return e_null + s * (e - e_null)
-    return eps
+    return eps_theta if s == 1 else eps

@@ -2,20 +2,19 @@
 
 Paper:   App. E.3 (torch-fidelity). FID: Heusel et al. 2017. The net: Szegedy et al. 2016, Tab. 1.
 Shapes:  x (B, 3, H, W) in [-1, 1] -> features (B, 2048), probabilities (B, 1008).
-Reads:   nothing of ours.
+Reads:   perceptual.py
 
 NB: a figure is comparable only if every step is that of the TensorFlow graph of 2015-12-05: pixels
 of 8 bits, TensorFlow 1's resize to 299 x 299, (v - 128) / 128, average pools that leave their
 padding out, a max pool in the last block, 1008 classes. torchvision's inception_v3 differs in all
 of these, pytorch-fid in the resize and the scale; torch-fidelity follows the graph, as we do."""
 import re
-import warnings
 from collections import OrderedDict
 
 import torch
 from torch import nn
 
-from tinyldm import BadInput
+from tinyldm.perceptual import load_public
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
@@ -99,18 +98,7 @@ class Inception(nn.Sequential):
         return h, (h @ fc.weight.T).softmax(1)
 
 def load_inception(path: str | None) -> Inception:
-    """The public weights, from the state dict in a file or fetched once into torch's hub cache.
-    Raises BadInput, for TorchScript too: to load such a file is to run the code in it."""
-    where, how = URL if path is None else path, dict(map_location="cpu", weights_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", ".*TorchScript")
-            state = (torch.hub.load_state_dict_from_url(URL, check_hash=True, **how)
-                     if path is None else torch.load(path, **how))
-        net = Inception()
-        net.load_state_dict(dict(state))        # a plain dict may lack num_batches_tracked
-    except Exception as e:
-        why = "TorchScript, which is code" if isinstance(e, Warning) else type(e).__name__
-        raise BadInput(f"--inception: no weights from {where} ({why}); give pytorch-fid's state "
-                       f"dict {URL.split('/')[-1]} as --inception PATH") from e
+    """With pytorch-fid's public state dict, from a file or fetched. Raises BadInput."""
+    net = Inception()
+    load_public(net, URL, path, "--inception")
     return net

@@ -4,17 +4,11 @@ Paper:   Sec. 3.1, App. E.2.1; the released code's model.py (E, D) and openaimod
 Symbols: h features (B, C, H, W); emb the timestep's features (B, D).
 Reads:   nothing of ours."""
 import math
+from collections import OrderedDict
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-def group_norm(c: int, groups: int = 32, eps: float = 1e-6) -> nn.GroupNorm:
-    """GroupNorm over (B, c, H, W); the paper's nets have 32 groups, a narrow net wants fewer.
-
-    c groups of one channel are an instance norm: it wipes out the timestep's offset of a channel.
-    """
-    return nn.GroupNorm(groups, c, eps=eps)
 
 def zero_(module: nn.Module) -> nn.Module:
     """Zero a module's weights: a residual branch that ends in it begins as the identity."""
@@ -35,6 +29,8 @@ class ResBlock(nn.Module):
     """norm, SiLU, conv, twice, plus the input; between the two the timestep's features, if any.
 
     d_emb is None in E and D; in eps_theta it is emb's width, conv2 begins at zero and eps is 1e-5.
+    The paper's nets have 32 groups, a narrow net wants fewer: with c_out groups, of one channel
+    each, norm2 would wipe out emb's offset.
     scale_shift: emb becomes norm2's scale and shift instead of an offset before it. resample: a
     parameterless layer that halves or doubles H and W, of the input too, before the first conv.
     x (B, c_in, H, W), emb (B, d_emb) -> (B, c_out, H, W), or H/2, W/2 or 2H, 2W"""
@@ -43,10 +39,10 @@ class ResBlock(nn.Module):
         super().__init__()
         eps = 1e-6 if d_emb is None else 1e-5
         self.scale_shift, self.resample = scale_shift, resample or nn.Identity()
-        self.norm1 = group_norm(c_in, groups, eps)
+        self.norm1 = nn.GroupNorm(groups, c_in, eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.emb = nn.Linear(d_emb, c_out * (2 if scale_shift else 1)) if d_emb else None
-        self.norm2 = group_norm(c_out, groups, eps)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         if d_emb:
@@ -62,23 +58,17 @@ class ResBlock(nn.Module):
             h = self.norm2(h + e)
         return self.skip(self.resample(x)) + self.conv2(F.silu(h))
 
-class Downsample(nn.Module):
+class Downsample(nn.Sequential):
     """3x3 conv of stride 2: (B, C, H, W) -> (B, C, H/2, W/2).
 
     NB: the released E pads only right and bottom, the U-Net all four sides; the paper is silent."""
     def __init__(self, c: int, asymmetric: bool = False):
-        super().__init__()
-        self.asymmetric = asymmetric
-        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=0 if asymmetric else 1)
+        pad = nn.ZeroPad2d((0, 1, 0, 1)) if asymmetric else nn.Identity()
+        conv = nn.Conv2d(c, c, 3, stride=2, padding=0 if asymmetric else 1)
+        super().__init__(OrderedDict(pad=pad, conv=conv))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
-
-class Upsample(nn.Module):
+class Upsample(nn.Sequential):
     """Nearest-neighbour doubling, then a 3x3 conv: (B, C, H, W) -> (B, C, 2H, 2W)."""
     def __init__(self, c: int):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        grow, conv = nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)
+        super().__init__(OrderedDict(grow=grow, conv=conv))

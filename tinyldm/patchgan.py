@@ -2,7 +2,7 @@
 
 Paper:   Sec. 3.1, App. G, Eq. (25); VQGAN (Esser et al. 2021) Eq. (7) for lam; Isola et al. 2017.
 Symbols: disc is D_psi; logits > 0 mean real; lam the adaptive weight.
-Shapes:  x (B, 3, H, W) in [-1, 1] -> logits (B, 1, H', W'), one for each overlapping patch of
+Shapes:  x (B, c_x, H, W) in [-1, 1] -> logits (B, 1, H', W'), one for each overlapping patch of
          70 x 70 pixels (n_layers = 3; 34 for 2, 142 for 4).
 Reads:   nothing of ours.
 
@@ -12,9 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 class Discriminator(nn.Module):
-    """4x4 convs, stride 2 in the first n_layers, BatchNorm between, LeakyReLU 0.2; pix2pix's init.
-
-    x (B, c_x, H, W) -> (B, 1, H', W')."""
+    """4x4 convs, stride 2 in the first n_layers, BatchNorm between, LeakyReLU; pix2pix's init."""
     def __init__(self, c_x: int = 3, ch: int = 64, n_layers: int = 3):
         super().__init__()
         layers, c = [nn.Conv2d(c_x, ch, 4, 2, 1), nn.LeakyReLU(0.2)], ch
@@ -46,14 +44,12 @@ def generator_loss(disc: nn.Module, x_rec: torch.Tensor) -> torch.Tensor:
     disc.requires_grad_(True)
     return loss
 
-def adaptive_weight(loss_rec: torch.Tensor, loss_adv: torch.Tensor,
-                    last_layer: torch.Tensor) -> torch.Tensor:
+def adaptive_weight(loss_rec: torch.Tensor, loss_adv: torch.Tensor, last_layer: torch.Tensor):
     """VQGAN Eq. (7): lam = |d loss_rec / d last| / (|d loss_adv / d last| + 1e-4), in 0..1e4.
 
-    It is detached, and lets both terms pull equally hard on the decoder's last conv.
+    A number, detached: both terms pull equally hard on the decoder's last conv, last_layer.
     NB: the KL model's code sums loss_rec over pixels, so its lam is often at the clamp. Our losses
-    are means, like its VQ model's; multiplied by 3HW they are the sums, and lam scales with them.
-    """
+    are means, as its VQ model's; times 3HW they are the sums, and lam scales with them."""
     g_rec, = torch.autograd.grad(loss_rec, last_layer, retain_graph=True)
     g_adv, = torch.autograd.grad(loss_adv, last_layer, retain_graph=True)
     return (g_rec.norm() / (g_adv.norm() + 1e-4)).clamp(0, 1e4).detach()

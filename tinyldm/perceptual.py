@@ -4,10 +4,11 @@ Paper:   Sec. 3.1, L_rec (Zhang et al. 2018); App. G.
 Shapes:  x, x_rec (B, 3, H, W) in [-1, 1] -> (B,), 0 = equal; sides of at least 16.
 Reads:   nothing of ours.
 
-NB: the paper weighs the channels by LPIPS's learned weights. Here all weigh the same (plain
-cosine-like distances), so nothing but torchvision's public VGG16 file is needed. `random` is the
-same network, eight times narrower, with fixed random weights: it needs no file, and it compares
-edges and local contrast rather than single pixels."""
+NB: the paper weighs the channels by LPIPS's learned weights. Here all weigh the same, so nothing
+but torchvision's public VGG16 file is needed. `random` is the same network, eight times narrower,
+with fixed random weights: it needs no file, and compares edges and contrast, not single pixels."""
+import warnings
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -17,11 +18,25 @@ from tinyldm import BadInput
 URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
-class Perceptual(nn.Module):
-    """kind: `vgg16`, from the file `weights` or fetched once into torch's hub cache; or `random`.
+def load_public(net: nn.Module, url: str, path: str | None, flag: str, prefix: str = "") -> None:
+    """Fill net with a public state dict's keys of that prefix: from a file, or fetched once into
+    torch's hub cache. Raises BadInput, for TorchScript too: to load that is to run code in it."""
+    how = dict(map_location="cpu", weights_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*TorchScript")
+            state = (torch.hub.load_state_dict_from_url(url, check_hash=True, **how)
+                     if path is None else torch.load(path, **how))
+        net.load_state_dict({k: v for k, v in state.items() if k.startswith(prefix)})
+    except Exception as e:
+        why = "TorchScript, which is code" if isinstance(e, Warning) else type(e).__name__
+        raise BadInput(f"{flag}: no weights from {path or url} ({why}); give {url.split('/')[-1]}, "
+                       "or do without: --perceptual random, --features shapes") from e
 
-    Frozen: gradients flow to x and x_rec, never into VGG. Raises BadInput if weights cannot be had.
-    """
+class Perceptual(nn.Module):
+    """kind: `vgg16`, with torchvision's weights (see load_public), or `random`. Raises BadInput.
+
+    Frozen: gradients flow to x and x_rec, never into VGG."""
     def __init__(self, kind: str, weights: str | None = None):
         super().__init__()
         self.taps, layers, c = [], [], 3
@@ -39,24 +54,10 @@ class Perceptual(nn.Module):
                 p.data = (torch.randn(p.shape, generator=g) * (2 / p[0].numel()) ** 0.5
                           if p.ndim > 1 else p * 0)
         else:
-            self.load_vgg16(weights)
+            load_public(self, URL, weights, "--vgg-weights", "features.")
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) * 2 - 1)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 2)
         self.requires_grad_(False).eval()
-
-    def load_vgg16(self, path: str | None) -> None:
-        """torchvision's VGG16 convolutions, from a file or the hub cache. Raises BadInput."""
-        try:
-            if path is None:
-                state = torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True,
-                                                           weights_only=True)
-            else:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            self.load_state_dict({k: v for k, v in state.items() if k.startswith("features.")})
-        except Exception as e:
-            raise BadInput(f"--perceptual vgg16: no weights from {path or URL} "
-                           f"({type(e).__name__}); give torchvision's vgg16-397923af.pth by "
-                           "--vgg-weights, or choose --perceptual random") from e
 
     def forward(self, x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
         """Mean over five layers and all places of |f/|f| - f_rec/|f_rec||^2, in 0..4 -> (B,)."""

@@ -1,8 +1,7 @@
 """Vector quantisation, the other regulariser of stage one: each latent place becomes a code.
 
 Paper:   Sec. 3.1, App. G; VQ-VAE (van den Oord et al. 2017) Eq. (2), (3); VQGAN.
-Symbols: z latents (B, c_z, h, w), unscaled; zq the nearest codes in their place; k their indices
-         (B, h, w); beta is VQ-VAE's weight of one loss term, not the schedule's.
+Symbols: z latents, unscaled; zq their nearest codes, k the indices; beta is not the schedule's.
 Reads:   nothing of ours.
 
 In LDM the codebook belongs to the decoder: stage two learns the z before it."""

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from tinyldm.diffusion import posterior, predict_z_0, q_sample
 
@@ -27,25 +28,23 @@ def official_timesteps(T: int, S: int) -> list[int]:
     NB: it takes another number of steps for most S, has an index out of range for 599 of 1000 (here
     a ValueError) and never starts at T-1. It ends at abar_0 < 1, which leaves noise of std 0.04
     (SD: 0.03) in the latent; with eta > 0 the last step still adds noise."""
-    if not 1 <= S <= T:
-        raise ValueError(f"steps {S}: must be 1..{T}")
+    timesteps(T, S)                                     # for its ValueError
     ts = [t + 1 for t in range(0, T, T // S)]
     if ts[-1] == T:
         raise ValueError(f"steps {S}: the official rule would visit timestep {T} of 0..{T - 1}")
     return ts[::-1] + [0]
 
-def pairs(ts: list[int], abar: torch.Tensor) -> list[tuple]:
+def pairs(ts: list[int], abar: Tensor) -> list[tuple]:
     """(t, abar_t, abar_s) a step; abar_{-1} = 1, where z is z_0."""
     abar = torch.cat([abar, abar.new_ones(1)])
     return [(t, abar[t], abar[s]) for t, s in zip(ts, ts[1:])]
 
-def each(t: int, z: torch.Tensor) -> torch.Tensor:
+def each(t: int, z: Tensor) -> Tensor:
     """t for each of z's samples, (B,)."""
     return torch.full((len(z),), t, device=z.device)
 
 @torch.no_grad()
-def ddpm(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: list[int],
-         randn: Callable) -> torch.Tensor:
+def ddpm(eps_theta: Callable, z_T: Tensor, ctx, abar: Tensor, ts: list[int], randn) -> Tensor:
     """Ancestral sampling, DDPM Alg. 2: draw each z_s from q(z_s | z_t, z_0) with predicted z_0."""
     z = z_T
     for t, abar_t, abar_s in pairs(ts, abar):
@@ -55,14 +54,13 @@ def ddpm(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: li
             z = z + var.sqrt() * randn()
     return z
 
-def ddim_step(z: torch.Tensor, eps: torch.Tensor, abar_t, abar_s, sigma=0.0) -> torch.Tensor:
+def ddim_step(z: Tensor, eps: Tensor, abar_t, abar_s, sigma=0.0) -> Tensor:
     """DDIM Eq. (12) but for its noise: sqrt(abar_s) z_0 + sqrt(1 - abar_s - sigma^2) eps."""
     z_0 = predict_z_0(z, eps, abar_t)
     return abar_s.sqrt() * z_0 + (1 - abar_s - sigma ** 2).clamp(min=0).sqrt() * eps
 
 @torch.no_grad()
-def ddim(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: list[int],
-         randn: Callable | None = None, eta: float = 0.0) -> torch.Tensor:
+def ddim(eps_theta: Callable, z_T: Tensor, ctx, abar: Tensor, ts: list[int], randn=None, eta=0.0):
     """DDIM Eq. (12): z_s = sqrt(abar_s) z_0 + sqrt(1 - abar_s - sigma^2) eps + sigma noise.
 
     sigma = eta sqrt((1 - abar_s) / (1 - abar_t)) sqrt(1 - abar_t / abar_s). eta = 0 is
@@ -77,36 +75,30 @@ def ddim(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: li
     return z
 
 @torch.no_grad()
-def plms(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: list[int],
-         randn: Callable | None = None) -> torch.Tensor:
+def plms(eps_theta: Callable, z_T: Tensor, ctx, abar: Tensor, ts: list[int], randn=None) -> Tensor:
     """Pseudo linear multistep, PNDM Sec. 3: a DDIM step with the mean of eps over the step.
 
     The mean is extrapolated from the last 2, 3, then 4 eps, by Adams and Bashforth's weights for
     even steps. The first step has no past and calls eps_theta twice, at both of its ends.
     NB: PNDM begins with three Runge-Kutta steps of four calls; this is the released code's way."""
-    weights = {2: (3, -1), 3: (23, -16, 5), 4: (55, -59, 37, -9)}       # of the newest eps first
+    weights = (1,), (3, -1), (23, -16, 5), (55, -59, 37, -9)            # of the newest eps first
     z, past = z_T, []
     for (t, abar_t, abar_s), s in zip(pairs(ts, abar), ts[1:]):
         past = [eps_theta(z, each(t, z), ctx), *past[:3]]
-        if len(past) == 1:
-            eps = past[0]
-            if s >= 0:                                  # z_0 itself has no eps to speak of
-                z_s = ddim_step(z, eps, abar_t, abar_s)
-                eps = (eps + eps_theta(z_s, each(s, z), ctx)) / 2
-        else:
-            w = weights[len(past)]
-            eps = sum(w_i * e for w_i, e in zip(w, past)) / sum(w)
+        w = weights[len(past) - 1]
+        eps = sum(w_i * e for w_i, e in zip(w, past)) / sum(w)
+        if len(past) == 1 and s >= 0:                   # z_0 itself has no eps to speak of
+            z_s = ddim_step(z, eps, abar_t, abar_s)
+            eps = (eps + eps_theta(z_s, each(s, z), ctx)) / 2
         z = ddim_step(z, eps, abar_t, abar_s)
     return z
 
 @torch.no_grad()
-def dpm_solver_pp(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tensor, ts: list[int],
-                  randn: Callable | None = None) -> torch.Tensor:
-    """DPM-Solver++(2M), Alg. 2: a DDIM step with z_0 extrapolated to the middle of the step.
+def dpm_solver_pp(eps_theta: Callable, z_T: Tensor, ctx, abar: Tensor, ts: list[int], randn=None):
+    """DPM-Solver++(2M), Alg. 2: a DDIM step with z_0 extrapolated to the middle of the step, mid.
 
-    In lambda = log sqrt(abar / (1 - abar)) this step is h long, the last one was h_last:
-    mid = z_0 + h / (2 h_last) (z_0 - z_0_last). The first step, and one onto z_0 (infinite h), are
-    DDIM's own."""
+    In lambda = log sqrt(abar / (1 - abar)) this step is h long, the last one was h_last. The first
+    step, and one onto z_0 (infinite h), are DDIM's own."""
     z, z_0_last, h_last = z_T, 0.0, math.inf
     for t, abar_t, abar_s in pairs(ts, abar):
         z_0 = predict_z_0(z, eps_theta(z, each(t, z), ctx), abar_t)
@@ -117,12 +109,10 @@ def dpm_solver_pp(eps_theta: Callable, z_T: torch.Tensor, ctx, abar: torch.Tenso
     return z
 
 @torch.no_grad()
-def masked(sampler: Callable, z_T: torch.Tensor, z: torch.Tensor, mask: torch.Tensor,
-           abar: torch.Tensor, ts: list[int], randn: Callable) -> torch.Tensor:
+def masked(sampler: Callable, z_T: Tensor, z: Tensor, mask: Tensor, abar: Tensor, ts, randn):
     """Fill in z where mask is 0: before each step, z_t is drawn from q(z_t | z) where mask is 1.
 
-    mask (B, 1, h, w). sampler(z_t, ts) takes z_t along ts, here a step at a time: plms and
-    dpm_solver_pp remember no earlier one."""
+    mask (B, 1, h, w). sampler(z_t, ts) takes z_t along ts, one step a call: none has a past."""
     z_t = z_T
     for t, s in zip(ts, ts[1:]):
         z_t = mask * q_sample(z, each(t, z), randn(), abar) + (1 - mask) * z_t
@@ -136,7 +126,7 @@ def later(ts: list[int], strength: float) -> list[int]:
     NB: the released img2img.py adds noise of one step and begins denoising at the step below."""
     return ts[-(max(1, round(strength * (len(ts) - 1))) + 1):]
 
-def slerp(a: torch.Tensor, b: torch.Tensor, w: float) -> torch.Tensor:
+def slerp(a: Tensor, b: Tensor, w: float) -> Tensor:
     """From noise a (w = 0) to b (1) along the great circle, where all between is as likely."""
     angle = torch.acos((a.flatten() @ b.flatten() / (a.norm() * b.norm())).clamp(-1, 1))
     if angle < 1e-4:

@@ -122,8 +122,7 @@ def setup(device: str, dtype: str):
         raise BadInput(f"--device {device}: no such device; use auto, cpu or cuda") from None
     if dev.type == "cuda":
         if not torch.cuda.is_available():
-            raise BadInput(f"--device {device}: this machine, or this build of torch, has no CUDA; "
-                           "use --device cpu")
+            raise BadInput(f"--device {device}: no CUDA here, or in this torch; use --device cpu")
         torch.cuda.set_device(dev)
         torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
@@ -139,49 +138,39 @@ def sync_last(net, last: bool):
     """Let DDP exchange gradients only on the last micro-batch."""
     return contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync()
 
-class Stop:
-    """Notes SIGINT and SIGTERM, so that the loop can save and leave; a second one ends at once."""
-    def __init__(self, device: torch.device):
-        self.flag = torch.zeros((), device=device)
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self._ask)
-
-    def _ask(self, number, _frame):
-        self.flag.fill_(1)
-        signal.signal(number, signal.SIG_DFL)
-        tqdm.write("stopping after this step; the same command goes on from here", file=sys.stderr)
-
-    def asked(self) -> bool:
-        """Once a step: was any process asked to stop?"""
-        if dist.is_initialized():
-            dist.all_reduce(self.flag, dist.ReduceOp.MAX)
-        return bool(self.flag)
-
 def steps(args, done: int, log: "Log", save, evaluate):
     """The steps after `done`: 1, 2, ... Between them save(step) and evaluate(step) where they are
-    due, in the main process; leaves when asked to. (zip the batches behind it: it must be the first
-    to be asked for more.)"""
-    stop = Stop(log.device)
+    due, in the main process. At SIGINT or SIGTERM, of any process, saves and leaves; at a second
+    one ends at once. (zip the batches behind it: it must be the first to be asked for more.)"""
+    asked = torch.zeros((), device=log.device)
+
+    def ask(number, _frame):
+        asked.fill_(1)
+        signal.signal(number, signal.SIG_DFL)
+        tqdm.write("stopping after this step; the same command goes on from here", file=sys.stderr)
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, ask)
     for step in range(done + 1, args.steps + 1):
         yield step
-        stopping = stop.asked()
-        with log.aside():
-            if log.main and (step % args.save_every == 0 or step == args.steps or stopping):
-                save(step)
-            if log.main and args.eval_n and (step % args.eval_every == 0 or step == args.steps):
-                evaluate(step)
+        if dist.is_initialized():
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        stopping, start = bool(asked), time.perf_counter()
+        if log.main and (step % args.save_every == 0 or step == args.steps or stopping):
+            save(step)
+        if log.main and args.eval_n and (step % args.eval_every == 0 or step == args.steps):
+            evaluate(step)
+        log.since += time.perf_counter() - start        # this time is not training's
         if stopping:
             break
-    log.close()
+    log.bar.close()
 
 # ---- optimisation
 
 def generator(seed: int, i: int) -> torch.Generator:
     """All randomness of training step i, or of picture i, is a function of (seed, i): a resumed run
-    equals an unbroken one, and a picture does not depend on the batch that it is drawn in.
-
-    In training, draw for the whole batch, then take this process's rows: the world size changes
-    nothing. (The numbers are mixed first: torch's CPU generator looks at 32 bits of its seed.)"""
+    equals an unbroken one, and a picture does not depend on the batch that it is drawn in. Training
+    draws for the whole batch, then takes this process's rows: the world size changes nothing.
+    (The numbers are mixed first: torch's CPU generator looks at 32 bits of its seed.)"""
     mixed = np.random.SeedSequence([seed, i]).generate_state(1)[0]
     return torch.Generator().manual_seed(int(mixed))
 
@@ -192,15 +181,14 @@ def lr_at(step: int, args) -> float:
 
 def check_finite(value: torch.Tensor, step: int, path: Path) -> None:
     if not torch.isfinite(value):
-        raise BadInput(f"the loss or its gradient is {value.item()} at step {step}: training stops "
-                       f"and {path} keeps the last good state; try a lower --lr, a longer "
-                       "--warmup, or --dtype fp32")
+        raise BadInput(f"loss or gradient is {value.item()} at step {step}: training stops, {path} "
+                       "keeps the last good state; try a lower --lr, more --warmup or --dtype fp32")
 
 class EMA:
     """Exponential moving average of the weights of some modules, {name: module}: .nets.
 
-    The decay at update n is min(decay, (1 + n) / (10 + n)), the released code's warm-up. The
-    paper's 0.9999 needs 100k steps; a toy run of 2,000 wants 0.99.
+    Update n's decay is min(decay, (1 + n) / (10 + n)), the released code's warm-up. The paper's
+    0.9999 needs 100k steps; a toy run of 2,000 wants 0.99.
     NB: the released code averages the U-Net only; here tau is averaged with it."""
     def __init__(self, nets: dict[str, torch.nn.Module], decay: float):
         self.source, self.decay, self.n = nets, decay, 0
@@ -234,27 +222,16 @@ class Log:
         if self.main:
             args.out.mkdir(parents=True, exist_ok=True)
             old = self.path.read_text().splitlines() if step and self.path.exists() else []
-            old = [x + "\n" for x in old if json.loads(x)["step"] <= step]
-            self.path.write_text("".join(old))
+            self.path.write_text("".join(x + "\n" for x in old if json.loads(x)["step"] <= step))
         if step:
             self.note(f"{args.out}: {step} of {args.steps} steps are done")
         self.bar = tqdm(total=args.steps, initial=step, disable=not self.main, unit="step",
                         dynamic_ncols=True)
-        self._restart(step)
-
-    def _restart(self, step: int) -> None:
-        self.last, self.time, self.spent, self.sums = step, time.perf_counter(), 0.0, {}
+        self.last, self.since, self.sums = step, time.perf_counter(), {}
 
     def note(self, text: str) -> None:
         if self.main:
             tqdm.write(text)
-
-    @contextlib.contextmanager
-    def aside(self):
-        """Time spent in here (pictures, saving) is not counted as training speed."""
-        start = time.perf_counter()
-        yield
-        self.spent += time.perf_counter() - start
 
     def step(self, step: int, **values) -> None:
         """After each step; every --log-every-th prints the means since the last print."""
@@ -262,13 +239,11 @@ class Log:
         add(self.sums, values, 1.0)
         if step % self.args.log_every == 0 or step == self.args.steps:
             n = step - self.last
-            dt = (time.perf_counter() - self.time - self.spent) / n
-            cuda = self.device.type == "cuda"
-            memory = torch.cuda.max_memory_allocated() if cuda else peak_memory()
+            dt = (time.perf_counter() - self.since) / n
             self.write(step, **{k: float(v) / n for k, v in self.sums.items()}, ms=dt * 1e3,
-                       img_per_s=self.args.batch / dt, gb=memory / 2 ** 30,
+                       img_per_s=self.args.batch / dt, gb=peak_memory(self.device) / 2 ** 30,
                        eta_min=dt * (self.args.steps - step) / 60)
-            self._restart(step)
+            self.last, self.since, self.sums = step, time.perf_counter(), {}
 
     def write(self, step: int, **values: float) -> None:
         """A line on the terminal and in log.jsonl."""
@@ -280,14 +255,13 @@ class Log:
             with open(self.path, "a") as f:
                 f.write(json.dumps({"step": step, **values}) + "\n")
 
-    def close(self) -> None:
-        self.bar.close()
-
-def peak_memory() -> int:
-    """Most memory this process has held, bytes; 0 where the system does not say."""
+def peak_memory(device: torch.device) -> int:
+    """Most memory this process has held there, bytes; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
     try:
         import resource
-        kib = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
     except ImportError:
         return 0
+    kib = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib

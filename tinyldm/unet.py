@@ -6,6 +6,7 @@ Reads:   layers.py, attention.py
 
 The topology is two lists, `down` and `up`, of stages; each stage is a short list of layers."""
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tinyldm.attention import SelfAttention2d, SpatialTransformer
-from tinyldm.layers import Downsample, ResBlock, Upsample, group_norm, timestep_embedding, zero_
+from tinyldm.layers import Downsample, ResBlock, Upsample, timestep_embedding, zero_
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -41,9 +42,8 @@ class UNetConfig:
 class UNet(nn.Module):
     """eps_theta(z_t, t, ctx): z_t (B, c_out, h, w), t (B,) -> (B, c_out, h, w).
 
-    ctx: tokens (B, M, d_ctx) to attend to; without d_ctx, maps (B, c_in - c_out, h, w) that are
-    concatenated to z_t, or None. h and w must be divisible by 2^(levels - 1). Raises ValueError
-    when tokens are missing."""
+    ctx: tokens (B, M, d_ctx) to attend to, or ValueError; without d_ctx, maps (B, c_in - c_out, h,
+    w) that are concatenated to z_t, or None. h and w must be divisible by 2^(levels - 1)."""
     def __init__(self, cfg: UNetConfig):
         super().__init__()
         self.cfg, self.ckpt_grad = cfg, False
@@ -74,31 +74,29 @@ class UNet(nn.Module):
                 down.append([res(c, c, nn.AvgPool2d(2)) if cfg.res_updown else Downsample(c)])
                 skips.append(c)
                 side //= 2
-        middle = [res(c, c), attn(c), res(c, c)]
-        up = []
+        self.down, up = nn.ModuleList(map(nn.ModuleList, down)), []
+        self.middle = nn.ModuleList([res(c, c), attn(c), res(c, c)])
         for level, mult in reversed(list(enumerate(cfg.ch_mult))):
-            for i in range(cfg.n_res + 1):
+            for _ in range(cfg.n_res + 1):
                 up.append([res(c + skips.pop(), cfg.ch * mult)])
                 c = cfg.ch * mult
                 if side in cfg.attn_res:
                     up[-1].append(attn(c))
-                if level > 0 and i == cfg.n_res:
-                    up[-1].append(res(c, c, nn.Upsample(scale_factor=2)) if cfg.res_updown
-                                  else Upsample(c))
-                    side *= 2
-        self.down = nn.ModuleList(map(nn.ModuleList, down))
-        self.middle = nn.ModuleList(middle)
+            if level > 0:
+                double = nn.Upsample(scale_factor=2)
+                up[-1].append(res(c, c, double) if cfg.res_updown else Upsample(c))
+                side *= 2
         self.up = nn.ModuleList(map(nn.ModuleList, up))
-        self.norm_out = group_norm(c, g, eps=1e-5)
+        self.norm_out = nn.GroupNorm(g, c, 1e-5)
         self.conv_out = zero_(nn.Conv2d(c, cfg.c_out, 3, padding=1))
 
-    def forward(self, z_t: torch.Tensor, t: torch.Tensor,
-                ctx: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, z_t: torch.Tensor, t: torch.Tensor, ctx: torch.Tensor | None = None):
         emb = self.time(timestep_embedding(t, self.cfg.ch).to(z_t.dtype))       # (B, 4 ch)
         if ctx is not None and self.cfg.d_ctx is None:
             z_t, ctx = torch.cat([z_t, ctx], dim=1), None                       # (B, c_in, h, w)
         h, skips = z_t, []
-        run = run_lean if self.ckpt_grad and torch.is_grad_enabled() else run_stage
+        lean = self.ckpt_grad and torch.is_grad_enabled()   # backward computes stages anew
+        run = partial(checkpoint, run_stage, use_reentrant=False) if lean else run_stage
         for stage in self.down:
             h = run(stage, h, emb, ctx)
             skips.append(h)
@@ -109,15 +107,7 @@ class UNet(nn.Module):
 
 def run_stage(stage: nn.ModuleList, h: torch.Tensor, emb: torch.Tensor, ctx: torch.Tensor | None):
     """Apply a stage's layers in turn, giving each what it takes."""
+    takes = {ResBlock: [emb], SpatialTransformer: [ctx]}
     for layer in stage:
-        if isinstance(layer, ResBlock):
-            h = layer(h, emb)
-        elif isinstance(layer, SpatialTransformer):
-            h = layer(h, ctx)
-        else:
-            h = layer(h)
+        h = layer(h, *takes.get(type(layer), []))
     return h
-
-def run_lean(*args):
-    """run_stage, keeping only its input: backward runs it again (gradient checkpointing)."""
-    return checkpoint(run_stage, *args, use_reentrant=False)
