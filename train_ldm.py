@@ -21,7 +21,7 @@ from tinyldm import BadInput, presets, shapes
 from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, Posterior, build_autoencoder
 from tinyldm.checkpoint import half, load_checkpoint, same_config, save_checkpoint
-from tinyldm.data import BatchOrder, data_flags, encode_set, loader, open_data
+from tinyldm.data import batch_order, data_flags, encode_set, loader, open_data
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, ldm_loss, snr_weight
 from tinyldm.features import feature_flags, open_features
 from tinyldm.generate import Model, defaults, draw
@@ -235,7 +235,7 @@ def main(args):
     if done == 0:
         ae.z_std.copy_(cache.std() if args.z_std is None else torch.tensor(args.z_std))
         cache = cache.scaled(ae.z_std.cpu())
-    order = BatchOrder(len(data), args.batch, done, args.steps, args.seed, rank, world)
+    order = batch_order(len(data), args.batch, done, args.steps, args.seed, rank, world)
 
     def batches():
         """q(z | x) and y of this process's pictures, step by step."""

@@ -23,7 +23,26 @@ Symbols (ASCII for the paper's)
     y, tau, ctx       condition, its encoder, tau(y)      s, p_drop   guidance, share of y dropped
     disc, lam         D_psi, the adaptive weight          q           queries, or q(z | x)
 Dims: B batch; C, H, W image or features; c, h, w latent; N places; M tokens; D width."""
+import contextlib
 
 class BadInput(Exception):
     """Something that the user gave is wrong. The message is one line that names the file or flag
     and what to do; the scripts print it and leave with exit code 2."""
+    def __str__(self) -> str:
+        """That line, without what torch puts around it on its way out of a DataLoader's worker."""
+        return super().__str__().rpartition("tinyldm.BadInput: ")[2].strip()
+
+def require(ok, say: str) -> None:
+    """Raises BadInput(say) unless ok."""
+    if not ok:
+        raise BadInput(say)
+
+@contextlib.contextmanager
+def reading(what: str):
+    """Turns all that a stranger's file can do wrong into BadInput: `what`, and why, in one line."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as e:
+        raise BadInput(f"{what}: {' '.join(str(e).split()) or type(e).__name__}") from e

@@ -9,7 +9,6 @@ Reads:   autoencoder.py (Posterior), shapes.py, degrade.py
 A folder, or a .zip of one, holds pictures in any depth. What is known of them stands in
 `metadata.jsonl` (file_name; text, label, boxes in pixels, mask = path of a label map), or else in a
 .txt beside each picture, and the names of the sub-folders are labels."""
-import contextlib
 import functools
 import io
 import itertools
@@ -28,7 +27,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from tinyldm import BadInput
+from tinyldm import BadInput, reading, require
 from tinyldm.autoencoder import Posterior
 from tinyldm.degrade import Degraded, to_tensor
 from tinyldm.shapes import Shapes
@@ -40,26 +39,12 @@ COLUMNS = {                     # of metadata.jsonl, and what to do where a pict
     "boxes": ("boxes", 'give it "boxes" in metadata.jsonl: [[class, x0, y0, x1, y1 in px], ...]'),
     "segmentation": ("mask", 'give it a "mask" in metadata.jsonl: the file of its label map')}
 NEAREST, LANCZOS = Image.Resampling.NEAREST, Image.Resampling.LANCZOS
-UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, zipfile.BadZipFile,
-              zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 Image.MAX_IMAGE_PIXELS = 64_000_000                     # more is refused as a decompression bomb
 
-@contextlib.contextmanager
-def reading(what: str):
-    """Turns all that a stranger's file can do wrong into BadInput: `what`, and why."""
-    try:
-        yield
-    except UNREADABLE as e:
-        raise BadInput(f"{what}: {e}") from e
-
-def require(ok, say: str) -> None:
-    """Raises BadInput(say) unless ok."""
-    if not ok:
-        raise BadInput(say)
-
 @functools.cache
-def open_zip(path: Path, process: int) -> zipfile.ZipFile:
-    """Once in each process: a worker that inherits an open file shares its position, too."""
+def open_zip(path: Path, changed: int, process: int) -> zipfile.ZipFile:
+    """Once in each process: a worker that inherits an open file shares its position, too. And once
+    more where it has been rewritten."""
     return zipfile.ZipFile(path)
 
 def is_box(b) -> bool:
@@ -77,7 +62,7 @@ class Folder(Dataset):
     def __init__(self, path: str, size: int, split: str = "train", resize: bool = True,
                  flip: bool = False, label: str = "label"):
         self.path, self.size, self.resize, self.flip = Path(path), size, resize, flip
-        self.bad = set()
+        self.zipped, self.bad = self.path.suffix == ".zip", set()
         rows = [r | {"label": r[label]} if label in r else r for r in self._rows()]
         self.labels = sorted({str(r["label"]) for r in rows if "label" in r})
         self.classes = sorted({str(b[0]) for r in rows for b in r.get("boxes", [])})
@@ -99,16 +84,16 @@ class Folder(Dataset):
         return [str(row["text"]) for row in self.rows]
 
     def read(self, name: str) -> bytes:
-        if self.path.suffix == ".zip":
-            return open_zip(self.path, os.getpid()).read(name)
-        return (self.path / name).read_bytes()
+        return self._zip().read(name) if self.zipped else (self.path / name).read_bytes()
+
+    def _zip(self) -> zipfile.ZipFile:
+        return open_zip(self.path, os.stat(self.path).st_mtime_ns, os.getpid())
 
     def _rows(self) -> list[dict]:
         """What is known of each picture, from metadata.jsonl or from names and .txt files."""
-        inside = self.path.suffix == ".zip"
-        require(inside or self.path.is_dir(), f"--data {self.path}: no such folder")
+        require(self.zipped or self.path.is_dir(), f"--data {self.path}: no such folder")
         with reading(f"--data {self.path}: cannot be read"):
-            names = open_zip(self.path, os.getpid()).namelist() if inside else (
+            names = self._zip().namelist() if self.zipped else (
                 p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
             names = sorted(n for n in names if not n.endswith("/"))
             have, rows = set(names), []
@@ -177,60 +162,57 @@ class Folder(Dataset):
             if (name := row["file_name"]) not in self.bad:
                 try:
                     return row, load_rgb(self.read(name))
-                except UNREADABLE as e:
+                except Exception as e:                      # strangers' files raise anything
                     self.bad.add(name)
                     warnings.warn(f"{name} cannot be read and is skipped: {e} "
                                   f"({len(self.bad)} so far)", stacklevel=2)
         raise BadInput(f"--data {self.path}: none of its {len(self)} pictures can be read")
 
+def load(data: bytes) -> Image.Image:
+    """A picture file's bytes, decoded, upright as its EXIF says. Raises many errors; for a bomb,
+    before it is decoded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+
 def load_map(data: bytes) -> Image.Image:
-    """A label map's bytes -> a picture of one channel of class numbers. Raises ValueError."""
-    image = Image.open(io.BytesIO(data))
-    image.load()
+    """A label map's bytes -> a picture of one channel of class numbers. Raises as load()."""
+    image = load(data)
     if image.mode not in ("1", "L", "P", "I", "I;16"):
         raise ValueError(f"has {len(image.getbands())} channels ({image.mode}); a label map is a "
                          "grey or palette png whose values are class numbers")
     return image
 
 def load_rgb(data: bytes) -> Image.Image:
-    """A picture file's bytes -> RGB, upright as its EXIF says, transparency laid on white."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        if image.mode.startswith("I;16"):                   # which Pillow would clip at 255
-            image = image.point(lambda v: v / 256).convert("L")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+    """A picture file's bytes -> RGB, transparency laid on white. Raises as load()."""
+    image = load(data)
+    if image.mode.startswith("I;16"):                       # which Pillow would clip at 255
+        image = image.point(lambda v: v / 256).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
-class BatchOrder:
+def batch_order(n: int, batch: int, done: int, steps: int, seed: int, rank=0, world=1):
     """The items of each training step: a new shuffle each epoch, a function of (seed, epoch).
 
     Yields a list of items for the steps after `done`, up to `steps`: this process's slice of the
     batch. Picture k in epoch e is item e * n + k, so that a set may show it another way round."""
-    def __init__(self, n: int, batch: int, done: int, steps: int, seed: int, rank: int = 0,
-                 world: int = 1):
-        self.n, self.batch, self.steps, self.seed = n, batch, range(done, steps), seed
-        self.slice = slice(rank * batch // world, (rank + 1) * batch // world)
+    epoch, k = divmod(done * batch, n)
+    epochs = ((np.random.default_rng([seed, e]).permutation(n) + e * n).tolist()
+              for e in itertools.count(epoch))
+    items = itertools.islice(itertools.chain.from_iterable(epochs), k, None)
+    for _ in range(done, steps):
+        whole = list(itertools.islice(items, batch))
+        yield whole[rank * batch // world:(rank + 1) * batch // world]
 
-    def __iter__(self):
-        def shuffled(first):
-            for epoch in itertools.count(first):
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
-                yield from (order + epoch * self.n).tolist()
-        epoch, k = divmod(self.steps.start * self.batch, self.n)
-        items = itertools.islice(shuffled(epoch), k, None)
-        for _ in self.steps:
-            yield list(itertools.islice(items, self.batch))[self.slice]
+def collate(items: list[dict]) -> dict:
+    """A batch: image (B, 3, H, W), and as a list every other field that all items have."""
+    batch = {k: [i[k] for i in items] for k in set.intersection(*map(set, items))}
+    return batch | {"image": torch.stack(batch["image"])}
 
-def loader(data: Dataset, order, workers: int, cuda: bool = False):
-    """Batches of items in the order of the lists that `order` yields: image (B, 3, H, W), and every
-    other field that all of them have as a list."""
-    def collate(items):
-        common = set.intersection(*map(set, items))
-        return {k: torch.stack([i[k] for i in items]) if k == "image" else [i[k] for i in items]
-                for k in common}
+def loader(data: Dataset, order, workers: int, cuda: bool = False) -> DataLoader:
+    """Batches of items in the order of the lists that `order` yields."""
     return DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=collate,
                       pin_memory=cuda)
 
@@ -260,8 +242,7 @@ def data_flags(parser) -> None:
 
 def open_data(args, split: str = "train", fields: tuple[str, ...] = ()) -> Dataset:
     """The data set of the flags, with these fields in its items. Raises BadInput."""
-    if args.data is None:
-        raise BadInput(f"--data: preset {args.preset} has none of its own; give a folder or .zip")
+    require(args.data, "--data: this preset has none of its own; give a folder or .zip")
     if args.data == "shapes":
         data = Shapes(args.n_shapes if split == "train" else 256, args.size, args.seed, split)
     else:
