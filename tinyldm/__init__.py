@@ -28,9 +28,6 @@ import contextlib
 class BadInput(Exception):
     """Something that the user gave is wrong. The message is one line that names the file or flag
     and what to do; the scripts print it and leave with exit code 2."""
-    def __str__(self) -> str:
-        """That line, without what torch puts around it on its way out of a DataLoader's worker."""
-        return super().__str__().rpartition("tinyldm.BadInput: ")[2].strip()
 
 def require(ok, say: str) -> None:
     """Raises BadInput(say) unless ok."""

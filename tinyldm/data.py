@@ -18,7 +18,7 @@ import warnings
 import zipfile
 import zlib
 from argparse import BooleanOptionalAction
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -211,10 +211,13 @@ def collate(items: list[dict]) -> dict:
     batch = {k: [i[k] for i in items] for k in set.intersection(*map(set, items))}
     return batch | {"image": torch.stack(batch["image"])}
 
-def loader(data: Dataset, order, workers: int, cuda: bool = False) -> DataLoader:
-    """Batches of items in the order of the lists that `order` yields."""
-    return DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=collate,
-                      pin_memory=cuda)
+def loader(data: Dataset, order: Iterable, workers: int, cuda: bool = False) -> Iterable[dict]:
+    """Batches of items in the order of the lists that `order` yields. Raises BadInput."""
+    try:
+        yield from DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=collate,
+                              pin_memory=cuda)
+    except BadInput as e:                           # a worker's has its whole traceback as message
+        raise BadInput(str(e).rpartition("BadInput: ")[2].strip()) from e.with_traceback(None)
 
 @torch.no_grad()
 def encode_set(ae: torch.nn.Module, data, n: int, workers: int, device, show: bool,
@@ -223,7 +226,8 @@ def encode_set(ae: torch.nn.Module, data, n: int, workers: int, device, show: bo
 
     Means and log-variances (n, c_z, h, w) stay on the CPU; z is still sampled anew at each step."""
     order, parts = [list(range(i, min(i + 64, n))) for i in range(0, n, 64)], []
-    for b in tqdm(loader(data, order, workers), "encoding", disable=not show, dynamic_ncols=True):
+    order = tqdm(order, "encoding", disable=not show, dynamic_ncols=True)
+    for b in loader(data, order, workers):
         q = ae.encode(b["image"].to(device))
         parts.append((q.mean.float().cpu(), q.logvar.float().cpu(), to_y(b)))
     mean, logvar, y = (torch.cat(v) for v in zip(*parts))
@@ -242,7 +246,8 @@ def data_flags(parser) -> None:
 
 def open_data(args, split: str = "train", fields: tuple[str, ...] = ()) -> Dataset:
     """The data set of the flags, with these fields in its items. Raises BadInput."""
-    require(args.data, "--data: this preset has none of its own; give a folder or .zip")
+    if args.data is None:
+        raise BadInput(f"--data: preset {args.preset} has none of its own; give a folder or .zip")
     if args.data == "shapes":
         data = Shapes(args.n_shapes if split == "train" else 256, args.size, args.seed, split)
     else:

@@ -144,7 +144,7 @@ def parse_args(argv=None):
 def read(data: torch.utils.data.Dataset, which: Sequence[int], workers: int, device):
     """Batches (64, 3, H, W) of these pictures, with a progress bar."""
     parts = [which[i:i + 64] for i in range(0, len(which), 64)]
-    for b in tqdm(loader(data, parts, workers), "pictures", dynamic_ncols=True):
+    for b in loader(data, tqdm(parts, "pictures", dynamic_ncols=True), workers):
         yield b["image"].to(device)
 
 def compare_pairs(real: Folder, fake: Folder, args) -> dict[str, float]:
