@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from tinyldm import BadInput, presets, shapes
+from tinyldm import presets, require, shapes
 from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, Posterior, build_autoencoder
 from tinyldm.checkpoint import half, load_checkpoint, same_config, save_checkpoint
@@ -91,27 +91,25 @@ def load_stage_one(path: Path) -> Autoencoder | Pixels:
 
 def configure(args, ae: AEConfig) -> UNetConfig:
     """The shape of eps_theta. Raises BadInput for flags that clash, or do not fit the latents."""
-    if args.n_head is None and args.d_head is None:
-        raise BadInput("--d-head or --n-head: one of them is needed")
-    if args.schedule == "cosine" and args.beta_range:
-        raise BadInput("--beta-range: the cosine schedule has no ends to set")
+    require(args.n_head or args.d_head, "--d-head or --n-head: one of them is needed")
+    ends = args.schedule != "cosine" or not args.beta_range
+    require(ends, "--beta-range: the cosine schedule has no ends to set")
     unet = presets.unet_config(vars(args), ae)
-    if args.task == "superres" and args.size % 4:
-        raise BadInput(f"--size {args.size}: superres needs a multiple of 4")
-    if args.size % (ae.f * unet.factor):
-        raise BadInput(f"--size {args.size} is not a multiple of {ae.f * unet.factor}, the "
-                       f"autoencoder's f = {ae.f} times the U-Net's factor {unet.factor}")
+    k = ae.f * unet.factor
+    require(args.size % k == 0, f"--size {args.size} is not a multiple of {k}, the autoencoder's "
+            f"f = {ae.f} times the U-Net's factor {unet.factor}")
+    superres = args.task == "superres" and args.size % 4
+    require(not superres, f"--size {args.size}: superres needs a multiple of 4")
     return unet
 
 def examples(args, held_out, labels: list[str]) -> list[dict]:
     """The --eval-n conditions of the pictures that show progress: held-out ones, or classes."""
-    toy, n = args.data == "shapes", args.eval_n
-    if args.task == "class":
-        which = shapes.SEEN if toy else range(len(labels))
-        return [{"label": which[i % len(which)]} for i in range(n)]
+    toy, n, some = args.data == "shapes", args.eval_n, held_out
     if args.task == "text" and toy:
         return [{"caption": p} for p in shapes.prompts(n)]
-    return [held_out[i % len(held_out)] for i in range(n)]
+    if args.task == "class":
+        some = [{"label": k} for k in (shapes.SEEN if toy else range(len(labels)))]
+    return [some[i % len(some)] for i in range(n)]
 
 @torch.no_grad()
 def held_out_loss(m: Model, q: Posterior, y: torch.Tensor) -> dict[str, float]:
@@ -139,12 +137,10 @@ def judging(m: Model, args, data, held_out, to_y, log, autocast) -> Callable:
     how = defaults(steps=min(25, args.T), size=(args.size, args.size))
     if args.task == "text":
         log.note("each grid shows\n  " + "\n  ".join(i["caption"] for i in items[:16]))
-
     def judge(step):
         with autocast():
             loss = held_out_loss(m, *pairs)
-            images = torch.cat([draw(m, items[i:i + 64], how, i)
-                                for i in range(0, len(items), 64)])
+            images = torch.cat([draw(m, items[i:i + 64], how, i) for i in range(0, len(items), 64)])
         save_drawn(images[:16], items[:16], args.task, m.classes,
                    args.out / f"samples_{step:06d}.png", 8)
         figures = score(args.task, images, items) if args.data == "shapes" else {}
@@ -224,7 +220,6 @@ def main(args):
 
     def to_y(batch):
         return task.y(batch, tau, tokenizer)
-
     y_null = to_y(task.null)
     n = len(data) * (2 if args.flip else 1)
     if args.cache_latents or done == 0:

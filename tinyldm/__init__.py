@@ -35,11 +35,12 @@ def require(ok, say: str) -> None:
         raise BadInput(say)
 
 @contextlib.contextmanager
-def reading(what: str):
-    """Turns all that a stranger's file can do wrong into BadInput: `what`, and why, in one line."""
+def trying(what: str):
+    """Turns all that can go wrong with a stranger's file into BadInput: `what`, and why: a line."""
     try:
         yield
     except BadInput:
         raise
     except Exception as e:
-        raise BadInput(f"{what}: {' '.join(str(e).split()) or type(e).__name__}") from e
+        why = " ".join(str(getattr(e, "strerror", None) or e).split())[:300]
+        raise BadInput(f"{what}: {why or type(e).__name__}") from e

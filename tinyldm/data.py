@@ -11,7 +11,6 @@ A folder, or a .zip of one, holds pictures in any depth. What is known of them s
 .txt beside each picture, and the names of the sub-folders are labels."""
 import functools
 import io
-import itertools
 import json
 import os
 import warnings
@@ -19,6 +18,7 @@ import zipfile
 import zlib
 from argparse import BooleanOptionalAction
 from collections.abc import Callable, Iterable
+from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from tinyldm import BadInput, reading, require
+from tinyldm import BadInput, require, trying
 from tinyldm.autoencoder import Posterior
 from tinyldm.degrade import Degraded, to_tensor
 from tinyldm.shapes import Shapes
@@ -43,8 +43,7 @@ Image.MAX_IMAGE_PIXELS = 64_000_000                     # more is refused as a d
 
 @functools.cache
 def open_zip(path: Path, changed: int, process: int) -> zipfile.ZipFile:
-    """Once in each process: a worker that inherits an open file shares its position, too. And once
-    more where it has been rewritten."""
+    """Opened once in each process, as an inherited file shares its position; anew when changed."""
     return zipfile.ZipFile(path)
 
 def is_box(b) -> bool:
@@ -92,7 +91,7 @@ class Folder(Dataset):
     def _rows(self) -> list[dict]:
         """What is known of each picture, from metadata.jsonl or from names and .txt files."""
         require(self.zipped or self.path.is_dir(), f"--data {self.path}: no such folder")
-        with reading(f"--data {self.path}: cannot be read"):
+        with trying(f"--data {self.path}: cannot be read"):
             names = self._zip().namelist() if self.zipped else (
                 p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
             names = sorted(n for n in names if not n.endswith("/"))
@@ -112,7 +111,7 @@ class Folder(Dataset):
 
     def _row(self, line: str, where: str, have: set[str]) -> dict:
         """A line of metadata.jsonl, without what is null in it."""
-        with reading(f"{where} not JSON"):
+        with trying(f"{where} not JSON"):
             row = json.loads(line)
         require(isinstance(row, dict) and isinstance(row.get("file_name"), str),
                 f'{where} needs an object with a "file_name"')
@@ -145,7 +144,7 @@ class Folder(Dataset):
             b[:, 1:] = ((b[:, 1:] - torch.tensor([x, y, x, y])) / side).clamp(0, 1)
             item["boxes"] = b[(b[:, 3:] > b[:, 1:3]).all(1)]
         if "mask" in row:
-            with reading(f"--data {self.path}: {row['mask']} cannot be read"):
+            with trying(f"--data {self.path}: {row['mask']} cannot be read"):
                 m = load_map(self.read(row["mask"]))
             part = [v * n / of for v, n, of in zip(shown, m.size * 2, whole.size * 2)]
             item["segmentation"] = torch.from_numpy(np.int64(m.resize(square, NEAREST, part)))
@@ -169,8 +168,7 @@ class Folder(Dataset):
         raise BadInput(f"--data {self.path}: none of its {len(self)} pictures can be read")
 
 def load(data: bytes) -> Image.Image:
-    """A picture file's bytes, decoded, upright as its EXIF says. Raises many errors; for a bomb,
-    before it is decoded."""
+    """A picture file's bytes, decoded and upright as its EXIF says; a bomb is an error before."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
@@ -195,15 +193,13 @@ def load_rgb(data: bytes) -> Image.Image:
 
 def batch_order(n: int, batch: int, done: int, steps: int, seed: int, rank=0, world=1):
     """The items of each training step: a new shuffle each epoch, a function of (seed, epoch).
-
     Yields a list of items for the steps after `done`, up to `steps`: this process's slice of the
     batch. Picture k in epoch e is item e * n + k, so that a set may show it another way round."""
     epoch, k = divmod(done * batch, n)
-    epochs = ((np.random.default_rng([seed, e]).permutation(n) + e * n).tolist()
-              for e in itertools.count(epoch))
-    items = itertools.islice(itertools.chain.from_iterable(epochs), k, None)
+    epochs = (e * n + np.random.default_rng([seed, e]).permutation(n) for e in count(epoch))
+    items = islice(chain.from_iterable(epochs), k, None)
     for _ in range(done, steps):
-        whole = list(itertools.islice(items, batch))
+        whole = [int(i) for i in islice(items, batch)]
         yield whole[rank * batch // world:(rank + 1) * batch // world]
 
 def collate(items: list[dict]) -> dict:
@@ -223,7 +219,6 @@ def loader(data: Dataset, order: Iterable, workers: int, cuda: bool = False) -> 
 def encode_set(ae: torch.nn.Module, data, n: int, workers: int, device, show: bool,
                to_y: Callable) -> tuple[Posterior, torch.Tensor]:
     """The latent cache: E's posterior for items 0..n-1 (from len on: mirrored), and their y.
-
     Means and log-variances (n, c_z, h, w) stay on the CPU; z is still sampled anew at each step."""
     order, parts = [list(range(i, min(i + 64, n))) for i in range(0, n, 64)], []
     order = tqdm(order, "encoding", disable=not show, dynamic_ncols=True)

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from tinyldm import BadInput
+from tinyldm import require
 from tinyldm import training as tr
 from tinyldm.data import Folder, load_rgb, loader
 from tinyldm.features import feature_flags, open_features
@@ -37,7 +37,6 @@ def ssim(x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
     i = torch.arange(n, dtype=x.dtype, device=x.device) - (n - 1) / 2
     g = (-i ** 2 / (2 * 1.5 ** 2)).exp()
     window = (g[:, None] * g / g.sum() ** 2).expand(x.shape[1], 1, n, n)
-
     def mean(v):
         return F.conv2d(v, window, groups=x.shape[1])
     y = x_rec.clamp(-1, 1)
@@ -62,9 +61,8 @@ class Moments:
         """f (n, d). Parts are joined as in Chan et al. 1983: no difference of large sums."""
         f = f.double()
         mean, n = f.mean(0), self.n + len(f)
-        d = mean - self.mean
-        self.scatter = (self.scatter + (f - mean).T @ (f - mean)
-                        + torch.outer(d, d) * (self.n * len(f) / n))
+        d, rest = mean - self.mean, f - mean
+        self.scatter = self.scatter + rest.T @ rest + torch.outer(d, d) * (self.n * len(f) / n)
         self.mean, self.n = self.mean + d * (len(f) / n), n
 
     @property
@@ -73,7 +71,6 @@ class Moments:
 
 def frechet(a: Moments, b: Moments) -> float:
     """Heusel et al. Eq. (6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
-
     The last trace is the sum of the singular values of C_a^(1/2) C_b^(1/2): symmetric roots, by
     eigenvalues, are stable also where there are fewer pictures than features."""
     def root(c):
@@ -87,7 +84,6 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tupl
     ones within reach of a fake; a picture reaches as far as its k-th nearest neighbour."""
     def reach(f):
         return torch.cat([torch.cdist(part, f).kthvalue(k + 1).values for part in f.split(1024)])
-
     def share(f, of):
         r = reach(of)
         return torch.cat([(torch.cdist(part, of) <= r).any(1) for part in f.split(1024)])
@@ -152,8 +148,7 @@ def compare_pairs(real: Folder, fake: Folder, args) -> dict[str, float]:
     its weights are given. Raises BadInput."""
     at = [{row["file_name"]: i for i, row in enumerate(s.rows)} for s in (real, fake)]
     names = sorted(at[0].keys() & at[1].keys())[:args.n]
-    if not names:
-        raise BadInput("--pairs: no picture of --fake is named as one of --real")
+    require(names, "--pairs: no picture of --fake is named as one of --real")
     kind = "vgg16" if args.vgg_weights else "random"
     distance = Perceptual(kind, args.vgg_weights).to(args.device)
     both = zip(*(read(s, [a[n] for n in names], args.workers, args.device)
@@ -169,18 +164,15 @@ def main(args):
         args.size = min(load_rgb(first.read(first.rows[0]["file_name"])).size)
     sets = [Shapes(min(args.n, 10_000), args.size, split=path) if path in ("train", "held-out")
             else Folder(path, args.size, "all") for path in (args.real, args.fake)]
-    if min(map(len, sets)) < 4:
-        raise BadInput("--real, --fake: there must be four pictures of each, or more")
-    told = []
-    for data in sets:
-        n = min(len(data), args.n)
-        told.append(Statistics(net, read(data, range(n), args.workers, args.device),
-                               -(-n // 10_000)))
+    n = [min(len(data), args.n) for data in sets]
+    require(min(n) > 3, "--real, --fake, --n: there must be four pictures of each, or more")
+    told = [Statistics(net, read(data, range(k), args.workers, args.device), -(-k // 10_000))
+            for data, k in zip(sets, n)]
     figures = compare(*told)
     if args.pairs:
         figures |= compare_pairs(*sets, args)
-    print(f"{told[0].moments.n:,} real, {told[1].moments.n:,} fake: "
-          + " | ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+    figures = " | ".join(f"{k} {v:.4g}" for k, v in figures.items())
+    print(f"{n[0]:,} real, {n[1]:,} fake: {figures}")
 
 if __name__ == "__main__":
     tr.run(main, parse_args)

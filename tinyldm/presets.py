@@ -63,9 +63,8 @@ PAPER = dict(
     d_ctx=None, n_classes=None, schedule="sqrt-linear", predict="eps", loss="l2", p_drop=0.0,
     snr_clamp=(0.0, float("inf")), betas=(0.9, 0.999), warmup=0, cosine=False, clip=float("inf"),
     ema=0.9999, z_std=1.0)
-BERT = dict(
-    task="text", vocab_size=30522, n_token=77, text_depth=32, text_heads=8, text_d_head=64,
-    text_clip=False, p_drop=0.1)
+BERT = dict(task="text", vocab_size=30522, n_token=77, text_depth=32, text_heads=8, text_d_head=64,
+            text_clip=False, p_drop=0.1)
 LDM_COLUMNS = ("ae_preset", "ch", "ch_mult", "attn_res", "beta_range", "batch", "lr", "steps")
 A, B, C, D = (0.0015, 0.0195), (0.0015, 0.0205), (0.0015, 0.0155), (0.00085, 0.012)
 LDM_ROWS = {        # ae_preset ch   ch_mult          attn_res     betas batch     lr   steps heads
