@@ -7,8 +7,7 @@
     torchrun --nproc-per-node 8 train_ldm.py --data ...     # the same run, each batch shared by 8
 
 Writes OUT/ckpt.pt (everything, for resuming and sampling), OUT/log.jsonl, OUT/samples_*.png and at
-the end OUT/model.pt (only what sampling needs: averaged weights in fp16). The same command again
-goes on where it stopped."""
+the end OUT/model.pt (what sampling needs: averages in fp16). The same command again goes on."""
 from argparse import BooleanOptionalAction
 from collections.abc import Callable
 from dataclasses import asdict
@@ -92,8 +91,7 @@ def load_stage_one(path: Path) -> Autoencoder | Pixels:
 def configure(args, ae: AEConfig) -> UNetConfig:
     """The shape of eps_theta. Raises BadInput for flags that clash, or do not fit the latents."""
     require(args.n_head or args.d_head, "--d-head or --n-head: one of them is needed")
-    ends = args.schedule != "cosine" or not args.beta_range
-    require(ends, "--beta-range: the cosine schedule has no ends to set")
+    require(args.schedule != "cosine" or not args.beta_range, "--beta-range: cosine has no ends")
     unet = presets.unet_config(vars(args), ae)
     k = ae.f * unet.factor
     require(args.size % k == 0, f"--size {args.size} is not a multiple of {k}, the autoencoder's "

@@ -163,8 +163,7 @@ class Folder(Dataset):
                     return row, load_rgb(self.read(name))
                 except Exception as e:                      # strangers' files raise anything
                     self.bad.add(name)
-                    warnings.warn(f"{name} cannot be read and is skipped: {e} "
-                                  f"({len(self.bad)} so far)", stacklevel=2)
+                    warnings.warn(f"{name} is skipped: {e} ({len(self.bad)} so far)", stacklevel=2)
         raise BadInput(f"--data {self.path}: none of its {len(self)} pictures can be read")
 
 def load(data: bytes) -> Image.Image:
@@ -177,8 +176,7 @@ def load_map(data: bytes) -> Image.Image:
     """A label map's bytes -> a picture of one channel of class numbers. Raises as load()."""
     image = load(data)
     if image.mode not in ("1", "L", "P", "I", "I;16"):
-        raise ValueError(f"has {len(image.getbands())} channels ({image.mode}); a label map is a "
-                         "grey or palette png whose values are class numbers")
+        raise ValueError(f"has {len(image.getbands())} channels; a label map has one, or a palette")
     return image
 
 def load_rgb(data: bytes) -> Image.Image:

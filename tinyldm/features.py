@@ -26,7 +26,6 @@ class ShapesNet(nn.Module):
     NB: its Frechet distance, "fd_shapes", is no FID and compares with nothing outside this project:
     it needs no download, and knows nothing but flat shapes."""
     name = "shapes"
-
     def __init__(self):
         super().__init__()
         widths = (3, 16, 32, 64)
@@ -47,7 +46,6 @@ class VGG16(Perceptual):
     """torchvision's: the mean over places of the last convolution, relu5_3 (B, 512); no p.
     NB: Kynkaanniemi et al. take its second fully connected layer, of pictures of 224 px."""
     name = "vgg16"
-
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         return self.features((x - self.mean) / self.std).mean((2, 3)), None
 

@@ -126,8 +126,7 @@ def compare(real: Statistics, fake: Statistics) -> dict[str, float]:
 
 def parse_args(argv=None):
     p = tr.flags(__doc__)
-    p.add_argument("--real", required=True, help="a folder or .zip of pictures; or of the built-in "
-                   "world: train, held-out")
+    p.add_argument("--real", required=True, help="folder or .zip; or built-in: train, held-out")
     p.add_argument("--fake", required=True, help="a folder or .zip: the pictures to judge")
     p.add_argument("--size", type=int, help="scaled and cropped to it, px; default: the first's")
     p.add_argument("--n", type=int, default=50_000, help="at most so many of each")
@@ -144,8 +143,7 @@ def read(data: torch.utils.data.Dataset, which: Sequence[int], workers: int, dev
         yield b["image"].to(device)
 
 def compare_pairs(real: Folder, fake: Folder, args) -> dict[str, float]:
-    """Means over the pictures that both folders name alike; perceptual.py's distance, of VGG16 if
-    its weights are given. Raises BadInput."""
+    """Means over equally named pictures; perceptual of VGG16 if it has weights. Raises BadInput."""
     at = [{row["file_name"]: i for i, row in enumerate(s.rows)} for s in (real, fake)]
     names = sorted(at[0].keys() & at[1].keys())[:args.n]
     require(names, "--pairs: no picture of --fake is named as one of --real")

@@ -58,7 +58,6 @@ def text_y(batch: dict, tau: TextTransformer, tokenizer) -> torch.Tensor:
 
 def layout_y(batch: dict, tau: TextTransformer, tokenizer) -> torch.Tensor:
     """boxes (K, 5) [class, x0, y0, x1, y1 in 0..1] -> token ids (B, M), the largest boxes first.
-
     Three tokens a box: its class, and its corners as places of a grid, numbered row by row; the
     last token of the vocabulary stands for none (paper's code: taming's objects_bbox.py).
     NB: there, too, classes and places share their numbers; where a token stands tells which."""
