@@ -246,11 +246,10 @@ def main(args):
                "args": tr.plain(args), "classes": list(names),
                "tokenizer": tokenizer.to_str() if tokenizer else None}
         raw = {k: net.state_dict() for k, net in nets.items()}
-        save_checkpoint({**out, "ae": ae.state_dict(), "nets": raw, "ema": ema.state(),
-                         "ema_n": ema.n, "opt": opt.state_dict()}, path)
+        mean = {"ae": ae.state_dict(), "ema": ema.state()}
+        save_checkpoint(out | mean | {"nets": raw, "ema_n": ema.n, "opt": opt.state_dict()}, path)
         if step == args.steps:
-            save_checkpoint(out | half({"ae": ae.state_dict(), "ema": ema.state()}),
-                            args.out / "model.pt")
+            save_checkpoint(out | half(mean), args.out / "model.pt")
 
     # ---- loop
     log = tr.Log(args, done, device, rank)

@@ -126,7 +126,7 @@ class Folder(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         epoch, k = divmod(i, len(self))
-        row, whole = self._readable(k)
+        row, whole = self.readable(k)
         side = min(whole.size) if self.resize else self.size
         require(side <= min(whole.size),
                 f"--data: {row['file_name']} is {whole.width}x{whole.height}, smaller than the "
@@ -154,7 +154,7 @@ class Folder(Dataset):
                 item["boxes"][:, [1, 3]] = 1 - item["boxes"][:, [3, 1]]
         return item
 
-    def _readable(self, k: int) -> tuple[dict, Image.Image]:
+    def readable(self, k: int) -> tuple[dict, Image.Image]:
         """Row k and its picture; instead of an unreadable picture, the next readable one."""
         for j in range(k, k + len(self)):
             row = self.rows[j % len(self)]

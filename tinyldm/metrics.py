@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from tinyldm import require
 from tinyldm import training as tr
-from tinyldm.data import Folder, load_rgb, loader
+from tinyldm.data import Folder, loader
 from tinyldm.features import feature_flags, open_features
 from tinyldm.perceptual import Perceptual
 from tinyldm.shapes import Shapes
@@ -93,7 +93,7 @@ class Statistics:
     """What comparing needs to know of a set of pictures, by a network of features.py."""
     def __init__(self, net: Callable, batches: Iterable[torch.Tensor], stride: int = 1):
         """batches of (B, 3, H, W) in [-1, 1]; every stride-th picture's features are kept."""
-        self.name, self.moments, self.kept, self.scores = net.name, Moments(), [], []
+        self.name, self.moments, self.kept = net.name, Moments(), []
         self.p, self.p_log_p, self.count = 0.0, 0.0, torch.zeros(10, 1, dtype=torch.float64)
         for x in batches:
             f, p = net(x)
@@ -158,10 +158,11 @@ def main(args):
     args.device, *_ = tr.setup(args.device, "fp32")
     net = open_features(args, args.device)
     if args.size is None:
-        first = Folder(args.fake, 1, "all")
-        args.size = min(load_rgb(first.read(first.rows[0]["file_name"])).size)
+        args.size = min(Folder(args.fake, 1, "all").readable(0)[1].size)
     sets = [Shapes(min(args.n, 10_000), args.size, split=path) if path in ("train", "held-out")
             else Folder(path, args.size, "all") for path in (args.real, args.fake)]
+    folders = all(isinstance(data, Folder) for data in sets)
+    require(folders or not args.pairs, "--pairs: needs two folders, whose files have names")
     n = [min(len(data), args.n) for data in sets]
     require(min(n) > 3, "--real, --fake, --n: there must be four pictures of each, or more")
     told = [Statistics(net, read(data, range(k), args.workers, args.device), -(-k // 10_000))

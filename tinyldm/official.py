@@ -10,6 +10,7 @@ Our modules take the file's own tensors, mapped into memory; q, k and v alone ma
 import argparse
 import re
 import warnings
+from collections import namedtuple
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -145,13 +146,7 @@ def official_state(net: nn.Module, prefix: str = "", state: dict | None = None) 
 
 # ---- whole models
 
-class Loaded(NamedTuple):
-    """What a released file holds; the nets in its precision, not trainable; abar (T,) float64."""
-    preset: str
-    ae: Autoencoder
-    unet: UNet
-    tau: nn.Module | None
-    abar: torch.Tensor
+Loaded = namedtuple("Loaded", "preset ae unet tau abar")
 
 def detect(state: dict) -> str:
     """The first row of presets.LDM whose networks have the shapes of state. Raises BadInput."""
@@ -177,7 +172,8 @@ def averaged(state: dict, unet: UNet) -> dict:
     return state | {names[k]: state[k] for k in found}
 
 def load_model(path: Path, preset: str | None = None, ema: bool = True) -> Loaded:
-    """The model in a released .ckpt or .safetensors; preset: which, else it is found out.
+    """The model in a released .ckpt or .safetensors; preset: which, else it is found out. The nets
+    are in its precision, not trainable; tau may be None; abar (T,) float64.
     Raises BadInput naming a tensor of the file that is unknown, or one of ours that it lacks."""
     state = read_state(path)
     try:

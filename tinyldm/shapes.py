@@ -62,9 +62,8 @@ def name(t: Thing) -> str:
 
 def boxes(things: list[Thing], side: int) -> torch.Tensor:
     """(K, 5) [class, x0, y0, x1, y1 in 0..1] of things in pixels, in a picture of side px."""
-    return torch.tensor([[CLASSES.index(name(t)), *((at + e * t.r) / side for at, e in
-                                                    zip((t.x, t.y) * 2, EXTENT[t.shape]))]
-                         for t in things]).reshape(-1, 5)
+    ends = [[(c + e * t.r) / side for c, e in zip((t.x, t.y) * 2, EXTENT[t.shape])] for t in things]
+    return torch.tensor([[CLASSES.index(name(t)), *b] for t, b in zip(things, ends)]).reshape(-1, 5)
 
 def label_map(things: list[Thing], side: int) -> torch.Tensor:
     """(side, side) of 0 = ground, or 1 + class, of things in pixels."""
