@@ -13,8 +13,8 @@ Writes one grid (--out FILE.png, a row a prompt) or, where --out does not end in
 --score needs the built-in world, or superres with the truth. --timesteps even: from T-1 to z_0 in
 --steps; official: the released code's rule, near --steps."""
 import argparse
-import contextlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from tinyldm import generate as gen
-from tinyldm import presets, samplers, shapes
+from tinyldm import presets, require, samplers, shapes, trying
 from tinyldm import training as tr
-from tinyldm.data import LANCZOS, NEAREST, is_box, load_map, load_rgb, open_data, reading, require
+from tinyldm.data import LANCZOS, NEAREST, is_box, load_map, load_rgb, open_data
 from tinyldm.degrade import to_image, to_tensor
 from tinyldm.inside import attention_maps, record, save_attention
 from tinyldm.pictures import save_drawn, save_grid
@@ -77,14 +77,14 @@ def parse_args(argv=None):
 def read(args, flag: str, opened) -> Image.Image | dict | list | str:
     """opened(bytes of the flag's file). Raises BadInput."""
     path = getattr(args, flag)
-    with reading(f"--{flag} {path}: cannot be read"):
+    with trying(f"--{flag} {path}: cannot be read"):
         return opened(path.read_bytes())
 
 def fitted(flag: str, image: Image.Image, size: tuple[int, int], how) -> Image.Image:
     """Scaled, and cropped in the middle, to the size (W, H), with a notice."""
     if image.size != size:
-        print(f"--{flag}: {image.width}x{image.height} is scaled and cropped to "
-              f"{size[0]}x{size[1]}{' (nearest)' if how == NEAREST else ''}")
+        to = f"{size[0]}x{size[1]}{' (nearest)' if how == NEAREST else ''}"
+        print(f"--{flag}: {image.width}x{image.height} is scaled and cropped to {to}")
     return ImageOps.fit(image, size, how)
 
 def read_hole(args, size: tuple[int, int]) -> dict:
@@ -126,10 +126,8 @@ def asked(args, m: gen.Model) -> list[dict]:
     """The items to draw, each with what m's task asks for; sets args.size. Raises BadInput."""
     side = args.size[0]
     if m.task in ("text", "class"):
-        lines = args.prompt + args.label
-        if args.prompts:
-            lines += read(args, "prompts", bytes.decode).splitlines()
-        lines = [p.strip() for p in lines if p.strip()]
+        more = read(args, "prompts", bytes.decode).splitlines() if args.prompts else []
+        lines = [p.strip() for p in args.prompt + args.label + more if p.strip()]
         if m.task == "text":
             return [{"caption": p} for p in lines]
         some = shapes.SEEN if m.flags.get("data") == "shapes" else range(len(m.classes))
@@ -161,8 +159,7 @@ def held_out(args, m: gen.Model) -> list[dict]:
     require(len(data), f"--data {path}: has no held-out pictures; give a condition")
     require(m.task != "layout" or not m.classes or tuple(data.classes) == m.classes,
             f"--data {path}: its classes are not those of the model")
-    require(args.to_seed is None,
-            "--to-seed: needs one condition, not held-out ones; give it as a file")
+    require(args.to_seed is None, "--to-seed: needs one condition; give it as a file")
     n, args.n = args.n or 16, 1
     return [data[i % len(data)] for i in range(n)]
 
@@ -182,15 +179,13 @@ def check(args, m: gen.Model) -> None:
     require(args.sampler != "plms" or not args.mask and m.task != "inpaint",
             "--sampler plms: forgets its past at each step of a masked run; use ddim")
     require(0 < args.strength <= 1, f"--strength {args.strength:g}: must be above 0 and at most 1")
-    require(args.sampler == "ddim" or not args.eta,
-            f"--eta {args.eta:g}: only --sampler ddim takes it")
+    require(args.sampler == "ddim" or not args.eta, f"--eta {args.eta:g}: needs --sampler ddim")
     side = m.flags["size"] if args.size is None else args.size
     require(side > 0 and side % m.factor == 0, f"--size {side}: must be a multiple of {m.factor}, "
             "the autoencoder's f times the U-Net's factor")
     n_steps = len(gen.timesteps(args, len(m.abar))) - 1
     require(all(1 <= k <= n_steps for k in args.at or ()), f"--at: steps must be 1..{n_steps}")
-    require(m.task == "text" or not args.attention,
-            f"--attention: is of words, but this model's task is {m.task}")
+    require(m.task == "text" or not args.attention, "--attention: is of words; use a text model")
     args.size = side, side
 
 def prepare(args, m: gen.Model) -> list[dict]:
@@ -216,20 +211,18 @@ def main(args):
     m = (gen.load_official(args, device) if args.official
          else gen.load_model(args.ckpt, args.ema, device))
     items = prepare(args, m)
-    chunks, n_steps = range(0, len(items), args.batch), len(gen.timesteps(args, len(m.abar))) - 1
+    first, n_steps = items[:args.batch], len(gen.timesteps(args, len(m.abar))) - 1
     calls = [k + (args.sampler == "plms" and k > 0) for k in range(n_steps)]        # by step
-    total, images, z_0s, maps = len(chunks) * (calls[-1] + 1), [], [], []
+    at = {calls[k - 1] for k in args.at} if args.at else range(calls[-1] + 1)
+    h, w = (v // m.ae.cfg.f for v in args.size)
+    watch = attention_maps(m.unet, len(first), h, w, at) if args.attention else nullcontext()
+    chunks, images, z_0s = range(0, len(items), args.batch), [], []
     plain, kept = (lambda eps: eps), (lambda eps: record(eps, m.abar, z_0s))
-    with tqdm(total=total, unit="step", dynamic_ncols=True) as bar, autocast():
+    bar = tqdm(total=len(chunks) * (calls[-1] + 1), unit="step", dynamic_ncols=True)
+    with bar, autocast(), watch as maps:
         for i in chunks:
-            part, watch = items[i:i + args.batch], contextlib.nullcontext([])
             wrap = kept if i == 0 and args.trajectory else plain
-            if i == 0 and args.attention:
-                watch = attention_maps(m.unet, len(part), *(v // m.ae.cfg.f for v in args.size),
-                                       {calls[k - 1] for k in args.at} if args.at else None)
-            with watch as new:
-                images.append(gen.draw(m, part, args, i, bar.update, wrap))
-                maps += new
+            images.append(gen.draw(m, items[i:i + args.batch], args, i, bar.update, wrap))
     images = torch.cat(images)
     if args.out.suffix == ".png":
         row = args.n if 1 < args.n < len(images) or args.to_seed is not None else 8
@@ -239,9 +232,8 @@ def main(args):
             to_image(x).save(args.out / f"{i:06d}.png")
     print(f"{len(images)} picture(s) -> {args.out}")
     if args.attention:
-        maps = torch.stack(maps).mean(0)
-        save_attention(images[:len(maps)], maps, m.tokenizer.encode_batch(
-            [i["caption"] for i in items[:len(maps)]]), args.attention)
+        words = m.tokenizer.encode_batch([i["caption"] for i in first])
+        save_attention(images[:len(first)], torch.stack(maps).mean(0), words, args.attention)
     if args.trajectory:
         at = args.at or [1 + round(k * (n_steps - 1) / 7) for k in range(8)]
         with torch.no_grad(), autocast():

@@ -18,7 +18,7 @@ from tinyldm import BadInput, patchgan, presets
 from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.checkpoint import load_checkpoint, same_config, save_checkpoint
-from tinyldm.data import BatchOrder, data_flags, loader, open_data
+from tinyldm.data import batch_order, data_flags, loader, open_data
 from tinyldm.features import feature_flags, open_features
 from tinyldm.metrics import Statistics, compare, gradient, psnr, ssim
 from tinyldm.perceptual import Perceptual
@@ -196,7 +196,7 @@ def main(args):
     log = tr.Log(args, done, device, rank)
     log.note(f"healthy: rec and perceptual fall; {HEALTHY[args.reg]}; with D_psi, lam "
              "stays below 10 and d_real a little above d_fake")
-    order = BatchOrder(len(data), args.batch, done, args.steps, args.seed, rank, world)
+    order = batch_order(len(data), args.batch, done, args.steps, args.seed, rank, world)
     batches = loader(data, order, args.workers, device.type == "cuda")
     for step, batch in zip(tr.steps(args, done, log, save, judge), batches):
         gan = args.disc_weight > 0 and step > args.disc_start

@@ -7,8 +7,7 @@
     torchrun --nproc-per-node 8 train_ldm.py --data ...     # the same run, each batch shared by 8
 
 Writes OUT/ckpt.pt (everything, for resuming and sampling), OUT/log.jsonl, OUT/samples_*.png and at
-the end OUT/model.pt (only what sampling needs: averaged weights in fp16). The same command again
-goes on where it stopped."""
+the end OUT/model.pt (what sampling needs: averages in fp16). The same command again goes on."""
 from argparse import BooleanOptionalAction
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,11 +16,11 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from tinyldm import BadInput, presets, shapes
+from tinyldm import presets, require, shapes
 from tinyldm import training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, Posterior, build_autoencoder
 from tinyldm.checkpoint import half, load_checkpoint, same_config, save_checkpoint
-from tinyldm.data import BatchOrder, data_flags, encode_set, loader, open_data
+from tinyldm.data import batch_order, data_flags, encode_set, loader, open_data
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, ldm_loss, snr_weight
 from tinyldm.features import feature_flags, open_features
 from tinyldm.generate import Model, defaults, draw
@@ -91,27 +90,24 @@ def load_stage_one(path: Path) -> Autoencoder | Pixels:
 
 def configure(args, ae: AEConfig) -> UNetConfig:
     """The shape of eps_theta. Raises BadInput for flags that clash, or do not fit the latents."""
-    if args.n_head is None and args.d_head is None:
-        raise BadInput("--d-head or --n-head: one of them is needed")
-    if args.schedule == "cosine" and args.beta_range:
-        raise BadInput("--beta-range: the cosine schedule has no ends to set")
+    require(args.n_head or args.d_head, "--d-head or --n-head: one of them is needed")
+    require(args.schedule != "cosine" or not args.beta_range, "--beta-range: cosine has no ends")
     unet = presets.unet_config(vars(args), ae)
-    if args.task == "superres" and args.size % 4:
-        raise BadInput(f"--size {args.size}: superres needs a multiple of 4")
-    if args.size % (ae.f * unet.factor):
-        raise BadInput(f"--size {args.size} is not a multiple of {ae.f * unet.factor}, the "
-                       f"autoencoder's f = {ae.f} times the U-Net's factor {unet.factor}")
+    k = ae.f * unet.factor
+    require(args.size % k == 0, f"--size {args.size} is not a multiple of {k}, the autoencoder's "
+            f"f = {ae.f} times the U-Net's factor {unet.factor}")
+    superres = args.task == "superres" and args.size % 4
+    require(not superres, f"--size {args.size}: superres needs a multiple of 4")
     return unet
 
 def examples(args, held_out, labels: list[str]) -> list[dict]:
     """The --eval-n conditions of the pictures that show progress: held-out ones, or classes."""
-    toy, n = args.data == "shapes", args.eval_n
-    if args.task == "class":
-        which = shapes.SEEN if toy else range(len(labels))
-        return [{"label": which[i % len(which)]} for i in range(n)]
+    toy, n, some = args.data == "shapes", args.eval_n, held_out
     if args.task == "text" and toy:
         return [{"caption": p} for p in shapes.prompts(n)]
-    return [held_out[i % len(held_out)] for i in range(n)]
+    if args.task == "class":
+        some = [{"label": k} for k in (shapes.SEEN if toy else range(len(labels)))]
+    return [some[i % len(some)] for i in range(n)]
 
 @torch.no_grad()
 def held_out_loss(m: Model, q: Posterior, y: torch.Tensor) -> dict[str, float]:
@@ -139,12 +135,10 @@ def judging(m: Model, args, data, held_out, to_y, log, autocast) -> Callable:
     how = defaults(steps=min(25, args.T), size=(args.size, args.size))
     if args.task == "text":
         log.note("each grid shows\n  " + "\n  ".join(i["caption"] for i in items[:16]))
-
     def judge(step):
         with autocast():
             loss = held_out_loss(m, *pairs)
-            images = torch.cat([draw(m, items[i:i + 64], how, i)
-                                for i in range(0, len(items), 64)])
+            images = torch.cat([draw(m, items[i:i + 64], how, i) for i in range(0, len(items), 64)])
         save_drawn(images[:16], items[:16], args.task, m.classes,
                    args.out / f"samples_{step:06d}.png", 8)
         figures = score(args.task, images, items) if args.data == "shapes" else {}
@@ -224,7 +218,6 @@ def main(args):
 
     def to_y(batch):
         return task.y(batch, tau, tokenizer)
-
     y_null = to_y(task.null)
     n = len(data) * (2 if args.flip else 1)
     if args.cache_latents or done == 0:
@@ -235,7 +228,7 @@ def main(args):
     if done == 0:
         ae.z_std.copy_(cache.std() if args.z_std is None else torch.tensor(args.z_std))
         cache = cache.scaled(ae.z_std.cpu())
-    order = BatchOrder(len(data), args.batch, done, args.steps, args.seed, rank, world)
+    order = batch_order(len(data), args.batch, done, args.steps, args.seed, rank, world)
 
     def batches():
         """q(z | x) and y of this process's pictures, step by step."""
@@ -253,11 +246,10 @@ def main(args):
                "args": tr.plain(args), "classes": list(names),
                "tokenizer": tokenizer.to_str() if tokenizer else None}
         raw = {k: net.state_dict() for k, net in nets.items()}
-        save_checkpoint({**out, "ae": ae.state_dict(), "nets": raw, "ema": ema.state(),
-                         "ema_n": ema.n, "opt": opt.state_dict()}, path)
+        mean = {"ae": ae.state_dict(), "ema": ema.state()}
+        save_checkpoint(out | mean | {"nets": raw, "ema_n": ema.n, "opt": opt.state_dict()}, path)
         if step == args.steps:
-            save_checkpoint(out | half({"ae": ae.state_dict(), "ema": ema.state()}),
-                            args.out / "model.pt")
+            save_checkpoint(out | half(mean), args.out / "model.pt")
 
     # ---- loop
     log = tr.Log(args, done, device, rank)

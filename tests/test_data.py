@@ -8,12 +8,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_AE
 from PIL import Image
 from torch.testing import assert_close
 
 from tinyldm import BadInput
 from tinyldm.autoencoder import AEConfig, Autoencoder
-from tinyldm.data import BatchOrder, Folder, encode_set, load_rgb, loader
+from tinyldm.data import Folder, batch_order, encode_set, load_map, load_rgb, loader
 
 def all_items(path, size=32, **kw):
     """Training and held-out items together, by file order."""
@@ -54,8 +55,18 @@ def test_a_zip_reads_like_its_folder(tmp_path, folder):
     assert len(b) == 12 and all((x["image"] == y["image"]).all() and x["caption"] == y["caption"]
                                 for x, y in zip(a, b))
     data = Folder(str(tmp_path / "pics.zip"), 32)
-    batches = list(loader(data, BatchOrder(len(data), 4, 0, 4, 0), workers=2))
-    assert [b["image"].shape for b in batches] == [(4, 3, 32, 32)] * 4
+    here, there = (list(loader(data, batch_order(len(data), 4, 0, 4, 0), workers))
+                   for workers in (0, 2))
+    assert [b["image"].shape for b in there] == [(4, 3, 32, 32)] * 4
+    for a, b in zip(here, there):
+        assert (a["image"] == b["image"]).all() and a["caption"] == b["caption"]
+
+
+def test_a_rewritten_zip_is_read_anew(tmp_path, folder):
+    for n in (3, 5):
+        shutil.make_archive(str(tmp_path / "pics"), "zip", folder(n, f"of {n}"))
+        data = Folder(str(tmp_path / "pics.zip"), 32, "all")
+        assert len(data) == n and data[n - 1]["caption"] == f"picture {(n - 1) % 3}"
 
 
 def test_held_out_pictures_are_never_trained_on(folder):
@@ -100,15 +111,15 @@ def test_flipped_epochs_mirror_pictures_boxes_and_maps(folder):
 
 @pytest.mark.parametrize("n,batch", [(10, 3), (10, 10), (3, 8)])
 def test_each_epoch_shows_each_picture_once_in_a_new_order(n, batch):
-    flat = [i for items in BatchOrder(n, batch, 0, 60, seed=1) for i in items]
+    flat = [i for items in batch_order(n, batch, 0, 60, seed=1) for i in items]
     epochs = [flat[e * n:(e + 1) * n] for e in range(len(flat) // n)]
     assert all(sorted(e) == list(range(k * n, (k + 1) * n)) for k, e in enumerate(epochs))
     assert len({tuple(i % n for i in e) for e in epochs}) > 1
 
 
 def test_processes_share_the_batch_that_one_would_see():
-    whole = list(BatchOrder(10, 4, 2, 6, seed=1))
-    parts = [list(BatchOrder(10, 4, 2, 6, 1, rank, 2)) for rank in (0, 1)]
+    whole = list(batch_order(10, 4, 2, 6, seed=1))
+    parts = [list(batch_order(10, 4, 2, 6, 1, rank, 2)) for rank in (0, 1)]
     assert whole == [a + b for a, b in zip(*parts)] and len(whole) == 4
 
 
@@ -157,9 +168,20 @@ def bomb() -> bytes:
             + chunk(b"IEND", b""))
 
 
-def test_a_decompression_bomb_is_refused():
+@pytest.mark.parametrize("load", [load_rgb, load_map])
+def test_a_decompression_bomb_is_refused(load):
     with pytest.raises((Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        load_rgb(bomb())
+        load(bomb())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_label_map_is_one_line_and_exit_code_2(tmp_path, folder, cli, workers):
+    path = folder(8, mask="map.png")
+    (path / "map.png").write_bytes(b"no map")
+    said = cli("train_ae.py", *TINY_AE, "--data", path, "--size", 16, "--steps", 1, "--out",
+               tmp_path / "out", "--workers", workers, code=2)
+    assert "Traceback" not in said
+    assert f"error: --data {path}: map.png cannot be read: " in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize("line,say", [

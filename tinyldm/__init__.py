@@ -23,7 +23,24 @@ Symbols (ASCII for the paper's)
     y, tau, ctx       condition, its encoder, tau(y)      s, p_drop   guidance, share of y dropped
     disc, lam         D_psi, the adaptive weight          q           queries, or q(z | x)
 Dims: B batch; C, H, W image or features; c, h, w latent; N places; M tokens; D width."""
+import contextlib
 
 class BadInput(Exception):
     """Something that the user gave is wrong. The message is one line that names the file or flag
     and what to do; the scripts print it and leave with exit code 2."""
+
+def require(ok, say: str) -> None:
+    """Raises BadInput(say) unless ok."""
+    if not ok:
+        raise BadInput(say)
+
+@contextlib.contextmanager
+def trying(what: str):
+    """Turns all that can go wrong with a stranger's file into BadInput: `what`, and why: a line."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as e:
+        why = " ".join(str(getattr(e, "strerror", None) or e).split())[:300]
+        raise BadInput(f"{what}: {why or type(e).__name__}") from e

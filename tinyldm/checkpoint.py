@@ -1,6 +1,5 @@
 """Checkpoints: one plain dict a file, written whole or not at all, read without executing code.
-
-Ours, and the files of released models: Lightning's pickles (.ckpt) and .safetensors.
+Released models' files, too: Lightning's pickles (.ckpt) and .safetensors.
 
 Reads:   nothing of ours."""
 import json
@@ -13,24 +12,21 @@ from pathlib import Path
 
 import torch
 
-from tinyldm import BadInput
+from tinyldm import BadInput, require, trying
 
 def save_checkpoint(ckpt: dict, path: Path) -> None:
     """Write under a temporary name, then rename: a crash leaves the old file. Raises BadInput."""
     part = path.with_name(path.name + ".part")
-    try:
+    with trying(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
             torch.save(ckpt, f)
             f.flush()
             os.fsync(f.fileno())
         part.replace(path)
-    except (OSError, RuntimeError) as e:
-        raise BadInput(f"cannot write {path}: {e}") from e
 
 def unpickle(path: str | Path, where: str, mmap: bool, allowed=()) -> object:
     """What torch.save wrote: tensors and plain values, for code in a file never runs.
-
     A pickle that asks for anything else, but for what is `allowed`, is refused. Raises BadInput."""
     try:
         with torch.serialization.safe_globals(allowed):
@@ -48,19 +44,17 @@ def load_checkpoint(path: str | Path, kind: str | None, flag: str) -> dict:
     """One of our files, of a kind ("autoencoder", "ldm", None: either). Raises BadInput."""
     ckpt = unpickle(path, f"{flag} {path}", mmap=False)
     found = str(ckpt.get("kind", "")) if isinstance(ckpt, dict) else ""
-    if not found.startswith("tinyldm "):
-        raise BadInput(f"{flag} {path}: not a checkpoint of tinyldm")
-    if kind and found != f"tinyldm {kind}":
-        raise BadInput(f"{flag} {path}: holds a {found}, but a tinyldm {kind} belongs here")
+    require(found.startswith("tinyldm "), f"{flag} {path}: not a checkpoint of tinyldm")
+    require(kind in (None, found[8:]), f"{flag} {path}: holds a {found}; give one of kind {kind}")
     return ckpt
 
 def same_config(old: dict, new: dict, path: Path) -> None:
     """Resuming needs the architecture that was saved. Raises BadInput naming what differs."""
     for part in new:
         for k, v in new[part].items():
-            if old[part].get(k) != v:
-                raise BadInput(f"{path} was made with {part} {k} = {old[part].get(k)}, now it is "
-                               f"{v}; use the same flags, or another --out to start anew")
+            was = old[part].get(k)
+            require(was == v, f"{path} was made with {part} {k} = {was}, now it is {v}; use the "
+                    "same flags, or another --out to start anew")
 
 def half(tree: dict) -> dict:
     """A nested dict of tensors, in fp16."""
@@ -82,26 +76,21 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "U8": torch.uint8, "BOOL": torch.bool}
 
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors, or a pickle of torch with or without Lightning's wrapping.
-
-    They are mapped into memory, not read, where the format allows. Raises BadInput."""
+    """The tensors of a .safetensors, or a pickle of torch with or without Lightning's wrapping,
+    mapped into memory, not read, where the format allows. Raises BadInput."""
     path = Path(path)
-    try:
+    with trying(f"{path}: not a checkpoint"):
         if path.suffix == ".safetensors":
             return read_safetensors(path)
         state = unpickle(path, path, zipfile.is_zipfile(path), ALLOWED)
         state = state.get("state_dict", state)
         return {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    except (OSError, AttributeError) as e:
-        raise BadInput(f"{path}: {getattr(e, 'strerror', None) or 'not a checkpoint'}") from e
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """8 bytes: n, little-endian; n bytes of JSON {name: {dtype, shape, data_offsets}}; the data.
-
-    Nothing is believed: n and all offsets must lie within the file, and extents fit the shapes.
-    Raises BadInput."""
+    Nothing is believed: n and offsets must lie in the file, extents fit shapes. Raises BadInput."""
     size, out = path.stat().st_size, {}
-    try:
+    with trying(f"{path}: truncated, or its header is wrong"):
         with open(path, "rb") as f:
             n = int.from_bytes(f.read(8), "little")
             if n > min(size - 8, 100_000_000):
@@ -117,8 +106,6 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
             raw = data[a:b]
             aligned = raw.storage_offset() % dtype.itemsize == 0
             out[name] = (raw if aligned else raw.clone()).view(dtype).reshape(shape)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise BadInput(f"{path}: truncated, or its header is wrong: {str(e)[:120]}") from e
     return out
 
 def write_state(state: dict[str, torch.Tensor], path: Path) -> None:

@@ -47,7 +47,6 @@ class TextTransformer(nn.Module):
     """ids (B, M) -> ctx (B, M, D): token + position embeddings, blocks, LayerNorm. No padding mask.
 
     The paper's is x-transformers' encoder, with 8 heads of 64 whatever D is; M at most n_token.
-
     Tokens and positions begin at one size. Were positions drawn at 0.02 beside unit-size tokens,
     the first LayerNorm would all but hide them: a toy run mixed up "left of" and "right of"."""
     def __init__(self, cfg: TextConfig):
@@ -63,7 +62,6 @@ class TextTransformer(nn.Module):
 
 class ClassEmbedder(nn.Module):
     """labels (B,) in 0..n_classes-1 -> ctx (B, 1, D), a single token.
-
     NB: the guided ImageNet model has a 1001st class, the null condition, which the released code
     never trains; without it guidance is impossible."""
     def __init__(self, n_classes: int, d: int):

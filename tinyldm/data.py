@@ -9,17 +9,16 @@ Reads:   autoencoder.py (Posterior), shapes.py, degrade.py
 A folder, or a .zip of one, holds pictures in any depth. What is known of them stands in
 `metadata.jsonl` (file_name; text, label, boxes in pixels, mask = path of a label map), or else in a
 .txt beside each picture, and the names of the sub-folders are labels."""
-import contextlib
 import functools
 import io
-import itertools
 import json
 import os
 import warnings
 import zipfile
 import zlib
 from argparse import BooleanOptionalAction
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -28,7 +27,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from tinyldm import BadInput
+from tinyldm import BadInput, require, trying
 from tinyldm.autoencoder import Posterior
 from tinyldm.degrade import Degraded, to_tensor
 from tinyldm.shapes import Shapes
@@ -40,26 +39,11 @@ COLUMNS = {                     # of metadata.jsonl, and what to do where a pict
     "boxes": ("boxes", 'give it "boxes" in metadata.jsonl: [[class, x0, y0, x1, y1 in px], ...]'),
     "segmentation": ("mask", 'give it a "mask" in metadata.jsonl: the file of its label map')}
 NEAREST, LANCZOS = Image.Resampling.NEAREST, Image.Resampling.LANCZOS
-UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, zipfile.BadZipFile,
-              zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 Image.MAX_IMAGE_PIXELS = 64_000_000                     # more is refused as a decompression bomb
 
-@contextlib.contextmanager
-def reading(what: str):
-    """Turns all that a stranger's file can do wrong into BadInput: `what`, and why."""
-    try:
-        yield
-    except UNREADABLE as e:
-        raise BadInput(f"{what}: {e}") from e
-
-def require(ok, say: str) -> None:
-    """Raises BadInput(say) unless ok."""
-    if not ok:
-        raise BadInput(say)
-
 @functools.cache
-def open_zip(path: Path, process: int) -> zipfile.ZipFile:
-    """Once in each process: a worker that inherits an open file shares its position, too."""
+def open_zip(path: Path, changed: int, process: int) -> zipfile.ZipFile:
+    """Opened once in each process, as an inherited file shares its position; anew when changed."""
     return zipfile.ZipFile(path)
 
 def is_box(b) -> bool:
@@ -77,7 +61,7 @@ class Folder(Dataset):
     def __init__(self, path: str, size: int, split: str = "train", resize: bool = True,
                  flip: bool = False, label: str = "label"):
         self.path, self.size, self.resize, self.flip = Path(path), size, resize, flip
-        self.bad = set()
+        self.zipped, self.bad = self.path.suffix == ".zip", set()
         rows = [r | {"label": r[label]} if label in r else r for r in self._rows()]
         self.labels = sorted({str(r["label"]) for r in rows if "label" in r})
         self.classes = sorted({str(b[0]) for r in rows for b in r.get("boxes", [])})
@@ -99,16 +83,16 @@ class Folder(Dataset):
         return [str(row["text"]) for row in self.rows]
 
     def read(self, name: str) -> bytes:
-        if self.path.suffix == ".zip":
-            return open_zip(self.path, os.getpid()).read(name)
-        return (self.path / name).read_bytes()
+        return self._zip().read(name) if self.zipped else (self.path / name).read_bytes()
+
+    def _zip(self) -> zipfile.ZipFile:
+        return open_zip(self.path, os.stat(self.path).st_mtime_ns, os.getpid())
 
     def _rows(self) -> list[dict]:
         """What is known of each picture, from metadata.jsonl or from names and .txt files."""
-        inside = self.path.suffix == ".zip"
-        require(inside or self.path.is_dir(), f"--data {self.path}: no such folder")
-        with reading(f"--data {self.path}: cannot be read"):
-            names = open_zip(self.path, os.getpid()).namelist() if inside else (
+        require(self.zipped or self.path.is_dir(), f"--data {self.path}: no such folder")
+        with trying(f"--data {self.path}: cannot be read"):
+            names = self._zip().namelist() if self.zipped else (
                 p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
             names = sorted(n for n in names if not n.endswith("/"))
             have, rows = set(names), []
@@ -127,7 +111,7 @@ class Folder(Dataset):
 
     def _row(self, line: str, where: str, have: set[str]) -> dict:
         """A line of metadata.jsonl, without what is null in it."""
-        with reading(f"{where} not JSON"):
+        with trying(f"{where} not JSON"):
             row = json.loads(line)
         require(isinstance(row, dict) and isinstance(row.get("file_name"), str),
                 f'{where} needs an object with a "file_name"')
@@ -142,7 +126,7 @@ class Folder(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         epoch, k = divmod(i, len(self))
-        row, whole = self._readable(k)
+        row, whole = self.readable(k)
         side = min(whole.size) if self.resize else self.size
         require(side <= min(whole.size),
                 f"--data: {row['file_name']} is {whole.width}x{whole.height}, smaller than the "
@@ -160,7 +144,7 @@ class Folder(Dataset):
             b[:, 1:] = ((b[:, 1:] - torch.tensor([x, y, x, y])) / side).clamp(0, 1)
             item["boxes"] = b[(b[:, 3:] > b[:, 1:3]).all(1)]
         if "mask" in row:
-            with reading(f"--data {self.path}: {row['mask']} cannot be read"):
+            with trying(f"--data {self.path}: {row['mask']} cannot be read"):
                 m = load_map(self.read(row["mask"]))
             part = [v * n / of for v, n, of in zip(shown, m.size * 2, whole.size * 2)]
             item["segmentation"] = torch.from_numpy(np.int64(m.resize(square, NEAREST, part)))
@@ -170,78 +154,73 @@ class Folder(Dataset):
                 item["boxes"][:, [1, 3]] = 1 - item["boxes"][:, [3, 1]]
         return item
 
-    def _readable(self, k: int) -> tuple[dict, Image.Image]:
+    def readable(self, k: int) -> tuple[dict, Image.Image]:
         """Row k and its picture; instead of an unreadable picture, the next readable one."""
         for j in range(k, k + len(self)):
             row = self.rows[j % len(self)]
             if (name := row["file_name"]) not in self.bad:
                 try:
                     return row, load_rgb(self.read(name))
-                except UNREADABLE as e:
+                except Exception as e:                      # strangers' files raise anything
                     self.bad.add(name)
-                    warnings.warn(f"{name} cannot be read and is skipped: {e} "
-                                  f"({len(self.bad)} so far)", stacklevel=2)
+                    warnings.warn(f"{name} is skipped: {e} ({len(self.bad)} so far)", stacklevel=2)
         raise BadInput(f"--data {self.path}: none of its {len(self)} pictures can be read")
 
+def load(data: bytes) -> Image.Image:
+    """A picture file's bytes, decoded and upright as its EXIF says; a bomb is an error before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+
 def load_map(data: bytes) -> Image.Image:
-    """A label map's bytes -> a picture of one channel of class numbers. Raises ValueError."""
-    image = Image.open(io.BytesIO(data))
-    image.load()
+    """A label map's bytes -> a picture of one channel of class numbers. Raises as load()."""
+    image = load(data)
     if image.mode not in ("1", "L", "P", "I", "I;16"):
-        raise ValueError(f"has {len(image.getbands())} channels ({image.mode}); a label map is a "
-                         "grey or palette png whose values are class numbers")
+        raise ValueError(f"has {len(image.getbands())} channels; a label map has one, or a palette")
     return image
 
 def load_rgb(data: bytes) -> Image.Image:
-    """A picture file's bytes -> RGB, upright as its EXIF says, transparency laid on white."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        if image.mode.startswith("I;16"):                   # which Pillow would clip at 255
-            image = image.point(lambda v: v / 256).convert("L")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+    """A picture file's bytes -> RGB, transparency laid on white. Raises as load()."""
+    image = load(data)
+    if image.mode.startswith("I;16"):                       # which Pillow would clip at 255
+        image = image.point(lambda v: v / 256).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
-class BatchOrder:
+def batch_order(n: int, batch: int, done: int, steps: int, seed: int, rank=0, world=1):
     """The items of each training step: a new shuffle each epoch, a function of (seed, epoch).
-
     Yields a list of items for the steps after `done`, up to `steps`: this process's slice of the
     batch. Picture k in epoch e is item e * n + k, so that a set may show it another way round."""
-    def __init__(self, n: int, batch: int, done: int, steps: int, seed: int, rank: int = 0,
-                 world: int = 1):
-        self.n, self.batch, self.steps, self.seed = n, batch, range(done, steps), seed
-        self.slice = slice(rank * batch // world, (rank + 1) * batch // world)
+    epoch, k = divmod(done * batch, n)
+    epochs = (e * n + np.random.default_rng([seed, e]).permutation(n) for e in count(epoch))
+    items = islice(chain.from_iterable(epochs), k, None)
+    for _ in range(done, steps):
+        whole = [int(i) for i in islice(items, batch)]
+        yield whole[rank * batch // world:(rank + 1) * batch // world]
 
-    def __iter__(self):
-        def shuffled(first):
-            for epoch in itertools.count(first):
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
-                yield from (order + epoch * self.n).tolist()
-        epoch, k = divmod(self.steps.start * self.batch, self.n)
-        items = itertools.islice(shuffled(epoch), k, None)
-        for _ in self.steps:
-            yield list(itertools.islice(items, self.batch))[self.slice]
+def collate(items: list[dict]) -> dict:
+    """A batch: image (B, 3, H, W), and as a list every other field that all items have."""
+    batch = {k: [i[k] for i in items] for k in set.intersection(*map(set, items))}
+    return batch | {"image": torch.stack(batch["image"])}
 
-def loader(data: Dataset, order, workers: int, cuda: bool = False):
-    """Batches of items in the order of the lists that `order` yields: image (B, 3, H, W), and every
-    other field that all of them have as a list."""
-    def collate(items):
-        common = set.intersection(*map(set, items))
-        return {k: torch.stack([i[k] for i in items]) if k == "image" else [i[k] for i in items]
-                for k in common}
-    return DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=collate,
-                      pin_memory=cuda)
+def loader(data: Dataset, order: Iterable, workers: int, cuda: bool = False) -> Iterable[dict]:
+    """Batches of items in the order of the lists that `order` yields. Raises BadInput."""
+    try:
+        yield from DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=collate,
+                              pin_memory=cuda)
+    except BadInput as e:                           # a worker's has its whole traceback as message
+        raise BadInput(str(e).rpartition("BadInput: ")[2].strip()) from e.with_traceback(None)
 
 @torch.no_grad()
 def encode_set(ae: torch.nn.Module, data, n: int, workers: int, device, show: bool,
                to_y: Callable) -> tuple[Posterior, torch.Tensor]:
     """The latent cache: E's posterior for items 0..n-1 (from len on: mirrored), and their y.
-
     Means and log-variances (n, c_z, h, w) stay on the CPU; z is still sampled anew at each step."""
     order, parts = [list(range(i, min(i + 64, n))) for i in range(0, n, 64)], []
-    for b in tqdm(loader(data, order, workers), "encoding", disable=not show, dynamic_ncols=True):
+    order = tqdm(order, "encoding", disable=not show, dynamic_ncols=True)
+    for b in loader(data, order, workers):
         q = ae.encode(b["image"].to(device))
         parts.append((q.mean.float().cpu(), q.logvar.float().cpu(), to_y(b)))
     mean, logvar, y = (torch.cat(v) for v in zip(*parts))

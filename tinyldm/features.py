@@ -4,8 +4,7 @@ Paper:   App. E.3 (FID by torch-fidelity's Inception).
 Shapes:  x (B, 3, H, W) in [-1, 1] -> features (B, d), and p(y | x) (B, K) or None.
 Reads:   inception.py, perceptual.py, shapes.py
 
-    python -m tinyldm.features          # trains ShapesNet anew, a minute: tinyldm/shapesnet.pt
-"""
+    python -m tinyldm.features          # trains ShapesNet anew, a minute: tinyldm/shapesnet.pt"""
 from itertools import product
 from pathlib import Path
 
@@ -24,11 +23,9 @@ KINDS = list(product(COLOURS, SHAPES, SIZES))
 
 class ShapesNet(nn.Module):
     """A small classifier of the built-in world; p: the share of each (colour, shape, size).
-
     NB: its Frechet distance, "fd_shapes", is no FID and compares with nothing outside this project:
     it needs no download, and knows nothing but flat shapes."""
     name = "shapes"
-
     def __init__(self):
         super().__init__()
         widths = (3, 16, 32, 64)
@@ -47,10 +44,8 @@ class ShapesNet(nn.Module):
 
 class VGG16(Perceptual):
     """torchvision's: the mean over places of the last convolution, relu5_3 (B, 512); no p.
-
     NB: Kynkaanniemi et al. take its second fully connected layer, of pictures of 224 px."""
     name = "vgg16"
-
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         return self.features((x - self.mean) / self.std).mean((2, 3)), None
 
@@ -81,9 +76,8 @@ def train(steps: int = 1500, batch: int = 64) -> ShapesNet:
     for step in (bar := tqdm(range(steps), dynamic_ncols=True)):
         k = range(step * batch, step * batch + batch)
         x = torch.stack([data[i]["image"] for i in k])
-        y = torch.stack([F.one_hot(torch.tensor([KINDS.index((t.colour, t.shape, t.size))
-                                                 for t in data.scene(i)[0]]), len(KINDS))
-                         .float().mean(0) for i in k])
+        kinds = [[KINDS.index((t.colour, t.shape, t.size)) for t in data.scene(i)[0]] for i in k]
+        y = torch.stack([torch.eye(len(KINDS))[of_one].mean(0) for of_one in kinds])
         loss = -(y * net(x)[1].log()).sum(1).mean()
         opt.zero_grad()
         loss.backward()

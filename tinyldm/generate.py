@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 
-from tinyldm import BadInput, official, presets, samplers
+from tinyldm import BadInput, official, presets, require, samplers, trying
 from tinyldm.autoencoder import Autoencoder, Pixels, build_autoencoder
 from tinyldm.checkpoint import load_checkpoint
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, q_sample
@@ -22,8 +22,8 @@ from tinyldm.tokens import open_vocab
 from tinyldm.training import generator
 from tinyldm.unet import UNet, UNetConfig
 
-SAMPLERS = {"ddim": samplers.ddim, "ddpm": samplers.ddpm, "plms": samplers.plms,
-            "dpm++": samplers.dpm_solver_pp}
+SAMPLERS = dict(ddim=samplers.ddim, ddpm=samplers.ddpm, plms=samplers.plms)
+SAMPLERS["dpm++"] = samplers.dpm_solver_pp
 TIMESTEPS = {"even": samplers.timesteps, "official": samplers.official_timesteps}
 
 class Model(NamedTuple):
@@ -46,9 +46,8 @@ class Model(NamedTuple):
 def load_model(path: Path, ema: bool, device: torch.device) -> Model:
     """The model in a checkpoint of stage two. Raises BadInput."""
     ckpt = load_checkpoint(path, "ldm", "--ckpt")
-    if not ema and "nets" not in ckpt:
-        raise BadInput(f"--no-ema: {path} holds averaged weights only; take the run's ckpt.pt")
-    try:
+    require(ema or "nets" in ckpt, f"--no-ema: {path} has averaged weights only; take ckpt.pt")
+    with trying(f"--ckpt {path}: its parts do not fit together"):
         config, nets = ckpt["config"], ckpt["ema" if ema else "nets"]
         task = config.get("task", {"name": "text"})["name"]
         built = (build_autoencoder(config["autoencoder"]), UNet(UNetConfig(**config["unet"])),
@@ -61,22 +60,17 @@ def load_model(path: Path, ema: bool, device: torch.device) -> Model:
         return Model(*built, Tokenizer.from_str(tokenizer) if tokenizer else None,
                      cumulative(betas).to(device), schedule["predict"], task,
                      tuple(ckpt.get("classes", ())), ckpt["args"] | {"size": ckpt["size"]})
-    except Exception as e:
-        raise BadInput(f"--ckpt {path}: its parts do not fit together ({type(e).__name__})") from e
 
 def load_official(args, device: torch.device) -> Model:
     """The model in a released file. Raises BadInput."""
     m = official.load_model(args.official, args.preset, args.ema)
-    row = dict(presets.LDM[m.preset])
-    tokenizer = None
+    row, tokenizer = dict(presets.LDM[m.preset]), None
     if row["task"] == "text":
-        if not args.vocab:
-            raise BadInput(f"--vocab: {m.preset} needs a tokenizer's vocabulary, CLIP's or BERT's")
+        require(args.vocab, f"--vocab: {m.preset} needs a tokenizer's vocabulary, CLIP's or BERT's")
         tokenizer = open_vocab(args.vocab, m.tau.cfg.n_vocab, m.tau.cfg.n_token)
     if row["p_drop"] == 0:
-        if m.tau and args.scale not in (None, 1):
-            raise BadInput(f"--scale {args.scale:g}: {m.preset} has learned no null condition to "
-                           "guide away from; use --scale 1")
+        require(not m.tau or args.scale in (None, 1), f"--scale {args.scale}: {m.preset} has "
+                "learned no null condition to guide away from; use --scale 1")
         args.scale = 1.0
     wide = device.type == "cpu" or args.dtype == "fp32"         # a CPU is slow in fp16
     for net in filter(None, (m.ae, m.unet, m.tau)):
@@ -94,10 +88,8 @@ def timesteps(args, T: int) -> list[int]:
 
 def draw_noise(n: int, args, first: int, shape: tuple, device) -> tuple[torch.Tensor, Callable]:
     """z_T, and randn() for the steps: picture j of n has the noise of (args.seed, first + j).
-
     With args.to_seed, pictures 0..n-1 walk from picture 0 of args.seed to that of args.to_seed."""
     generators = [generator(args.seed, first + j) for j in range(n)]
-
     def randn():
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
     z = randn()
@@ -111,26 +103,21 @@ def draw_noise(n: int, args, first: int, shape: tuple, device) -> tuple[torch.Te
 def draw(m: Model, items: list[dict], args, first: int = 0, tick: Callable = lambda: None,
          wrap: Callable = lambda eps: eps) -> torch.Tensor:
     """A picture an item, on the CPU; args as sample.py's parse_args makes them, size (H, W).
-
     An item has what m's task asks for; with `init`, drawing begins at that picture, noised; with
-    `image` and `mask`, all but the mask's 1s is kept. tick() is called at each call of the U-Net.
-    """
+    `image` and `mask`, all but the mask's 1s is kept. tick() is called with each of the U-Net."""
     task, device, f, (H, W) = TASKS[m.task], m.abar.device, m.ae.cfg.f, args.size
     batch = {k: [item.get(k) for item in items] for k in ("image", *task.fields)}
     y, null = (task.y(b, m.tau, m.tokenizer).to(device) for b in (batch, task.null))
     ctx, ctx_null = (task.ctx(v, m.tau, m.ae) for v in (y, null.expand(1, *y.shape[1:])))
-
     def net(z_t, t, ctx):
         tick()
         return m.unet(z_t, t, ctx).float()
-
     def fields(name):
         return torch.stack([item[name] for item in items]).to(device)
     s = task.s if args.scale is None else args.scale
     eps = wrap(guided(as_eps_theta(net, m.abar, m.predict), ctx_null, 1 if ctx is None else s))
     z, randn = draw_noise(len(items), args, first, (m.ae.cfg.c_z, H // f, W // f), device)
     ts = timesteps(args, len(m.abar))
-
     def sampler(z_t, ts):
         more = {"eta": args.eta} if args.sampler == "ddim" else {}
         return SAMPLERS[args.sampler](eps, z_t, ctx, m.abar, ts, randn, **more)

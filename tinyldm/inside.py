@@ -48,7 +48,6 @@ def record(eps_theta: Callable, abar: torch.Tensor, kept: list) -> Callable:
 
 def save_attention(images: torch.Tensor, maps: torch.Tensor, encodings: list, path: Path) -> None:
     """A row a picture: the picture, then one tile a word, bright where it was looked at most.
-
     maps (n, M, h, w); encodings: the tokenizer's, of each prompt; pieces of a word are averaged."""
     side, head, words = 128, 16, []
     for e in encodings:

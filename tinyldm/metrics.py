@@ -16,9 +16,9 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from tinyldm import BadInput
+from tinyldm import require
 from tinyldm import training as tr
-from tinyldm.data import Folder, load_rgb, loader
+from tinyldm.data import Folder, loader
 from tinyldm.features import feature_flags, open_features
 from tinyldm.perceptual import Perceptual
 from tinyldm.shapes import Shapes
@@ -39,7 +39,6 @@ def ssim(x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
     i = torch.arange(n, dtype=x.dtype, device=x.device) - (n - 1) / 2
     g = (-i ** 2 / (2 * 1.5 ** 2)).exp()
     window = (g[:, None] * g / g.sum() ** 2).expand(x.shape[1], 1, n, n)
-
     def mean(v):
         return F.conv2d(v, window, groups=x.shape[1])
     mx, my = mean(x), mean(y)
@@ -63,9 +62,8 @@ class Moments:
         """f (n, d). Parts are joined as in Chan et al. 1983: no difference of large sums."""
         f = f.double()
         mean, n = f.mean(0), self.n + len(f)
-        d = mean - self.mean
-        self.scatter = (self.scatter + (f - mean).T @ (f - mean)
-                        + torch.outer(d, d) * (self.n * len(f) / n))
+        d, rest = mean - self.mean, f - mean
+        self.scatter = self.scatter + rest.T @ rest + torch.outer(d, d) * (self.n * len(f) / n)
         self.mean, self.n = self.mean + d * (len(f) / n), n
 
     @property
@@ -74,7 +72,6 @@ class Moments:
 
 def frechet(a: Moments, b: Moments) -> float:
     """Heusel et al. Eq. (6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
-
     The last trace is the sum of the singular values of C_a^(1/2) C_b^(1/2): symmetric roots, by
     eigenvalues, are stable also where there are fewer pictures than features."""
     def root(c):
@@ -89,7 +86,6 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tupl
     def reach(f):
         return torch.cat([torch.cdist(part, f).kthvalue(min(k + 1, len(f))).values
                           for part in f.split(1024)])
-
     def share(f, of):
         r = reach(of)
         return torch.cat([(torch.cdist(part, of) <= r).any(1) for part in f.split(1024)])
@@ -103,7 +99,7 @@ class Statistics:
     """What comparing needs to know of a set of pictures, by a network of features.py."""
     def __init__(self, net: Callable, batches: Iterable[torch.Tensor], stride: int = 1):
         """batches of (B, 3, H, W) in [-1, 1]; every stride-th picture's features are kept."""
-        self.name, self.moments, self.kept, self.scores = net.name, Moments(), [], []
+        self.name, self.moments, self.kept = net.name, Moments(), []
         self.p, self.p_log_p, self.count = 0.0, 0.0, torch.zeros(10, 1, dtype=torch.float64)
         for x in batches:
             f, p = net(x)
@@ -135,8 +131,7 @@ def compare(real: Statistics, fake: Statistics) -> dict[str, float]:
 
 def parse_args(argv=None):
     p = tr.flags(__doc__)
-    p.add_argument("--real", required=True, help="a folder or .zip of pictures; or of the built-in "
-                   "world: train, held-out")
+    p.add_argument("--real", required=True, help="folder or .zip; or built-in: train, held-out")
     p.add_argument("--fake", required=True, help="a folder or .zip: the pictures to judge")
     p.add_argument("--size", type=int, help="scaled and cropped to it, px; default: the first's")
     p.add_argument("--n", type=int, default=50_000, help="at most so many of each")
@@ -149,16 +144,14 @@ def parse_args(argv=None):
 def read(data: torch.utils.data.Dataset, which: Sequence[int], workers: int, device):
     """Batches (64, 3, H, W) of these pictures, with a progress bar."""
     parts = [which[i:i + 64] for i in range(0, len(which), 64)]
-    for b in tqdm(loader(data, parts, workers), "pictures", dynamic_ncols=True):
+    for b in loader(data, tqdm(parts, "pictures", dynamic_ncols=True), workers):
         yield b["image"].to(device)
 
 def compare_pairs(real: Folder, fake: Folder, args) -> dict[str, float]:
-    """Means over the pictures that both folders name alike; perceptual.py's distance, of VGG16 if
-    its weights are given. Raises BadInput."""
+    """Means over equally named pictures; perceptual of VGG16 if it has weights. Raises BadInput."""
     at = [{row["file_name"]: i for i, row in enumerate(s.rows)} for s in (real, fake)]
     names = sorted(at[0].keys() & at[1].keys())[:args.n]
-    if not names:
-        raise BadInput("--pairs: no picture of --fake is named as one of --real")
+    require(names, "--pairs: no picture of --fake is named as one of --real")
     kind = "vgg16" if args.vgg_weights else "random"
     distance = Perceptual(kind, args.vgg_weights).to(args.device)
     both = zip(*(read(s, [a[n] for n in names], args.workers, args.device)
@@ -170,26 +163,21 @@ def main(args):
     args.device, *_ = tr.setup(args.device, "fp32")
     net = open_features(args, args.device)
     if args.size is None:
-        first = Folder(args.fake, 1, "all")
-        args.size = min(load_rgb(first.read(first.rows[0]["file_name"])).size)
-    if args.size < 16:
-        raise BadInput(f"--size {args.size}: must be at least 16")
+        args.size = min(Folder(args.fake, 1, "all").readable(0)[1].size)
+    require(args.size > 15, f"--size {args.size}: must be at least 16")
     sets = [Shapes(min(args.n, 10_000), args.size, split=path) if path in ("train", "held-out")
             else Folder(path, args.size, "all") for path in (args.real, args.fake)]
-    if min(args.n, *map(len, sets)) < 4:
-        raise BadInput("--real, --fake: there must be four pictures of each, or more")
-    if args.pairs and not all(isinstance(s, Folder) for s in sets):
-        raise BadInput("--pairs: the built-in world's pictures have no names")
-    told = []
-    for data in sets:
-        n = min(len(data), args.n)
-        told.append(Statistics(net, read(data, range(n), args.workers, args.device),
-                               -(-n // 10_000)))
+    folders = all(isinstance(data, Folder) for data in sets)
+    require(folders or not args.pairs, "--pairs: needs two folders, whose files have names")
+    n = [min(len(data), args.n) for data in sets]
+    require(min(n) > 3, "--real, --fake, --n: there must be four pictures of each, or more")
+    told = [Statistics(net, read(data, range(k), args.workers, args.device), -(-k // 10_000))
+            for data, k in zip(sets, n)]
     figures = compare(*told)
     if args.pairs:
         figures |= compare_pairs(*sets, args)
-    print(f"{told[0].moments.n:,} real, {told[1].moments.n:,} fake: "
-          + " | ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+    figures = " | ".join(f"{k} {v:.4g}" for k, v in figures.items())
+    print(f"{n[0]:,} real, {n[1]:,} fake: {figures}")
 
 if __name__ == "__main__":
     tr.run(main, parse_args)

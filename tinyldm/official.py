@@ -10,14 +10,15 @@ Our modules take the file's own tensors, mapped into memory; q, k and v alone ma
 import argparse
 import re
 import warnings
-from collections.abc import Callable
+from collections import namedtuple
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from tinyldm import BadInput, presets
+from tinyldm import BadInput, presets, require
 from tinyldm import training as tr
 from tinyldm.attention import SelfAttention2d
 from tinyldm.autoencoder import Autoencoder, Decoder, Pixels, build_autoencoder
@@ -109,20 +110,21 @@ def table(net: nn.Module) -> dict[str, Source]:
 
 # ---- from their tensors to ours, and back
 
+def refuse(keys: Iterable[str]) -> None:
+    """Raises BadInput, unless they are passengers."""
+    for k in keys:
+        require(PASSENGERS.fullmatch(k), f"{k} is unexpected: this is another model")
+
 def load_into(net: nn.Module, state: dict, prefix: str = "") -> nn.Module:
     """Fill net, which may be on the meta device, with an official state dict's own tensors.
-
     Raises BadInput naming the key that is missing, unexpected or of the wrong shape."""
     sources = table(net)
     known = {prefix + k: s.shape for s in sources.values() for k in s.keys}
     for k, shape in known.items():
-        if k not in state:
-            raise BadInput(f"{k} is missing: this is another model")
-        if tuple(state[k].shape) != shape:
-            raise BadInput(f"{k} has shape {tuple(state[k].shape)} where {shape} belongs")
-    for k in state:
-        if k.startswith(prefix) and k not in known and not PASSENGERS.fullmatch(k):
-            raise BadInput(f"{k} is unexpected: this is another model")
+        require(k in state, f"{k} is missing: this is another model")
+        found = tuple(state[k].shape)
+        require(found == shape, f"{k} has shape {found} where {shape} belongs")
+    refuse(k for k in state if k.startswith(prefix) and k not in known)
     own = net.state_dict()
     for key, (keys, _, n_head) in sources.items():
         t = torch.cat([state[prefix + k] for k in keys]) if keys[1:] else state[prefix + keys[0]]
@@ -144,13 +146,7 @@ def official_state(net: nn.Module, prefix: str = "", state: dict | None = None) 
 
 # ---- whole models
 
-class Loaded(NamedTuple):
-    """What a released file holds; the nets in its precision, not trainable; abar (T,) float64."""
-    preset: str
-    ae: Autoencoder
-    unet: UNet
-    tau: nn.Module | None
-    abar: torch.Tensor
+Loaded = namedtuple("Loaded", "preset ae unet tau abar")
 
 def detect(state: dict) -> str:
     """The first row of presets.LDM whose networks have the shapes of state. Raises BadInput."""
@@ -168,18 +164,16 @@ def detect(state: dict) -> str:
 
 def averaged(state: dict, unet: UNet) -> dict:
     """state with the EMA's weights in place of the U-Net's raw ones, where it has any.
-
     NB: the names of the released EMA are those of the U-Net without dots. No other net has one."""
     names = {EMA + k.replace(".", ""): UNET + k for s in table(unet).values() for k in s.keys}
     found = {k for k in state if k.startswith("model_ema.") and not PASSENGERS.fullmatch(k)}
-    if found and found != names.keys():
-        odd = min(found ^ names.keys())
+    for odd in sorted(found ^ names.keys() if found else ()):
         raise BadInput(f"{odd} is {'unexpected' if odd in found else 'missing'} among the EMA's")
     return state | {names[k]: state[k] for k in found}
 
 def load_model(path: Path, preset: str | None = None, ema: bool = True) -> Loaded:
-    """The model in a released .ckpt or .safetensors; preset: which, else it is found out.
-
+    """The model in a released .ckpt or .safetensors; preset: which, else it is found out. The nets
+    are in its precision, not trainable; tau may be None; abar (T,) float64.
     Raises BadInput naming a tensor of the file that is unknown, or one of ours that it lacks."""
     state = read_state(path)
     try:
@@ -188,9 +182,7 @@ def load_model(path: Path, preset: str | None = None, ema: bool = True) -> Loade
         ae, unet, tau = nets = presets.networks(row)
         # inpaint256's condition encoder is stage one, whose weights its file has twice
         known = (UNET, AE, "model_ema.", *[TAU] * bool(tau or row["task"] == "inpaint"))
-        for k in state:
-            if not k.startswith(known) and not PASSENGERS.fullmatch(k):
-                raise BadInput(f"{k} is unexpected: this is another model")
+        refuse(k for k in state if not k.startswith(known))
         weights = averaged(state, unet) if ema else state
         for net, prefix in zip(nets, (AE, UNET, TAU)):
             if net:
@@ -204,12 +196,10 @@ def load_model(path: Path, preset: str | None = None, ema: bool = True) -> Loade
 
 def export(path: Path, out: Path) -> None:
     """Write one of our checkpoints in the official layout, .safetensors or .ckpt. Raises BadInput.
-
     NB: the official layout has an EMA of the U-Net alone: tau is written as averaged."""
     ckpt = load_checkpoint(path, None, "--export")
     config = ckpt["config"]
-    if not config["autoencoder"]["ch"]:
-        raise BadInput(f"--export {path}: the official layout has no diffusion of pixels")
+    require(config["autoencoder"]["ch"], f"--export {path}: pixel models have no official layout")
     ae = build_autoencoder(config["autoencoder"])
     if "unet" not in config:                            # stage one alone
         return write_state(official_state(ae, "", ckpt["nets"]["ae"]), out)

@@ -45,9 +45,7 @@ def condition(task: str, item: dict, names: tuple[str, ...], h: int, w: int) -> 
         return to_tensor(sheet)
     if task == "superres":
         return to_tensor(to_image(item["small"]).resize((w, h), Image.Resampling.NEAREST))
-    if task == "inpaint":
-        return item["image"] * (1 - item["mask"]) - item["mask"]
-    return None
+    return item["image"] * (1 - item["mask"]) - item["mask"] if task == "inpaint" else None
 
 def save_drawn(images: torch.Tensor, items: list[dict], task: str, names: tuple[str, ...],
                path: Path, columns: int) -> None:
@@ -61,8 +59,7 @@ def save_drawn(images: torch.Tensor, items: list[dict], task: str, names: tuple[
     save_grid(images, path, columns)
 
 def save_curves(log: Path, path: Path) -> None:
-    """Each value of a log.jsonl by step, loss_at_0, loss_at_250, ... in one plot; only where
-    matplotlib is installed."""
+    """A log.jsonl's values by step, all loss_at_* in one plot, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -71,15 +68,13 @@ def save_curves(log: Path, path: Path) -> None:
     for line in map(json.loads, log.read_text().splitlines()):
         for k, v in line.items():
             name, _, at = k.partition("_at_")
-            curve = plots.setdefault(name, {}).setdefault(at, ([], []))
-            curve[0].append(line["step"])
-            curve[1].append(v)
+            plots.setdefault(name, {}).setdefault(at, []).append((line["step"], v))
     plots = [(k, v) for k, v in plots.items() if k not in ("step", "ms", "gb", "eta_min")]
     rows = -(-len(plots) // 4)
     figure = Figure((14, 2.4 * rows), layout="constrained")
     for (name, curves), axes in zip(plots, figure.subplots(rows, 4, squeeze=False).flat):
         for at, curve in curves.items():
-            axes.plot(*curve, "." if len(curve[0]) == 1 else "-", label=at and f"t from {at}")
+            axes.plot(*zip(*curve), "." if len(curve) == 1 else "-", label=at and f"t from {at}")
         axes.set(title=name, xlabel="step")
         axes.set_yscale("log" if name in ("loss", "gnorm", "rec", "held_out_loss") else "linear")
         if len(curves) > 1:

@@ -11,17 +11,15 @@ from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, build_autoencoder
 from tinyldm.tasks import TASKS, build_tau
 from tinyldm.unet import UNet, UNetConfig
 
-AE = {"toy": dict(
-    data="shapes", size=32, ch=16, ch_mult=(1, 2, 4), n_res=1, c_z=4, groups=8, pixel_loss="l2",
-    perceptual="random", perceptual_weight=0.03, kl_weight=5e-4, disc_weight=0.5, disc_start=900,
-    disc_ch=16, disc_layers=2, batch=16, lr=4e-3, betas=(0.9, 0.95), warmup=50, cosine=True,
-    steps=1000)}
+AE = {"toy": dict(data="shapes", size=32, ch=16, ch_mult=(1, 2, 4), n_res=1, c_z=4, groups=8,
+    pixel_loss="l2", perceptual="random", perceptual_weight=0.03, kl_weight=5e-4, disc_weight=0.5,
+    disc_start=900, disc_ch=16, disc_layers=2, batch=16, lr=4e-3, betas=(0.9, 0.95), warmup=50,
+    cosine=True, steps=1000)}
 # Table 8, as in the released configs. Each says the batch of one GPU, not how many there were:
 # batch is that of one, and lr = 4.5e-6 batch. Steps are those of the released checkpoints.
 # NB: disc_start of vq-f4, vq-f4-noattn and vq-f8 is as released: left over, it seems, from runs
 # that were resumed. For a run from nothing take the others' 250001.
-TABLE_8 = dict(
-    size=256, ch=128, n_res=2, groups=32, pixel_loss="l1", perceptual="vgg16",
+TABLE_8 = dict(size=256, ch=128, n_res=2, groups=32, pixel_loss="l1", perceptual="vgg16",
     perceptual_weight=1.0, disc_ch=64, betas=(0.5, 0.9), warmup=0, cosine=False, clip=float("inf"))
 KL = TABLE_8 | dict(reg="kl", kl_weight=1e-6, disc_weight=0.5, disc_start=50001, disc_layers=3)
 VQ = TABLE_8 | dict(reg="vq", codebook_weight=1.0, vq_beta=0.25, vq_beta_on="codebook")
@@ -49,23 +47,20 @@ for name, row in AE_ROWS.items():
     AE[name] = (VQ if name.startswith("vq") else KL) | dict(zip(AE_COLUMNS, row))
 AE["vq-f4-noattn"]["attn_mid"] = False
 
-LDM = {"toy": dict(
-    data="shapes", ae_preset="toy", size=32, ch=48, ch_mult=(1, 2), n_res=1, attn_res=(8, 4),
-    d_head=16, depth=1, groups=8, d_ctx=128, text_depth=2, text_heads=8, text_d_head=16, n_token=12,
-    schedule="sqrt-linear", predict="v", snr_clamp=(0.1, 1.0), batch=64, lr=2e-3, betas=(0.9, 0.99),
-    warmup=100, cosine=True, ema=0.99, steps=2000)}
+LDM = {"toy": dict(data="shapes", ae_preset="toy", size=32, ch=48, ch_mult=(1, 2), n_res=1,
+    attn_res=(8, 4), d_head=16, depth=1, groups=8, d_ctx=128, text_depth=2, text_heads=8,
+    text_d_head=16, n_token=12, schedule="sqrt-linear", predict="v", snr_clamp=(0.1, 1.0), batch=64,
+    lr=2e-3, betas=(0.9, 0.99), warmup=100, cosine=True, ema=0.99, steps=2000)}
 # Tables 12-15 and 17, and the released configs. heads is their number, 0: as many as are 32 wide.
 # text2img256's and semantic512's steps are nowhere stated: here the nearest row's.
 # NB: Table 15 prints inpainting's lr as 1.0e-6, which all the others' is, too, for one picture.
 # NB: the loss, and the schedule's ends, are the released configs'; the paper has one for all.
-PAPER = dict(
-    task="uncond", size=256, n_res=2, groups=32, scale_shift=False, res_updown=False, depth=1,
-    d_ctx=None, n_classes=None, schedule="sqrt-linear", predict="eps", loss="l2", p_drop=0.0,
-    snr_clamp=(0.0, float("inf")), betas=(0.9, 0.999), warmup=0, cosine=False, clip=float("inf"),
-    ema=0.9999, z_std=1.0)
-BERT = dict(
-    task="text", vocab_size=30522, n_token=77, text_depth=32, text_heads=8, text_d_head=64,
-    text_clip=False, p_drop=0.1)
+PAPER = dict(task="uncond", size=256, n_res=2, groups=32, scale_shift=False, res_updown=False,
+    depth=1, d_ctx=None, n_classes=None, schedule="sqrt-linear", predict="eps", loss="l2",
+    p_drop=0.0, snr_clamp=(0.0, float("inf")), betas=(0.9, 0.999), warmup=0, cosine=False,
+    clip=float("inf"), ema=0.9999, z_std=1.0)
+BERT = dict(task="text", vocab_size=30522, n_token=77, text_depth=32, text_heads=8, text_d_head=64,
+            text_clip=False, p_drop=0.1)
 LDM_COLUMNS = ("ae_preset", "ch", "ch_mult", "attn_res", "beta_range", "batch", "lr", "steps")
 A, B, C, D = (0.0015, 0.0195), (0.0015, 0.0205), (0.0015, 0.0155), (0.00085, 0.012)
 LDM_ROWS = {        # ae_preset ch   ch_mult          attn_res     betas batch     lr   steps heads

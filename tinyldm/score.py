@@ -8,7 +8,7 @@ import re
 import numpy as np
 import torch
 
-from tinyldm import BadInput, shapes
+from tinyldm import require, shapes
 from tinyldm.degrade import bicubic
 from tinyldm.metrics import psnr, ssim
 from tinyldm.shapes import COLOURS, PALETTE, RELATIONS, SHAPES, SIZES, Thing, coverage, name
@@ -61,9 +61,8 @@ def parse_prompt(prompt: str) -> tuple[list[Thing], str | None]:
     """A sentence of this world -> its things (size "" if unsaid) and relation, or BadInput."""
     thing = rf"(?:a )?(?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
     m = re.fullmatch(rf"{thing}(?: ({'|'.join(RELATIONS)}) {thing})?", prompt.strip().lower())
-    if not m:
-        raise BadInput(f"prompt {prompt!r} is not a sentence of the built-in world, so it cannot "
-                       'be scored; say it like "a small red circle left of a big blue square"')
+    require(m, f"prompt {prompt!r} is no sentence of the built-in world, so it has no score; say "
+            'it like "a small red circle left of a big blue square"')
     g = m.groups()
     return [Thing(s, c, z or "") for z, c, s in ((g[0:3], g[4:7]) if g[3] else (g[0:3],))], g[3]
 
@@ -71,7 +70,6 @@ def follows(things: list[Thing], prompt: str) -> bool:
     """Do the found things say the prompt in full: number, colours, shapes, sizes and relation?"""
     asked, relation = parse_prompt(prompt)
     rx, ry = RELATIONS.get(relation, (0, 0))
-
     def said(order):
         dx, dy = order[0].x - order[-1].x, order[0].y - order[-1].y        # more along than across
         return (all(a[:3] == (t.shape, t.colour, a.size and t.size) for a, t in zip(asked, order))

@@ -9,8 +9,7 @@ Shapes: image (3, H, W) in [-1, 1]; boxes (K, 5) [class, x0, y0, x1, y1 in 0..1]
 Reads:  nothing of ours.
 
     python -m tinyldm.shapes held-out 256 > prompts.txt    # prompts that no training caption says
-    python -m tinyldm.shapes unseen 256                    # ... with never-seen colour-shape pairs
-"""
+    python -m tinyldm.shapes unseen 256                    # ... with unseen colour-shape pairs"""
 import itertools
 import sys
 import zlib
@@ -63,9 +62,8 @@ def name(t: Thing) -> str:
 
 def boxes(things: list[Thing], side: int) -> torch.Tensor:
     """(K, 5) [class, x0, y0, x1, y1 in 0..1] of things in pixels, in a picture of side px."""
-    return torch.tensor([[CLASSES.index(name(t)), *((at + e * t.r) / side for at, e in
-                                                    zip((t.x, t.y) * 2, EXTENT[t.shape]))]
-                         for t in things]).reshape(-1, 5)
+    ends = [[(c + e * t.r) / side for c, e in zip((t.x, t.y) * 2, EXTENT[t.shape])] for t in things]
+    return torch.tensor([[CLASSES.index(name(t)), *b] for t, b in zip(things, ends)]).reshape(-1, 5)
 
 def label_map(things: list[Thing], side: int) -> torch.Tensor:
     """(side, side) of 0 = ground, or 1 + class, of things in pixels."""
@@ -79,15 +77,13 @@ def caption(things: list[Thing], relation: str | None, sizes: bool = True) -> st
 
 def _specs(split: str) -> tuple[list, list]:
     """All (things, relation) of one and of two objects that belong to a split.
-
     `train`: no pair of UNSEEN, not held out. `held-out`: every eighth scene of two objects, by a
     hash that ignores which object is named first. `unseen`: scenes with a pair of UNSEEN."""
     kinds = [Thing(s, c, z) for z in SIZES for c in COLOURS for s in SHAPES]
     def new(things):
         return any((t.colour, t.shape) in UNSEEN for t in things)
     singles = [([a], None) for a in kinds if new([a]) == (split == "unseen")]
-    pairs = []
-    ways = ("left of", "right of"), ("above", "below")
+    pairs, ways = [], (("left of", "right of"), ("above", "below"))
     for a, b, (there, back) in itertools.product(kinds, kinds, ways):
         held = zlib.crc32(caption([a, b], there).encode()) % 8 == 0
         if ("unseen" if new([a, b]) else "held-out" if held else "train") == split:
@@ -114,7 +110,6 @@ def _place(things: list[Thing], relation: str | None, rng: np.random.Generator) 
 class Shapes(torch.utils.data.Dataset):
     """`n` pictures of `size` px: `train`, `held-out` or `unseen`; item i depends on (seed, i)."""
     classes = labels = CLASSES
-
     def __init__(self, n: int = 20_000, size: int = 32, seed: int = 0, split: str = "train"):
         self.n, self.size, self.key = n, size, [seed, zlib.crc32(split.encode())]
         self.singles, self.pairs = _specs(split)
@@ -124,7 +119,6 @@ class Shapes(torch.utils.data.Dataset):
 
     def scene(self, i: int) -> tuple[list[Thing], str, np.random.Generator]:
         """Item i's placed things and caption. One in four has one object, one in five no sizes.
-
         Three of four relations are "left of" or "above": were all four as frequent, who is named
         first would tell who is where only by an exclusive or, which a toy run never learned."""
         rng = np.random.default_rng([*self.key, i])

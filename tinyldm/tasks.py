@@ -1,8 +1,7 @@
 """The tasks of the paper: which fields of an item are the condition y, and how y becomes ctx.
 
-Paper:   Sec. 3.3 and 4.3-4.5, Table 15. Two ports lead into the U-Net: tokens (B, M, D) that it
-         attends to (class, text, layout), and maps (B, c, h, w) that lie beside z_t (semantic,
-         superres, inpaint).
+Paper:   Sec. 3.3 and 4.3-4.5, Table 15. Two ports: tokens (B, M, D) that the U-Net attends to
+         (class, text, layout), and maps (B, c, h, w) beside z_t (semantic, superres, inpaint).
 Symbols: y (B, ...), one condition a picture; null the condition that says nothing, for guidance.
 Reads:   conditioning.py, tokens.py
 
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tinyldm import BadInput
+from tinyldm import BadInput, require
 from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextConfig, TextTransformer
 from tinyldm.tokens import encode, train_tokenizer
 
@@ -30,18 +29,15 @@ def fit_text(args, data, *_):
 def fit_class(args, data, *_) -> None:
     """One class more than the set has: the null one. Raises BadInput."""
     args.n_classes = args.n_classes or len(data.labels) + 1
-    if args.n_classes <= len(data.labels):
-        raise BadInput(f"--n-classes {args.n_classes}: there are {len(data.labels)}, and the null "
-                       "class")
+    k, n = args.n_classes, len(data.labels)
+    require(k > n, f"--n-classes {k}: there are {n}, and the null class")
 
 def fit_layout(args, data, *_) -> None:
     """A grid of 32 x 32 places unless --vocab-size says otherwise. Raises BadInput."""
     args.vocab_size = args.vocab_size or 32 * 32 + 1
-    if args.n_token < 3:
-        raise BadInput(f"--n-token {args.n_token}: a box takes three")
-    if args.vocab_size <= len(data.classes):
-        raise BadInput(f"--vocab-size {args.vocab_size}: there are {len(data.classes)} classes, "
-                       "and a token for none")
+    require(args.n_token >= 3, f"--n-token {args.n_token}: a box takes three")
+    k, n = args.vocab_size, len(data.classes)
+    require(k > n, f"--vocab-size {k}: there are {n} classes, and a token for none")
 
 def fit_semantic(args, *sets) -> None:
     """As many classes as the largest label of the sets asks for; looks at all their maps."""
@@ -62,7 +58,6 @@ def text_y(batch: dict, tau: TextTransformer, tokenizer) -> torch.Tensor:
 
 def layout_y(batch: dict, tau: TextTransformer, tokenizer) -> torch.Tensor:
     """boxes (K, 5) [class, x0, y0, x1, y1 in 0..1] -> token ids (B, M), the largest boxes first.
-
     Three tokens a box: its class, and its corners as places of a grid, numbered row by row; the
     last token of the vocabulary stands for none (paper's code: taming's objects_bbox.py).
     NB: there, too, classes and places share their numbers; where a token stands tells which."""
@@ -81,8 +76,8 @@ def semantic_y(batch: dict, tau: SpatialRescaler, tokenizer) -> torch.Tensor:
     """Label maps -> (B, H, W) int32. Raises BadInput for a label that the model has not."""
     y, n = torch.stack(batch["segmentation"]), tau.conv.in_channels
     if y.max() >= n or y.min() < -1:
-        raise BadInput(f"label maps: there are labels {y.min()}..{y.max()}, but the model's are "
-                       f"0..{n - 1}")
+        has = f"{y.min()}..{y.max()}"
+        raise BadInput(f"label maps: there are labels {has}, but the model's are 0..{n - 1}")
     return y.to(torch.int32)
 
 def inpaint_y(batch: dict, tau, tokenizer) -> torch.Tensor:
@@ -122,15 +117,14 @@ def text_shape(row: dict, f: int) -> dict:
                 clip=row["text_clip"])
 
 TEXT = dict(net=lambda **shape: TextTransformer(TextConfig(**shape)), shape=text_shape, s=2.0)
-BLANK, ALL = torch.zeros(3, 1, 1), torch.ones(1, 1, 1)
+BLANK, ALL, PROMPTS = torch.zeros(3, 1, 1), torch.ones(1, 1, 1), ("prompt", "prompts")
 TASKS = {
     "uncond": Task((), lambda batch, *_: torch.zeros(len(batch["image"])), {"image": [None]},
                  lambda *_: None),
     "class": Task(("label",), class_y, {"label": [None]}, net=ClassEmbedder, fit=fit_class, s=2.0,
                   shape=lambda row, f: dict(n_classes=row["n_classes"], d=row["d_ctx"]),
-                  takes=("prompt", "prompts", "label")),
-    "text": Task(("caption",), text_y, {"caption": [""]}, fit=fit_text, **TEXT,
-                 takes=("prompt", "prompts")),
+                  takes=(*PROMPTS, "label")),
+    "text": Task(("caption",), text_y, {"caption": [""]}, fit=fit_text, **TEXT, takes=PROMPTS),
     "layout": Task(("boxes",), layout_y, {"boxes": [torch.zeros(0, 5)]}, fit=fit_layout, **TEXT,
                    takes=("boxes",)),
     "semantic": Task(
@@ -140,8 +134,7 @@ TASKS = {
     "superres": Task(("small",), lambda batch, *_: torch.stack(batch["small"]), {"small": [BLANK]},
                      superres_ctx, beside=lambda c_z: 3, takes=("image",)),
     "inpaint": Task(("image", "mask"), inpaint_y, {"image": [BLANK], "mask": [ALL]}, inpaint_ctx,
-                    beside=lambda c_z: c_z + 1),
-}
+                    beside=lambda c_z: c_z + 1)}
 
 def build_tau(task: str, shape: dict) -> nn.Module | None:
     """tau of a shape, as Task.shape or a checkpoint says it; None where nothing is learned."""

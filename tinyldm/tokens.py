@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from tinyldm import BadInput
+from tinyldm import require, trying
 
 PAD, UNK = "[PAD]", "[UNK]"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"           # CLIP's
@@ -22,7 +22,6 @@ def word_piece(pieces: dict[str, int]) -> Tokenizer:
 
 def train_tokenizer(captions: list[str], vocab_size: int = 8192) -> Tokenizer:
     """Learn at most vocab_size pieces from the captions, lower-cased; keep those that they use.
-
     Dropping the unused pieces makes every word that training cannot teach an [UNK], which `encode`
     reports, where letters would spell it silently with embeddings that stay random."""
     full = word_piece({UNK: 0})
@@ -71,21 +70,17 @@ def clip(folder: Path) -> Tokenizer:
 
 def open_vocab(path: Path, n_vocab: int, M: int) -> Tokenizer:
     """A released text encoder's tokenizer; it cuts, and pads to M: CLIP's with EOS, BERT's with 0.
-
     path: vocab.txt, tokenizer.json, or a folder with one of them or with vocab.json and merges.txt.
     Raises BadInput, also where it has not n_vocab tokens, as the embedding of the model has."""
     files = [path / f for f in ("vocab.json", "vocab.txt", "tokenizer.json")]
     file = next((f for f in files if f.exists()), files[0]) if path.is_dir() else path
-    try:
+    with trying(f"--vocab {file}: no vocabulary of CLIP or BERT"):
         if file.name == "vocab.json":
             t = clip(file.parent)
         else:
             t = bert(file) if file.suffix == ".txt" else Tokenizer.from_file(str(file))
-    except Exception as e:                              # tokenizers raises bare Exceptions
-        raise BadInput(f"--vocab {file}: no vocabulary of CLIP or BERT ({e})".split("\n")[0]) from e
-    if t.get_vocab_size() != n_vocab:
-        raise BadInput(f"--vocab {file}: has {t.get_vocab_size()} tokens, where the model's "
-                       f"embedding has {n_vocab}")
+    n = t.get_vocab_size()
+    require(n == n_vocab, f"--vocab {file}: {n} tokens, where the model's embedding has {n_vocab}")
     pad = EOS if t.token_to_id(EOS) is not None else PAD
     t.enable_truncation(M)
     t.enable_padding(length=M, pad_id=t.token_to_id(pad) or 0, pad_token=pad)
