@@ -339,6 +339,6 @@ def test_bad_input_to_the_program_is_one_line(two_folders, folder, cli):
                        (["--fake", folder(3)], "four pictures"),
                        (["--fake", fake, "--n", 3], "four pictures"),
                        (["--fake", real.parent, "--pairs"], "--pairs: no picture"),
-                       (["--fake", "held-out", "--size", 16, "--n", 8, "--pairs"], "--pairs: the")):
+                       (["--fake", "held-out", "--size", 16, "--n", 8, "--pairs"], "--pairs: needs")):
         said = cli("tinyldm.metrics.py", "--real", real, *flags, code=2).strip().splitlines()[-1]
         assert said.startswith("error: ") and say in said, said

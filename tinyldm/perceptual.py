@@ -30,8 +30,8 @@ def load_public(net: nn.Module, url: str, path: str | None, flag: str, prefix: s
         net.load_state_dict({k: v for k, v in state.items() if k.startswith(prefix)})
     except Exception as e:
         why = "TorchScript, which is code" if isinstance(e, Warning) else type(e).__name__
-        raise BadInput(f"{flag}: no weights from {path or url} ({why}); give {url.split('/')[-1]}, "
-                       "or do without: --perceptual random, --features shapes") from e
+        raise BadInput(f"no weights from {path or url} ({why}): give {url.split('/')[-1]} as {flag} "
+                       "PATH, or do without: --perceptual random, --features shapes") from e
 
 class Perceptual(nn.Module):
     """kind: `vgg16`, with torchvision's weights (see load_public), or `random`. Raises BadInput.
