@@ -22,9 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from tinyldm import generate as gen
-from tinyldm import presets, require, samplers, shapes, trying
-from tinyldm import training as tr
+from tinyldm import generate as gen, presets, require, samplers, shapes, training as tr, trying
 from tinyldm.data import LANCZOS, NEAREST, is_box, load_map, load_rgb, open_data
 from tinyldm.degrade import to_image, to_tensor
 from tinyldm.inside import attention_maps, record, save_attention
@@ -230,7 +228,7 @@ def main(args):
     else:
         for i, x in enumerate(images):
             to_image(x).save(args.out / f"{i:06d}.png")
-    print(f"{len(images)} picture(s) -> {args.out}")
+    print(f"{len(images)} picture(s) in {bar.format_dict['elapsed']:.1f} s -> {args.out}")
     if args.attention:
         words = m.tokenizer.encode_batch([i["caption"] for i in first])
         save_attention(images[:len(first)], torch.stack(maps).mean(0), words, args.attention)

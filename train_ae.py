@@ -14,8 +14,7 @@ from dataclasses import asdict
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from tinyldm import BadInput, patchgan, presets
-from tinyldm import training as tr
+from tinyldm import BadInput, patchgan, presets, training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.checkpoint import load_checkpoint, same_config, save_checkpoint
 from tinyldm.data import batch_order, data_flags, loader, open_data
@@ -72,7 +71,6 @@ def configure(args) -> AEConfig:
 
 def losses(args, perceptual, x, x_rec, q) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """-> loss_rec, the weighted loss_reg, and what to log; q is the Autoencoder's second output.
-
     NB: the released KL model's loss is summed over pixels and divided by B, its VQ model's is a
     mean. Ours are means: times 3HW they are the former. The sum is also divided by exp(logvar), a
     parameter that reaches no optimiser and stays 0; it is left out."""
@@ -92,7 +90,6 @@ def losses(args, perceptual, x, x_rec, q) -> tuple[torch.Tensor, torch.Tensor, d
 
 def track_codes(codebook: Codebook, idle: torch.Tensor, used: list, args, g) -> dict:
     """After a VQ step, from the (k, z) of its parts: restart codes long idle; -> what to log.
-
     idle (n_codes,): steps since each code was last chosen; updated in place. g: the step's."""
     n = count(torch.cat([k for k, _ in used]), len(idle))
     idle += 1
@@ -106,7 +103,6 @@ def track_codes(codebook: Codebook, idle: torch.Tensor, used: list, args, g) -> 
 @torch.no_grad()
 def evaluate(ae: Autoencoder, net, x: torch.Tensor, device) -> tuple[torch.Tensor, dict]:
     """x_rec of held-out pictures, at q's mean or the nearest codes, and how good they are.
-
     edges: mean length of the gradients, over that of x. bits of a picture's latents: KL's are
     KL(q, N(0, 1)), as coded with bits-back; VQ's the entropy of how often each code is chosen."""
     q = [ae.encode(v.to(device)) for v in x.split(64)]

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from tinyldm import presets, require, shapes
-from tinyldm import training as tr
+from tinyldm import presets, require, shapes, training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, Posterior, build_autoencoder
 from tinyldm.checkpoint import half, load_checkpoint, same_config, save_checkpoint
 from tinyldm.data import batch_order, data_flags, encode_set, loader, open_data
@@ -147,11 +146,6 @@ def judging(m: Model, args, data, held_out, to_y, log, autocast) -> Callable:
         save_curves(log.path, args.out / "curves.png")
     return judge
 
-def wrap(net, compiled: bool, world: int):
-    """net compiled, and shared by processes, as the flags say."""
-    net = torch.compile(net) if compiled else net
-    return DDP(net) if world > 1 else net
-
 def plan(args) -> None:
     """The dry run of a row that has no data: its networks' sizes, stage one's too."""
     ae, unet, tau = presets.networks(vars(args))
@@ -191,7 +185,9 @@ def main(args):
     schedule = {"name": args.schedule, "T": args.T, "beta_range": tuple(args.beta_range),
                 "predict": args.predict}
     abar = cumulative(SCHEDULES[args.schedule](args.T, *args.beta_range)).to(device)
-    run_unet, run_tau = (net and wrap(net, args.compile, world) for net in (unet, tau))
+    run_unet, run_tau = (torch.compile(net) if net and args.compile else net for net in (unet, tau))
+    if world > 1:
+        run_unet, run_tau = DDP(run_unet), tau and DDP(run_tau)
     eps_theta = as_eps_theta(run_unet, abar, args.predict)
 
     # ---- optimiser

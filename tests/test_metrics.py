@@ -334,11 +334,12 @@ def test_the_program_keeps_an_even_share_of_more_than_10_000(cli, monkeypatch):
 
 def test_bad_input_to_the_program_is_one_line(two_folders, folder, cli):
     real, fake = two_folders
+    ours = ["--fake", "held-out", "--size", 16, "--n", 8, "--pairs"]
     for flags, say in ((["--fake", real / "gone"], "gone"),
                        (["--fake", fake, "--size", 8], "--size 8"),
                        (["--fake", folder(3)], "four pictures"),
                        (["--fake", fake, "--n", 3], "four pictures"),
                        (["--fake", real.parent, "--pairs"], "--pairs: no picture"),
-                       (["--fake", "held-out", "--size", 16, "--n", 8, "--pairs"], "--pairs: needs")):
+                       (ours, "--pairs: needs")):
         said = cli("tinyldm.metrics.py", "--real", real, *flags, code=2).strip().splitlines()[-1]
         assert said.startswith("error: ") and say in said, said

@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tinyldm import BadInput
-from tinyldm import training as tr
+from tinyldm import BadInput, training as tr
 
 def test_ema_is_the_weighted_sum_and_warms_up():
     """Decay min(.99, (1 + n) / (10 + n)) after n updates, unrolled by hand in float64."""

@@ -1,19 +1,11 @@
 """tinyldm: High-Resolution Image Synthesis with Latent Diffusion Models, to read beside the paper.
 
-Reading order
-    layers, attention           the bricks
-    quantize, autoencoder       stage one: codes; E, D, q(z | x)                Sec. 3.1, App. G
-    perceptual, patchgan        stage one's losses                              Sec. 3.1, App. G
-    diffusion, samplers         the process, its loss, and how to run it back   Eq. (1)-(3)
-    guidance                    classifier-free guidance                        Table 10
-    unet                        eps_theta                                       Sec. 3.2, E.2.1
-    tokens, conditioning        from words to ctx = tau(y)                      Sec. 3.3
-    tasks                       what each condition is, and its port            Sec. 4.3-4.5
-    shapes, degrade, data       the built-in world; lost parts; folders, latent cache
-    inception, features, metrics, score, pictures   how good it is, and what it looks like
-    presets, training, checkpoint, official         what the scripts share; released models
-    inside, generate            attention maps; a whole model, and how it draws
-    ../train_ae.py, ../train_ldm.py, ../sample.py   where it all comes together
+Reading order (README has a line on each)
+    layers, attention; quantize, autoencoder, perceptual, patchgan      stage one: Sec. 3.1, App. G
+    diffusion, samplers, guidance; unet             the process, eps_theta: Eq. (1)-(3), Sec. 3.2
+    tokens, conditioning, tasks; shapes, degrade, data      conditions and data: Sec. 3.3, 4.3-4.5
+    inception, features, metrics, score, pictures           how good it is: Sec. 4, App. E.3
+    presets, training, checkpoint, official, inside, generate; ../train_*.py, ../sample.py
 
 Symbols (ASCII for the paper's)
     x, x_rec          image, reconstruction, in [-1, 1]   f, c_z      downsampling, latent channels

@@ -3,7 +3,6 @@
 Paper:   Sec. 3.3, softmax(Q K^T / sqrt(d)) V with Q from the U-Net and K, V from tau(y); Table 16.
 Symbols: N = h*w places (queries), M context tokens, D width, n_head heads of d_head.
 Reads:   layers.py
-
 NB: Table 16 orders a block LayerNorm, self-attention, MLP, cross-attention. The released code, and
 so its weights, have self-attention, cross-attention, MLP, each behind a LayerNorm. We follow it.
 NB: Sec. 3.3 prints W_Q with tau's width and W_V with the U-Net's; they are the other way round."""
@@ -15,7 +14,6 @@ from tinyldm.layers import zero_
 
 class Attention(nn.Module):
     """Multi-head attention, x (B, N, d_x), ctx (B, M, d_ctx) -> (B, N, d_x).
-
     Self-attention is ctx = x. No mask: pictures also attend to padding tokens ("unmasked",
     App. E.2.1). CLIP's text encoder alone has biases and is causal: token i sees 0..i."""
     def __init__(self, d_x: int, d_ctx: int, n_head: int, d_head: int, clip: bool = False):
@@ -61,7 +59,6 @@ class TransformerBlock(nn.Module):
 
 class SpatialTransformer(nn.Module):
     """A transformer over the places of a feature map, conditioned by cross-attention (Table 16).
-
     x (B, C, H, W), ctx (B, M, d_ctx) -> (B, C, H, W). Raises ValueError when ctx is missing.
     NB: the released code silently attends to x itself when the context is None."""
     def __init__(self, c: int, d_ctx: int, n_head: int, d_head: int, depth: int = 1, groups=32):
@@ -84,7 +81,6 @@ class SpatialTransformer(nn.Module):
 
 class SelfAttention2d(nn.Module):
     """Self-attention between the places of a feature map, (B, C, H, W) -> the same.
-
     One head in the middle of E and D; n_head heads in a U-Net that has no cross-attention."""
     def __init__(self, c: int, n_head: int = 1, groups: int = 32, eps: float = 1e-6):
         super().__init__()

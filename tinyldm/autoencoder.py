@@ -4,7 +4,6 @@ Paper:   Sec. 3.1, App. G (KL and VQ regularisation, the rescaling of z by its s
 Symbols: x image (B, 3, H, W) in [-1, 1]; z latent (B, c_z, h, w); f = H/h = 2^(len(ch_mult) - 1);
          z_std the paper's sigma-hat, one number, measured on the training set of stage two.
 Reads:   layers.py, attention.py, quantize.py
-
 The topology of E and D is one list each, in running order."""
 from dataclasses import dataclass
 
@@ -84,14 +83,12 @@ class Decoder(nn.Module):
 @dataclass
 class Posterior:
     """q(z | x) = N(mean, exp(logvar)), diagonal; mean and logvar (B, c_z, h, w).
-
     A VQ model's z is no random variable: its logvar is -inf, and every sample is the mean."""
     mean: torch.Tensor
     logvar: torch.Tensor
 
     def sample(self, noise: torch.Tensor) -> torch.Tensor:
         """z = mean + std * noise, with noise ~ N(0, 1) of mean's shape.
-
         NB: stage two trains on samples, not on the mode (released code, ddpm.py)."""
         return self.mean + (0.5 * self.logvar).exp() * noise
 
@@ -105,13 +102,11 @@ class Posterior:
 
     def std(self) -> torch.Tensor:
         """Standard deviation of samples over everything: the paper's sigma-hat (App. G), a number.
-
         NB: the paper's code takes the first batch only; give this one many pictures."""
         return (self.mean.var() + self.logvar.exp().mean()).sqrt()
 
 class Autoencoder(nn.Module):
     """E, D and the 1x1 convs beside the latent. Scaling by z_std happens here and nowhere else.
-
     z_std is 1 while stage one trains; stage two sets it, so that the z it sees have variance 1.
     NB: the released VQ models are not scaled; their z has about variance 1 as it is (App. G)."""
     def __init__(self, cfg: AEConfig):
@@ -127,7 +122,6 @@ class Autoencoder(nn.Module):
 
     def encode(self, x: torch.Tensor) -> Posterior:
         """x (B, c_x, H, W) in [-1, 1], sides divisible by f -> q(z | x) of the scaled latents.
-
         NB: a VQ model's z is not quantised here but in decode: stage two learns E's own output."""
         h = self.quant_conv(self.encoder(x))
         if self.codebook is None:

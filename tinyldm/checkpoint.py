@@ -61,7 +61,6 @@ def half(tree: dict) -> dict:
     return {k: half(v) if isinstance(v, dict) else v.half() for k, v in tree.items()}
 
 # ---- released models
-
 class Inert(dict):
     """Stands for what a trainer left in a file beside the weights: it holds and does nothing."""
     __init__ = __setstate__ = lambda self, *_: None

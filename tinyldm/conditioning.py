@@ -45,7 +45,6 @@ class TextBlock(nn.Module):
 
 class TextTransformer(nn.Module):
     """ids (B, M) -> ctx (B, M, D): token + position embeddings, blocks, LayerNorm. No padding mask.
-
     The paper's is x-transformers' encoder, with 8 heads of 64 whatever D is; M at most n_token.
     Tokens and positions begin at one size. Were positions drawn at 0.02 beside unit-size tokens,
     the first LayerNorm would all but hide them: a toy run mixed up "left of" and "right of"."""
@@ -74,7 +73,6 @@ class ClassEmbedder(nn.Module):
 class SpatialRescaler(nn.Module):
     """Label maps (B, H, W) of 0..c_in-1, or -1 where nothing is known, or their one-hot form
     (B, c_in, H, W) -> (B, c_out, H / 2^n, W / 2^n), to lie beside z_t.
-
     Bilinear halving n times (on even sides the mean of 2 x 2 each time), then a 1x1 conv."""
     def __init__(self, c_in: int, c_out: int, n: int):
         super().__init__()

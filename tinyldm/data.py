@@ -5,7 +5,6 @@ Shapes:  an item is a dict: image float (3, H, W) in [-1, 1], and what is known 
          label int, boxes (K, 5) [class, x0, y0, x1, y1 in 0..1], segmentation int (H, W), and of
          what degrade.py makes: small, mask.
 Reads:   autoencoder.py (Posterior), shapes.py, degrade.py
-
 A folder, or a .zip of one, holds pictures in any depth. What is known of them stands in
 `metadata.jsonl` (file_name; text, label, boxes in pixels, mask = path of a label map), or else in a
 .txt beside each picture, and the names of the sub-folders are labels."""
@@ -53,7 +52,6 @@ def is_box(b) -> bool:
 
 class Folder(Dataset):
     """The pictures of a folder or .zip as items of `size` px; one in 20 is held out.
-
     split: `train`, `held-out` or `all`. resize: the shorter side is scaled to `size` before the
     centre crop; without, the crop is cut as it is. flip: every second epoch is mirrored, maps and
     boxes, too (picture k in epoch e is item e * len + k). Raises BadInput for an empty folder, bad

@@ -12,7 +12,6 @@ import torch
 
 def sqrt_linear_betas(T: int = 1000, start: float = 0.0015, end: float = 0.0195) -> torch.Tensor:
     """The paper's schedule (App. E.2.1): sqrt(beta) rises linearly from sqrt(start) to sqrt(end).
-
     NB: the released code calls this "linear", and "sqrt_linear" what is linear in beta itself."""
     return torch.linspace(start ** 0.5, end ** 0.5, T, dtype=torch.float64) ** 2
 
@@ -43,7 +42,6 @@ def predict_z_0(z_t: torch.Tensor, eps: torch.Tensor, abar_t: torch.Tensor) -> t
 
 def posterior(z_0: torch.Tensor, z_t: torch.Tensor, abar_t: torch.Tensor, abar_s: torch.Tensor):
     """q(z_s | z_t, z_0) for s < t: its mean and variance (a number). DDPM Eq. (7) where s = t - 1.
-
     alpha and beta are those of the whole step from t to s. With abar_s = 1 it is z_0 itself."""
     alpha = abar_t / abar_s
     beta = 1 - alpha
@@ -53,7 +51,6 @@ def posterior(z_0: torch.Tensor, z_t: torch.Tensor, abar_t: torch.Tensor, abar_s
 def ldm_loss(eps_theta: Callable, z: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
              abar: torch.Tensor, ctx: torch.Tensor | None = None, norm: str = "l2") -> torch.Tensor:
     """LDM Eq. (2), with ctx Eq. (3): |eps - eps_theta(z_t, t, ctx)|^2, mean over c, h, w -> (B,).
-
     Eq. (1) is the same with z = x, the pixels. A net that knows nothing (0) has loss 1.
     NB: the paper writes L2; the configs of churches, inpainting, layout and maps have "l1"."""
     d = eps - eps_theta(q_sample(z, t, eps, abar), t, ctx).float()
@@ -70,7 +67,6 @@ def as_eps_theta(net: Callable, abar: torch.Tensor, predict: str) -> Callable:
 
 def snr_weight(t: torch.Tensor, abar: torch.Tensor, low: float, high: float) -> torch.Tensor:
     """Factors (B,) on ldm_loss that clamp the weight of an error of z_0 to low..high.
-
     In terms of z_0, Eq. (2) weighs timestep t by its signal-to-noise ratio SNR = abar / (1 - abar):
     next to nothing where noise is high and a picture's layout is decided, hundreds where only
     invisible detail is left. 0..inf is Eq. (2) itself, 0..high min-SNR (Hang et al. 2023)."""

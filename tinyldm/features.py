@@ -2,21 +2,18 @@
 
 Paper:   App. E.3 (FID by torch-fidelity's Inception).
 Shapes:  x (B, 3, H, W) in [-1, 1] -> features (B, d), and p(y | x) (B, K) or None.
-Reads:   inception.py, perceptual.py, shapes.py
-
-    python -m tinyldm.features          # trains ShapesNet anew, a minute: tinyldm/shapesnet.pt"""
+Reads:   inception.py, perceptual.py, shapes.py"""
 from itertools import product
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from tinyldm.checkpoint import unpickle
 from tinyldm.inception import load_inception
 from tinyldm.perceptual import Perceptual
-from tinyldm.shapes import COLOURS, SHAPES, SIZES, Shapes
+from tinyldm.shapes import COLOURS, SHAPES, SIZES
 
 SHAPESNET = Path(__file__).with_name("shapesnet.pt")
 KINDS = list(product(COLOURS, SHAPES, SIZES))
@@ -24,7 +21,7 @@ KINDS = list(product(COLOURS, SHAPES, SIZES))
 class ShapesNet(nn.Module):
     """A small classifier of the built-in world; p: the share of each (colour, shape, size).
     NB: its Frechet distance, "fd_shapes", is no FID and compares with nothing outside this project:
-    it needs no download, and knows nothing but flat shapes."""
+    it needs no download, and knows flat shapes alone (tests/shapesnet.py trains it in a minute)."""
     name = "shapes"
     def __init__(self):
         super().__init__()
@@ -66,28 +63,3 @@ def open_features(args, device: torch.device) -> nn.Module:
         net = ShapesNet()
         net.load_state_dict(unpickle(SHAPESNET, SHAPESNET, mmap=False))
     return net.to(device).eval().requires_grad_(False)
-
-def train(steps: int = 1500, batch: int = 64) -> ShapesNet:
-    """A minute on one core: pictures in, the share of each kind of object out."""
-    torch.manual_seed(0)
-    net, data = ShapesNet(), Shapes(steps * batch)
-    opt = torch.optim.Adam(net.parameters())
-    fall = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, steps)
-    for step in (bar := tqdm(range(steps), dynamic_ncols=True)):
-        k = range(step * batch, step * batch + batch)
-        x = torch.stack([data[i]["image"] for i in k])
-        kinds = [[KINDS.index((t.colour, t.shape, t.size)) for t in data.scene(i)[0]] for i in k]
-        y = torch.stack([torch.eye(len(KINDS))[of_one].mean(0) for of_one in kinds])
-        loss = -(y * net(x)[1].log()).sum(1).mean()
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        fall.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    with torch.no_grad():
-        net.std = torch.cat([net(torch.stack([data[i]["image"] for i in range(k, k + batch)]))[0]
-                             for k in range(0, 2048, batch)]).std(0)
-    return net
-
-if __name__ == "__main__":
-    torch.save({k: v.half() for k, v in train().state_dict().items()}, SHAPESNET)

@@ -3,7 +3,6 @@
 Paper:   Sec. 4.3.1, Table 10; Ho and Salimans 2021, Eq. (6). s = 1: no guidance (their w = s - 1).
 Shapes:  z_t (B, c, h, w), t (B,), ctx (B, ...) tokens or maps; y any tensor (B, ...).
 Reads:   nothing of ours.
-
 NB: the released code reports guided results but contains no dropping of conditions."""
 from collections.abc import Callable
 

@@ -3,7 +3,6 @@
 Paper:   App. E.3 (torch-fidelity). FID: Heusel et al. 2017. The net: Szegedy et al. 2016, Tab. 1.
 Shapes:  x (B, 3, H, W) in [-1, 1] -> features (B, 2048), probabilities (B, 1008).
 Reads:   perceptual.py
-
 NB: a figure is comparable only if every step is that of the TensorFlow graph of 2015-12-05: pixels
 of 8 bits, TensorFlow 1's resize to 299 x 299, (v - 128) / 128, average pools that leave their
 padding out, a max pool in the last block, 1008 classes. torchvision's inception_v3 differs in all

@@ -3,7 +3,6 @@
 Paper:   Sec. 3.3 (the softmax of cross-attention, Q from places, K from tokens); DDIM Eq. (9).
 Shapes:  maps (B, M, h, w), each place's attention over tokens sums to 1.
 Reads:   attention.py, diffusion.py, degrade.py
-
 Both watch from outside, by a hook and a wrapper; the networks know nothing of it."""
 import contextlib
 from collections.abc import Callable

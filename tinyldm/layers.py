@@ -18,7 +18,6 @@ def zero_(module: nn.Module) -> nn.Module:
 
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     """Sinusoidal features [cos | sin] of t (B,) in 0..T-1 -> (B, dim), zero-padded if dim is odd.
-
     Frequencies fall from 1 to almost 1/10000, geometrically (openaimodel's util.py)."""
     half = dim // 2
     freq = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
@@ -27,7 +26,6 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
 
 class ResBlock(nn.Module):
     """norm, SiLU, conv, twice, plus the input; between the two the timestep's features, if any.
-
     d_emb is None in E and D; in eps_theta it is emb's width, conv2 begins at zero and eps is 1e-5.
     The paper's nets have 32 groups, a narrow net wants fewer: with c_out groups, of one channel
     each, norm2 would wipe out emb's offset.
@@ -60,7 +58,6 @@ class ResBlock(nn.Module):
 
 class Downsample(nn.Sequential):
     """3x3 conv of stride 2: (B, C, H, W) -> (B, C, H/2, W/2).
-
     NB: the released E pads only right and bottom, the U-Net all four sides; the paper is silent."""
     def __init__(self, c: int, asymmetric: bool = False):
         pad = nn.ZeroPad2d((0, 1, 0, 1)) if asymmetric else nn.Identity()

@@ -16,15 +16,13 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from tinyldm import require
-from tinyldm import training as tr
+from tinyldm import require, training as tr
 from tinyldm.data import Folder, loader
 from tinyldm.features import feature_flags, open_features
 from tinyldm.perceptual import Perceptual
 from tinyldm.shapes import Shapes
 
 # ---- of one picture and its reconstruction
-
 def psnr(x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of each picture, x_rec clamped to [-1, 1]; the peak is 2."""
     mse = (x - x_rec.clamp(-1, 1)).square().flatten(1).mean(1)
@@ -52,7 +50,6 @@ def gradient(x: torch.Tensor) -> torch.Tensor:
     return torch.hypot(x[..., :-1, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, :-1])
 
 # ---- of two sets
-
 class Moments:
     """Mean and covariance of the rows of what is added, part by part, in float64."""
     def __init__(self):
@@ -91,10 +88,6 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tupl
         return torch.cat([(torch.cdist(part, of) <= r).any(1) for part in f.split(1024)])
     return tuple(float(v.double().mean()) for v in (share(fake, real), share(real, fake)))
 
-# Picture k belongs to the tenth of all where k * GOLDEN % 1 lies: evenly, whatever the pictures'
-# order; of k % 10, each would hold one class only of ten that come in turn.
-GOLDEN = (5 ** 0.5 - 1) / 2
-
 class Statistics:
     """What comparing needs to know of a set of pictures, by a network of features.py."""
     def __init__(self, net: Callable, batches: Iterable[torch.Tensor], stride: int = 1):
@@ -107,7 +100,8 @@ class Statistics:
             self.moments.add(f.cpu())
             self.kept.append(f.cpu()[k % stride == 0])
             if p is not None:
-                tenth = F.one_hot((k.double() * GOLDEN % 1 * 10).long(), 10).double().T
+                k = (k.double() * (5 ** 0.5 - 1) / 2 % 1 * 10).long()   # not k % 10: classes may
+                tenth = F.one_hot(k, 10).double().T                     # come in turn
                 p = p.double().cpu()
                 self.p = self.p + tenth @ p
                 self.p_log_p = self.p_log_p + tenth @ torch.xlogy(p, p).sum(1, keepdim=True)
@@ -128,7 +122,6 @@ def compare(real: Statistics, fake: Statistics) -> dict[str, float]:
     return out
 
 # ---- the program
-
 def parse_args(argv=None):
     p = tr.flags(__doc__)
     p.add_argument("--real", required=True, help="folder or .zip; or built-in: train, held-out")

@@ -5,7 +5,6 @@
 Paper:   the released model zoo; the names are those of its code's modules.
 Symbols: state is an official state dict {key: tensor}; prefix what its keys begin with in a file.
 Reads:   autoencoder.py, unet.py, conditioning.py, patchgan.py, presets.py, checkpoint.py
-
 Our modules take the file's own tensors, mapped into memory; q, k and v alone may be copied."""
 import argparse
 import re
@@ -18,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from tinyldm import BadInput, presets, require
-from tinyldm import training as tr
+from tinyldm import BadInput, presets, require, training as tr
 from tinyldm.attention import SelfAttention2d
 from tinyldm.autoencoder import Autoencoder, Decoder, Pixels, build_autoencoder
 from tinyldm.checkpoint import load_checkpoint, read_state, write_state
@@ -34,7 +32,6 @@ UNET, EMA, AE, TAU = ("model.diffusion_model.", "model_ema.diffusion_model", "fi
                       "cond_stage_model.")
 
 # ---- names: (pattern, replacement), applied to our key in this order
-
 UNET_RULES = [
     (r"^time\.", "time_embed."), (r"^down\.", "input_blocks."), (r"^up\.", "output_blocks."),
     (r"^middle\.", "middle_block."), (r"^norm_out", "out.0"), (r"^conv_out", "out.2"),
@@ -109,7 +106,6 @@ def table(net: nn.Module) -> dict[str, Source]:
     return out
 
 # ---- from their tensors to ours, and back
-
 def refuse(keys: Iterable[str]) -> None:
     """Raises BadInput, unless they are passengers."""
     for k in keys:
@@ -145,7 +141,6 @@ def official_state(net: nn.Module, prefix: str = "", state: dict | None = None) 
     return out
 
 # ---- whole models
-
 Loaded = namedtuple("Loaded", "preset ae unet tau abar")
 
 def detect(state: dict) -> str:

@@ -5,7 +5,6 @@ Symbols: disc is D_psi; logits > 0 mean real; lam the adaptive weight.
 Shapes:  x (B, c_x, H, W) in [-1, 1] -> logits (B, 1, H', W'), one for each overlapping patch of
          70 x 70 pixels (n_layers = 3; 34 for 2, 142 for 4).
 Reads:   nothing of ours.
-
 NB: App. G prints log D_psi; the released code uses the hinge loss below."""
 import torch
 from torch import nn
@@ -46,7 +45,6 @@ def generator_loss(disc: nn.Module, x_rec: torch.Tensor) -> torch.Tensor:
 
 def adaptive_weight(loss_rec: torch.Tensor, loss_adv: torch.Tensor, last_layer: torch.Tensor):
     """VQGAN Eq. (7): lam = |d loss_rec / d last| / (|d loss_adv / d last| + 1e-4), in 0..1e4.
-
     A number, detached: both terms pull equally hard on the decoder's last conv, last_layer.
     NB: the KL model's code sums loss_rec over pixels, so its lam is often at the clamp. Our losses
     are means, as its VQ model's; times 3HW they are the sums, and lam scales with them."""

@@ -3,7 +3,6 @@
 Paper:   Sec. 3.1, L_rec (Zhang et al. 2018); App. G.
 Shapes:  x, x_rec (B, 3, H, W) in [-1, 1] -> (B,), 0 = equal; sides of at least 16.
 Reads:   nothing of ours.
-
 NB: the paper weighs the channels by LPIPS's learned weights. Here all weigh the same, so nothing
 but torchvision's public VGG16 file is needed. `random` is the same network, eight times narrower,
 with fixed random weights: it needs no file, and compares edges and contrast, not single pixels."""
@@ -30,12 +29,11 @@ def load_public(net: nn.Module, url: str, path: str | None, flag: str, prefix: s
         net.load_state_dict({k: v for k, v in state.items() if k.startswith(prefix)})
     except Exception as e:
         why = "TorchScript, which is code" if isinstance(e, Warning) else type(e).__name__
-        raise BadInput(f"no weights from {path or url} ({why}): give {url.split('/')[-1]} as {flag} "
-                       "PATH, or do without: --perceptual random, --features shapes") from e
+        raise BadInput(f"no weights from {path or url} ({why}): give {url.split('/')[-1]} by "
+                       f"{flag} PATH; or use --perceptual random, --features shapes") from e
 
 class Perceptual(nn.Module):
     """kind: `vgg16`, with torchvision's weights (see load_public), or `random`. Raises BadInput.
-
     Frozen: gradients flow to x and x_rec, never into VGG."""
     def __init__(self, kind: str, weights: str | None = None):
         super().__init__()

@@ -3,13 +3,11 @@
 Paper:   Sec. 3.1, App. G; VQ-VAE (van den Oord et al. 2017) Eq. (2), (3); VQGAN.
 Symbols: z latents, unscaled; zq their nearest codes, k the indices; beta is not the schedule's.
 Reads:   nothing of ours.
-
 In LDM the codebook belongs to the decoder: stage two learns the z before it."""
 from dataclasses import dataclass
 
 import torch
-from torch import distributed as dist
-from torch import nn
+from torch import distributed as dist, nn
 
 @dataclass
 class Quantised:
@@ -24,7 +22,6 @@ class Quantised:
 
     def loss(self, beta: float = 0.25, beta_on: str = "codebook") -> torch.Tensor:
         """VQ-VAE Eq. (3), last two terms, as means: one moves the codes to z, one z to its code.
-
         beta_on: the term that beta multiplies, "codebook" or "commitment".
         NB: Eq. (3) has beta on the commitment. The released code has it on the codebook term, by a
         slip, and so trained all its models; the value is the same, the gradients are not."""
@@ -46,7 +43,6 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def nearest(self, z: torch.Tensor) -> torch.Tensor:
         """VQ-VAE Eq. (1), (2): k = argmin_j |z - e_j|; one picture's z (c_z, h, w) -> (h, w).
-
         No matrix product: bf16 or TF32 would mistake one code for its neighbour."""
         d = sum((v[:, None] - e).square() for v, e in zip(z.flatten(1), self.codes.T))
         return d.argmin(1).view(z.shape[1:])                                    # d (h w, n_codes)
@@ -54,7 +50,6 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def restart(self, idle: torch.Tensor, z: torch.Tensor, g: torch.Generator) -> None:
         """Replace the codes where idle (n_codes,) is true by random latents of the whole batch.
-
         z are this process's; with the same g in all processes, so are the codes afterwards."""
         rows = z.detach().float().movedim(1, -1).flatten(0, 2).contiguous()     # (B h w, c_z)
         if dist.is_initialized():

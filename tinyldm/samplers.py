@@ -6,7 +6,6 @@ Symbols: ts the timesteps to visit, falling, then the end: -1 is z_0 itself. A s
          s, the next of ts, and calls eps_theta once; sigma is DDIM's noise in it, eta its share.
 Shapes:  z (B, c, h, w); ctx (B, ...) tokens, maps, or None; abar (T,) float64.
 Reads:   diffusion.py
-
 `randn()` gives fresh noise of z's shape, once a step, never in one that lands on z_0."""
 import math
 from collections.abc import Callable
@@ -24,7 +23,6 @@ def timesteps(T: int, S: int) -> list[int]:
 
 def official_timesteps(T: int, S: int) -> list[int]:
     """The released rule, range(0, T, T // S) + 1 read backwards, then 0: for published samples.
-
     NB: it takes another number of steps for most S, has an index out of range for 599 of 1000 (here
     a ValueError) and never starts at T-1. It ends at abar_0 < 1, which leaves noise of std 0.04
     (SD: 0.03) in the latent; with eta > 0 the last step still adds noise."""
@@ -62,7 +60,6 @@ def ddim_step(z: Tensor, eps: Tensor, abar_t, abar_s, sigma=0.0) -> Tensor:
 @torch.no_grad()
 def ddim(eps_theta: Callable, z_T: Tensor, ctx, abar: Tensor, ts: list[int], randn=None, eta=0.0):
     """DDIM Eq. (12): z_s = sqrt(abar_s) z_0 + sqrt(1 - abar_s - sigma^2) eps + sigma noise.
-
     sigma = eta sqrt((1 - abar_s) / (1 - abar_t)) sqrt(1 - abar_t / abar_s). eta = 0 is
     deterministic, eta = 1 has DDPM's variance. randn is needed only when eta > 0."""
     z = z_T
@@ -77,7 +74,6 @@ def ddim(eps_theta: Callable, z_T: Tensor, ctx, abar: Tensor, ts: list[int], ran
 @torch.no_grad()
 def plms(eps_theta: Callable, z_T: Tensor, ctx, abar: Tensor, ts: list[int], randn=None) -> Tensor:
     """Pseudo linear multistep, PNDM Sec. 3: a DDIM step with the mean of eps over the step.
-
     The mean is extrapolated from the last 2, 3, then 4 eps, by Adams and Bashforth's weights for
     even steps. The first step has no past and calls eps_theta twice, at both of its ends.
     NB: PNDM begins with three Runge-Kutta steps of four calls; this is the released code's way."""
@@ -96,7 +92,6 @@ def plms(eps_theta: Callable, z_T: Tensor, ctx, abar: Tensor, ts: list[int], ran
 @torch.no_grad()
 def dpm_solver_pp(eps_theta: Callable, z_T: Tensor, ctx, abar: Tensor, ts: list[int], randn=None):
     """DPM-Solver++(2M), Alg. 2: a DDIM step with z_0 extrapolated to the middle of the step, mid.
-
     In lambda = log sqrt(abar / (1 - abar)) this step is h long, the last one was h_last. The first
     step, and one onto z_0 (infinite h), are DDIM's own."""
     z, z_0_last, h_last = z_T, 0.0, math.inf
@@ -111,7 +106,6 @@ def dpm_solver_pp(eps_theta: Callable, z_T: Tensor, ctx, abar: Tensor, ts: list[
 @torch.no_grad()
 def masked(sampler: Callable, z_T: Tensor, z: Tensor, mask: Tensor, abar: Tensor, ts, randn):
     """Fill in z where mask is 0: before each step, z_t is drawn from q(z_t | z) where mask is 1.
-
     mask (B, 1, h, w). sampler(z_t, ts) takes z_t along ts, one step a call: none has a past."""
     z_t = z_T
     for t, s in zip(ts, ts[1:]):
@@ -122,7 +116,6 @@ def masked(sampler: Callable, z_T: Tensor, z: Tensor, mask: Tensor, abar: Tensor
 def later(ts: list[int], strength: float) -> list[int]:
     """The last `strength` (0..1] of the steps, for SDEdit (Meng et al. 2022): begin at later(ts)[0]
     with a picture's z noised to that very timestep.
-
     NB: the released img2img.py adds noise of one step and begins denoising at the step below."""
     return ts[-(max(1, round(strength * (len(ts) - 1))) + 1):]
 

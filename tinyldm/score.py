@@ -28,7 +28,6 @@ def _spread(a: np.ndarray, k: int) -> np.ndarray:
 
 def find(image, unit: float | None = None) -> list[Thing]:
     """The things in one picture (3, H, W) in [-1, 1], from its pixels alone; places in pixels.
-
     Each connected patch that differs from the ground (the median colour) is explained by the
     palette's nearest colour and the shape whose drawing, with the patch's own area and centroid,
     errs least. A patch that no shape explains (more than 40 % of its area wrong) has shape "blob".
@@ -77,7 +76,6 @@ def follows(things: list[Thing], prompt: str) -> bool:
     return len(asked) == len(things) and any(map(said, itertools.permutations(things)))
 
 # ---- one function a task: the pictures and the items that were asked for -> figures
-
 def whole(things: list[Thing]) -> list[Thing]:
     return [t for t in things if t.shape != "blob"]
 

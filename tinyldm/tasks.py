@@ -4,7 +4,6 @@ Paper:   Sec. 3.3 and 4.3-4.5, Table 15. Two ports: tokens (B, M, D) that the U-
          (class, text, layout), and maps (B, c, h, w) beside z_t (semantic, superres, inpaint).
 Symbols: y (B, ...), one condition a picture; null the condition that says nothing, for guidance.
 Reads:   conditioning.py, tokens.py
-
 A new task is one row of TASKS, what that row names and, where something is learned, a tau."""
 import math
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextConfig, Tex
 from tinyldm.tokens import encode, train_tokenizer
 
 # ---- what the flags leave open and the data set decides
-
 def fit_text(args, data, *_):
     """-> the tokenizer of the set's captions."""
     tokenizer = train_tokenizer(data.captions(), args.vocab_size or 8192)
@@ -46,7 +44,6 @@ def fit_semantic(args, *sets) -> None:
                                  for data in sets for i in range(len(data)))
 
 # ---- from a batch of items to y
-
 def class_y(batch: dict, tau: ClassEmbedder, tokenizer) -> torch.Tensor:
     """labels, or None for the last class, the null one -> (B,)."""
     null = tau.embedding.num_embeddings - 1
@@ -86,7 +83,6 @@ def inpaint_y(batch: dict, tau, tokenizer) -> torch.Tensor:
     return torch.cat([image * (1 - hole), hole], dim=1)
 
 # ---- from y to ctx
-
 def superres_ctx(y: torch.Tensor, tau, ae) -> torch.Tensor:
     """The picture of a quarter of the side, on the latents' grid: as it is where f = 4."""
     f = ae.cfg.f

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from tinyldm import BadInput
 
 # ---- flags
-
 def flags(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,7 +89,6 @@ def n_params(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 # ---- processes
-
 def run(main, parse_args) -> None:
     """main(parse_args()) for the command line: BadInput becomes one line and exit code 2."""
     warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
@@ -165,7 +163,6 @@ def steps(args, done: int, log: "Log", save, evaluate):
     log.bar.close()
 
 # ---- optimisation
-
 def generator(seed: int, i: int) -> torch.Generator:
     """All randomness of training step i, or of picture i, is a function of (seed, i): a resumed run
     equals an unbroken one, and a picture does not depend on the batch that it is drawn in. Training
@@ -186,7 +183,6 @@ def check_finite(value: torch.Tensor, step: int, path: Path) -> None:
 
 class EMA:
     """Exponential moving average of the weights of some modules, {name: module}: .nets.
-
     Update n's decay is min(decay, (1 + n) / (10 + n)), the released code's warm-up. The paper's
     0.9999 needs 100k steps; a toy run of 2,000 wants 0.99.
     NB: the released code averages the U-Net only; here tau is averaged with it."""
@@ -205,7 +201,6 @@ class EMA:
         return {k: net.state_dict() for k, net in self.nets.items()}
 
 # ---- log
-
 def add(total: dict, values: dict, weight: float) -> None:
     """total += weight * values, key by key; numbers or tensors."""
     for k, v in values.items():
@@ -214,7 +209,6 @@ def add(total: dict, values: dict, weight: float) -> None:
 
 class Log:
     """The progress bar, log lines, and log.jsonl in args.out. Only rank 0 prints and writes.
-
     A resumed run keeps the lines up to its first step, so the file has no step twice."""
     def __init__(self, args, step: int, device: torch.device, rank: int):
         self.args, self.device, self.main = args, device, rank == 0

@@ -3,7 +3,6 @@
 Paper:   Sec. 3.2 and 3.3, App. E.2.1, Tables 12-15; the released openaimodel.py.
 Symbols: z_t (B, c_in, h, w); t (B,) in 0..T-1; ctx = tau(y) (B, M, d_ctx); emb (B, 4 ch).
 Reads:   layers.py, attention.py
-
 The topology is two lists, `down` and `up`, of stages; each stage is a short list of layers."""
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +40,6 @@ class UNetConfig:
 
 class UNet(nn.Module):
     """eps_theta(z_t, t, ctx): z_t (B, c_out, h, w), t (B,) -> (B, c_out, h, w).
-
     ctx: tokens (B, M, d_ctx) to attend to, or ValueError; without d_ctx, maps (B, c_in - c_out, h,
     w) that are concatenated to z_t, or None. h and w must be divisible by 2^(levels - 1)."""
     def __init__(self, cfg: UNetConfig):
