@@ -20,7 +20,7 @@ from tinyldm import presets, require, shapes, training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, Posterior, build_autoencoder
 from tinyldm.checkpoint import half, load_checkpoint, same_config, save_checkpoint
 from tinyldm.data import batch_order, data_flags, encode_set, loader, open_data
-from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, ldm_loss, snr_weight
+from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, draw_t, ldm_loss, snr_weight
 from tinyldm.features import feature_flags, open_features
 from tinyldm.generate import Model, defaults, draw
 from tinyldm.guidance import drop_condition
@@ -259,8 +259,7 @@ def main(args):
         opt.zero_grad()
         shape = (args.batch, *q.mean.shape[1:])
         noise, eps = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
-        u = torch.randperm(args.batch, generator=g) + torch.rand(args.batch, generator=g)
-        t = (u / args.batch * args.T).long()            # uniform, spread evenly over the batch
+        t = draw_t(args.batch, args.T, g)
         drop = torch.rand(args.batch, generator=g) < args.p_drop
         noise, eps, t, drop = (tr.rows(v, rank, world).to(device) for v in (noise, eps, t, drop))
         z = Posterior(q.mean.to(device), q.logvar.to(device)).sample(noise)

@@ -119,3 +119,14 @@ def test_a_net_that_says_v_gives_eps_back():
     got = d.as_eps_theta(lambda z_t, t, ctx: v, abar, "v")(z_t, t, None)
     assert_close(got, eps, rtol=1e-4, atol=1e-4)
     assert d.as_eps_theta(max, abar, "eps") is max
+
+
+def test_timesteps_are_spread_over_0_to_T_minus_1(monkeypatch):
+    """One in each B-th of 0..T-1, in any order; also where the last one's fraction rounds up to 1,
+    as in one of 500,000 steps it does."""
+    g = torch.Generator().manual_seed(0)
+    t = torch.stack([d.draw_t(64, 1000, g) for _ in range(300)])
+    assert ((t.sort().values * 64 / 1000 - torch.arange(64)).abs() < 1.1).all()
+    assert (t[:, 0].float().mean() - 499.5).abs() < 80 and t.min() == 0 and t.max() == 999
+    monkeypatch.setattr(torch, "rand", lambda n, generator: torch.full((n,), 1 - 2 ** -24))
+    assert d.draw_t(64, 1000, g).max() == 999

@@ -48,6 +48,11 @@ def posterior(z_0: torch.Tensor, z_t: torch.Tensor, abar_t: torch.Tensor, abar_s
     mean = (abar_s.sqrt() * beta * z_0 + alpha.sqrt() * (1 - abar_s) * z_t) / (1 - abar_t)
     return mean, beta * (1 - abar_s) / (1 - abar_t)
 
+def draw_t(B: int, T: int, g: torch.Generator) -> torch.Tensor:
+    """Timesteps (B,) of a training step: uniform in 0..T-1, spread evenly over the batch."""
+    u = torch.randperm(B, generator=g) + torch.rand(B, generator=g)         # may round up to B
+    return (u / B * T).long().clamp(max=T - 1)
+
 def ldm_loss(eps_theta: Callable, z: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
              abar: torch.Tensor, ctx: torch.Tensor | None = None, norm: str = "l2") -> torch.Tensor:
     """LDM Eq. (2), with ctx Eq. (3): |eps - eps_theta(z_t, t, ctx)|^2, mean over c, h, w -> (B,).
