@@ -190,7 +190,7 @@ def test_dry_run_prints_sizes_and_trains_nothing(tmp_path, trained, cli):
     assert "83,653,863" in said and "z (4, 32, 32)" in said and not (tmp_path / "ae").exists()
     said = cli("train_ae.py", "--dry-run", "--out", tmp_path / "ae", "--preset", "vq-f4")
     for part in ("55,322,782", "encoder 22,337,411", "decoder 32,960,771", "codebook 24,576",
-                 "discriminator 2,765,633", "z (3, 64, 64)"):
+                 "D_psi 2,765,633", "z (3, 64, 64)"):
         assert part in said
     said = cli("train_ldm.py", "--dry-run", "--ae", trained / "ae/ckpt.pt", "--size", 16)
     assert "parameters" in said
