@@ -14,7 +14,7 @@ from dataclasses import asdict
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from tinyldm import BadInput, patchgan, presets, training as tr
+from tinyldm import patchgan, presets, require, training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.checkpoint import load_checkpoint, same_config, save_checkpoint
 from tinyldm.data import batch_order, data_flags, loader, open_data
@@ -61,12 +61,11 @@ def parse_args(argv=None):
 
 def configure(args) -> AEConfig:
     """The shape of E, D and the latent space. Raises BadInput."""
-    if args.reg == "vq" and args.n_codes < 1:
-        raise BadInput(f"--n-codes {args.n_codes}: must be at least 1")
+    require(args.reg != "vq" or args.n_codes > 0, f"--n-codes {args.n_codes}: must be at least 1")
     cfg = AEConfig(3, args.ch, tuple(args.ch_mult), args.n_res, args.c_z, args.groups, args.size,
                    tuple(args.attn_res), args.attn_mid, args.n_codes if args.reg == "vq" else None)
-    if args.size % cfg.f:
-        raise BadInput(f"--size {args.size} is not divisible by f = {cfg.f}, which --ch-mult sets")
+    require(args.size % cfg.f == 0,
+            f"--size {args.size} is not divisible by f = {cfg.f}, which --ch-mult sets")
     return cfg
 
 def losses(args, perceptual, x, x_rec, q) -> tuple[torch.Tensor, torch.Tensor, dict]:
@@ -105,7 +104,7 @@ def evaluate(ae: Autoencoder, net, x: torch.Tensor, device) -> tuple[torch.Tenso
     """x_rec of held-out pictures, at q's mean or the nearest codes, and how good they are.
     edges: mean length of the gradients, over that of x. bits of a picture's latents: KL's are
     KL(q, N(0, 1)), as coded with bits-back; VQ's the entropy of how often each code is chosen."""
-    q = [ae.encode(v.to(device)) for v in x.split(64)]
+    q = [ae.encode(v.to(device)) for v in x.split(16)]
     x_rec = torch.cat([ae.decode(part.mean).float().cpu() for part in q])
     if ae.codebook:
         k = torch.cat([ae.codebook(part.mean * ae.z_std).k for part in q])
@@ -139,13 +138,13 @@ def main(args):
 
     # ---- data
     data, held_out = open_data(args), open_data(args, "held-out")
-    val = [held_out[i]["image"] for i in range(min(len(held_out), args.eval_n))]
+    val = [held_out[i]["image"] for i in range(min(len(held_out), args.eval_n) if rank == 0 else 0)]
 
     # ---- model
     ae, disc = (net.to(device, memory_format=torch.channels_last) for net in (ae, disc))
     perceptual = (None if args.perceptual == "none" else
                   Perceptual(args.perceptual, args.vgg_weights).to(device))
-    features = open_features(args, device)
+    features = open_features(args, device) if val else None
     disc_loss = {"hinge": patchgan.hinge_loss, "vanilla": patchgan.vanilla_loss}[args.disc_loss]
     run_ae, run_disc = (torch.compile(net) if args.compile else net for net in (ae, disc))
     if world > 1:                           # D_psi's BatchNorm sees its own process only
@@ -176,7 +175,7 @@ def main(args):
 
     def judge(step):
         if not val:
-            return
+            return log.note("no picture is held out, so nothing is judged; of 20 or more one is")
         x = torch.stack(val)
         with autocast():
             x_rec, figures = evaluate(ae, features, x, device)

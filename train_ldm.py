@@ -6,8 +6,8 @@
     python train_ldm.py --preset sd-v1 --dry-run            # a row of the paper: only its sizes
     torchrun --nproc-per-node 8 train_ldm.py --data ...     # the same run, each batch shared by 8
 
-Writes OUT/ckpt.pt (everything, for resuming and sampling), OUT/log.jsonl, OUT/samples_*.png and at
-the end OUT/model.pt (what sampling needs: averages in fp16). The same command again goes on."""
+Writes OUT/ckpt.pt (all that resuming and sampling need), log.jsonl, samples_*.png, with matplotlib
+curves.png and, at the end, model.pt (sampling's part, fp16). The same command again goes on."""
 from argparse import BooleanOptionalAction
 from collections.abc import Callable
 from dataclasses import asdict
@@ -124,11 +124,12 @@ def held_out_loss(m: Model, q: Posterior, y: torch.Tensor) -> dict[str, float]:
             for k, v in enumerate(torch.cat(losses, dim=1).mean(1).tolist())}
 
 def judging(m: Model, args, data, held_out, to_y, log, autocast) -> Callable:
-    """-> judge(step): the loss on held-out pairs, and how --eval-n drawn pictures score, and lie to
-    2,048 of the training set; figures to the log, pictures and curves to --out."""
+    """-> judge(step): Eq. (2) on held-out pairs, or else training; --eval-n drawn pictures' scores
+    and their distance to 2,048 of the set. To the log; pictures and curves to --out."""
     device, other = m.abar.device, held_out if len(held_out) else data
     features, items = open_features(args, device), examples(args, other, data.labels)
-    real = Statistics(features, read(data, range(min(2048, len(data))), args.workers, device))
+    spread = range(0, len(data), -(-len(data) // 2048))     # files are sorted, perhaps by class
+    real = Statistics(features, read(data, spread, args.workers, device))
     with autocast():
         pairs = encode_set(m.ae, other, min(256, len(other)), args.workers, device, False, to_y)
     how = defaults(steps=min(25, args.T), size=(args.size, args.size))
@@ -137,7 +138,7 @@ def judging(m: Model, args, data, held_out, to_y, log, autocast) -> Callable:
     def judge(step):
         with autocast():
             loss = held_out_loss(m, *pairs)
-            images = torch.cat([draw(m, items[i:i + 64], how, i) for i in range(0, len(items), 64)])
+            images = torch.cat([draw(m, items[i:i + 16], how, i) for i in range(0, len(items), 16)])
         save_drawn(images[:16], items[:16], args.task, m.classes,
                    args.out / f"samples_{step:06d}.png", 8)
         figures = score(args.task, images, items) if args.data == "shapes" else {}
@@ -251,7 +252,7 @@ def main(args):
     log = tr.Log(args, done, device, rank)
     log.note("healthy: loss falls fast from 1 to 0.1, then slowly; gnorm below 1; z_std 1")
     judge = None
-    if rank == 0 and args.eval_n:
+    if rank == 0 and args.eval_n > 0:
         judge = judging(m, args, data, held_out, to_y, log, autocast)
     for step, (q, y) in zip(tr.steps(args, done, log, save, judge), batches()):
         g = tr.generator(args.seed, step)

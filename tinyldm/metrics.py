@@ -3,7 +3,7 @@
 Paper:   Sec. 4, App. E.3, Tables 1-11. SSIM: Wang et al. 2004. FID: Heusel et al. 2017. IS:
          Salimans et al. 2016. Improved precision and recall: Kynkaanniemi et al. 2019.
 Shapes:  x, x_rec (B, 3, H, W) in [-1, 1] -> (B,); features (n, d).
-Reads:   features.py, data.py
+Reads:   features.py, data.py, perceptual.py
 
     python -m tinyldm.metrics --real photos/ --fake out/samples/ --features inception   # FID
     python -m tinyldm.metrics --real a/ --fake b/ --pairs       # and equally named pictures
@@ -84,7 +84,7 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tupl
         return torch.cat([torch.cdist(part, f).kthvalue(min(k + 1, len(f))).values
                           for part in f.split(1024)])
     def share(f, of):
-        r = reach(of)
+        r = reach(of)                           # one for each column of the table of distances
         return torch.cat([(torch.cdist(part, of) <= r).any(1) for part in f.split(1024)])
     return tuple(float(v.double().mean()) for v in (share(fake, real), share(real, fake)))
 
@@ -95,7 +95,8 @@ class Statistics:
         self.name, self.moments, self.kept = net.name, Moments(), []
         self.p, self.p_log_p, self.count = 0.0, 0.0, torch.zeros(10, 1, dtype=torch.float64)
         for x in batches:
-            f, p = net(x)
+            with torch.autocast(x.device.type, enabled=False):      # bf16 would shift all figures
+                f, p = net(x)
             k = torch.arange(self.moments.n, self.moments.n + len(x))
             self.moments.add(f.cpu())
             self.kept.append(f.cpu()[k % stride == 0])
@@ -126,7 +127,7 @@ def parse_args(argv=None):
     p = tr.flags(__doc__)
     p.add_argument("--real", required=True, help="folder or .zip; or built-in: train, held-out")
     p.add_argument("--fake", required=True, help="a folder or .zip: the pictures to judge")
-    p.add_argument("--size", type=int, help="scaled and cropped to it, px; default: the first's")
+    p.add_argument("--size", type=int, help="scaled and cropped to it; default: the first fake's")
     p.add_argument("--n", type=int, default=50_000, help="at most so many of each")
     p.add_argument("--pairs", action="store_true", help="compare pictures of equal names, too")
     p.add_argument("--workers", type=int, default=0, help="processes that load pictures")
@@ -143,7 +144,7 @@ def read(data: torch.utils.data.Dataset, which: Sequence[int], workers: int, dev
 def compare_pairs(real: Folder, fake: Folder, args) -> dict[str, float]:
     """Means over equally named pictures; perceptual of VGG16 if it has weights. Raises BadInput."""
     at = [{row["file_name"]: i for i, row in enumerate(s.rows)} for s in (real, fake)]
-    names = sorted(at[0].keys() & at[1].keys())[:args.n]
+    names = sorted(at[0].keys() & at[1].keys() - real.bad - fake.bad)[:args.n]
     require(names, "--pairs: no picture of --fake is named as one of --real")
     kind = "vgg16" if args.vgg_weights else "random"
     distance = Perceptual(kind, args.vgg_weights).to(args.device)
@@ -158,14 +159,15 @@ def main(args):
     if args.size is None:
         args.size = min(Folder(args.fake, 1, "all").readable(0)[1].size)
     require(args.size > 15, f"--size {args.size}: must be at least 16")
+    args.n = max(args.n, 0)
     sets = [Shapes(min(args.n, 10_000), args.size, split=path) if path in ("train", "held-out")
             else Folder(path, args.size, "all") for path in (args.real, args.fake)]
     folders = all(isinstance(data, Folder) for data in sets)
     require(folders or not args.pairs, "--pairs: needs two folders, whose files have names")
     n = [min(len(data), args.n) for data in sets]
     require(min(n) > 3, "--real, --fake, --n: there must be four pictures of each, or more")
-    told = [Statistics(net, read(data, range(k), args.workers, args.device), -(-k // 10_000))
-            for data, k in zip(sets, n)]
+    told = [Statistics(net, read(data, [i * len(data) // k for i in range(k)], args.workers,
+                                 args.device), -(-k // 10_000)) for data, k in zip(sets, n)]
     figures = compare(*told)
     if args.pairs:
         figures |= compare_pairs(*sets, args)

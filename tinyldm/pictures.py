@@ -1,4 +1,4 @@
-"""What the programs show: png grids, and a condition as a picture.
+"""What the programs show: png grids, a condition as a picture, the curves of a log.
 
 Shapes:  images (n, 3, H, W) in [-1, 1].
 Reads:   degrade.py"""

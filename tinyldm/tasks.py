@@ -33,7 +33,7 @@ def fit_class(args, data, *_) -> None:
 def fit_layout(args, data, *_) -> None:
     """A grid of 32 x 32 places unless --vocab-size says otherwise. Raises BadInput."""
     args.vocab_size = args.vocab_size or 32 * 32 + 1
-    require(args.n_token >= 3, f"--n-token {args.n_token}: a box takes three")
+    require((args.n_token or 0) >= 3, f"--n-token {args.n_token}: a box takes three")
     k, n = args.vocab_size, len(data.classes)
     require(k > n, f"--vocab-size {k}: there are {n} classes, and a token for none")
 

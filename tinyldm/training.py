@@ -20,7 +20,7 @@ import torch
 from torch import distributed as dist
 from tqdm import tqdm
 
-from tinyldm import BadInput
+from tinyldm import BadInput, require
 
 # ---- flags
 def flags(doc: str) -> argparse.ArgumentParser:
@@ -51,7 +51,7 @@ def run_flags(parser: argparse.ArgumentParser, out: str, every: int, n: int) -> 
     g.add_argument("--steps", type=int)
     g.add_argument("--save-every", type=int, default=every, help="steps between checkpoints")
     g.add_argument("--eval-every", type=int, default=every, help="steps between figures, pictures")
-    g.add_argument("--eval-n", type=int, default=n, help="pictures of them; 0: none")
+    g.add_argument("--eval-n", type=int, default=n, help="how many pictures they are of; 0: none")
 
 def system_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("system")
@@ -70,12 +70,14 @@ def plain(args: argparse.Namespace) -> dict:
 
 def check_batch(args, world: int) -> int:
     """Pictures at a time in one process. Raises BadInput when the batch cannot be split so."""
-    if args.batch < 1 or args.batch % world:
-        raise BadInput(f"--batch {args.batch} cannot be shared evenly by {world} process(es)")
+    for k in ("save_every", "eval_every", "log_every"):
+        require(getattr(args, k, 1) > 0, f"--{k.replace('_', '-')}: must be at least 1")
+    require(args.batch > 0 and args.batch % world == 0,
+            f"--batch {args.batch} cannot be shared evenly by {world} process(es)")
     each = args.batch // world
     micro = args.micro_batch or each
-    if micro < 1 or each % micro:
-        raise BadInput(f"--micro-batch {micro} does not divide the {each} pictures of each process")
+    require(micro > 0 and each % micro == 0,
+            f"--micro-batch {micro} does not divide the {each} pictures of each process")
     return micro
 
 def dry_run(args, *nets: torch.nn.Module) -> None:
@@ -155,7 +157,7 @@ def steps(args, done: int, log: "Log", save, evaluate):
         stopping, start = bool(asked), time.perf_counter()
         if log.main and (step % args.save_every == 0 or step == args.steps or stopping):
             save(step)
-        if log.main and args.eval_n and (step % args.eval_every == 0 or step == args.steps):
+        if log.main and args.eval_n > 0 and (step % args.eval_every == 0 or step == args.steps):
             evaluate(step)
         log.since += time.perf_counter() - start        # this time is not training's
         if stopping:
@@ -195,7 +197,8 @@ class EMA:
         self.n += 1
         w = 1 - min(self.decay, (1 + self.n) / (10 + self.n))
         for k, net in self.nets.items():
-            torch._foreach_lerp_(*(list(v.state_dict().values()) for v in (net, self.source[k])), w)
+            mean, now = (list(v.state_dict().values()) for v in (net, self.source[k]))
+            torch._foreach_lerp_(mean, now, w)
 
     def state(self) -> dict:
         return {k: net.state_dict() for k, net in self.nets.items()}
