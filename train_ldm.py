@@ -101,12 +101,12 @@ def configure(args, ae: AEConfig) -> UNetConfig:
 
 def examples(args, held_out, labels: list[str]) -> list[dict]:
     """The --eval-n conditions of the pictures that show progress: held-out ones, or classes."""
-    toy, n, some = args.data == "shapes", args.eval_n, held_out
+    toy, n, pool = args.data == "shapes", args.eval_n, held_out
     if args.task == "text" and toy:
         return [{"caption": p} for p in shapes.prompts(n)]
     if args.task == "class":
-        some = [{"label": k} for k in (shapes.SEEN if toy else range(len(labels)))]
-    return [some[i % len(some)] for i in range(n)]
+        pool = [{"label": k} for k in (shapes.SEEN if toy else range(len(labels)))]
+    return [pool[i % len(pool)] for i in range(n)]
 
 @torch.no_grad()
 def held_out_loss(m: Model, q: Posterior, y: torch.Tensor) -> dict[str, float]:

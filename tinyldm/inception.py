@@ -39,22 +39,23 @@ class Block(nn.ModuleDict):
             out += [layer(h), h] if name[-1] == "a" else [layer(h)]     # b takes the same h
         return torch.cat(out, 1)
 
-def a(c, w):
+def a(c_in, w):         # Szegedy et al. 2016, Fig. 5; the letters are those of torchvision
     return Block({
-        "1x1": (c, 64, 1), "5x5_1": (c, 48, 1), "5x5_2": (48, 64, 5), "3x3dbl_1": (c, 64, 1),
-        "3x3dbl_2": (64, 96, 3), "3x3dbl_3": (96, 96, 3), "pool": MEAN, "_pool": (c, w, 1)})
+        "1x1": (c_in, 64, 1), "5x5_1": (c_in, 48, 1), "5x5_2": (48, 64, 5),
+        "3x3dbl_1": (c_in, 64, 1), "3x3dbl_2": (64, 96, 3), "3x3dbl_3": (96, 96, 3),
+        "pool": MEAN, "_pool": (c_in, w, 1)})
 
-def c(w, row=(1, 7), col=(7, 1)):
+def c(w, row=(1, 7), col=(7, 1)):   # Fig. 6: 7 x 7 as a row and a column
     return Block({
         "1x1": (768, 192, 1), "7x7_1": (768, w, 1), "7x7_2": (w, w, row), "7x7_3": (w, 192, col),
         "7x7dbl_1": (768, w, 1), "7x7dbl_2": (w, w, col), "7x7dbl_3": (w, w, row),
         "7x7dbl_4": (w, w, col), "7x7dbl_5": (w, 192, row), "pool": MEAN, "_pool": (768, 192, 1)})
 
-def e(c, pool, fork=((384, 384, (1, 3)), (384, 384, (3, 1)))):
+def e(c_in, pool, fork=((384, 384, (1, 3)), (384, 384, (3, 1)))):        # Fig. 7
     return Block({
-        "1x1": (c, 320, 1), "3x3_1": (c, 384, 1), "3x3_2a": fork[0], "3x3_2b": fork[1],
-        "3x3dbl_1": (c, 448, 1), "3x3dbl_2": (448, 384, 3), "3x3dbl_3a": fork[0],
-        "3x3dbl_3b": fork[1], "pool": pool, "_pool": (c, 192, 1)})
+        "1x1": (c_in, 320, 1), "3x3_1": (c_in, 384, 1), "3x3_2a": fork[0], "3x3_2b": fork[1],
+        "3x3dbl_1": (c_in, 448, 1), "3x3dbl_2": (448, 384, 3), "3x3dbl_3a": fork[0],
+        "3x3dbl_3b": fork[1], "pool": pool, "_pool": (c_in, 192, 1)})
 
 def tf_resize(x: torch.Tensor, n: int) -> torch.Tensor:
     """TensorFlow 1's bilinear resize of the last axis, (..., in) -> (..., n): output i lies at

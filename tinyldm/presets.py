@@ -62,7 +62,7 @@ PAPER = dict(task="uncond", size=256, n_res=2, groups=32, scale_shift=False, res
 BERT = dict(task="text", vocab_size=30522, n_token=77, text_depth=32, text_heads=8, text_d_head=64,
             text_clip=False, p_drop=0.1)
 LDM_COLUMNS = ("ae_preset", "ch", "ch_mult", "attn_res", "beta_range", "batch", "lr", "steps")
-A, B, C, D = (0.0015, 0.0195), (0.0015, 0.0205), (0.0015, 0.0155), (0.00085, 0.012)
+A, B, C, D = (0.0015, 0.0195), (0.0015, 0.0205), (0.0015, 0.0155), (0.00085, 0.012)    # betas
 LDM_ROWS = {        # ae_preset ch   ch_mult          attn_res     betas batch     lr   steps heads
     "celebahq256":    ("vq-f4", 224, (1, 2, 3, 4),    (32, 16, 8),    A,   48, 9.6e-5,  410000, 0),
     "ffhq256":        ("vq-f4", 224, (1, 2, 3, 4),    (32, 16, 8),    A,   42, 8.4e-5,  635000, 0),

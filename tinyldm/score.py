@@ -17,7 +17,7 @@ def _components(mask: np.ndarray) -> np.ndarray:
     """(H, W) bool -> (H, W) int: 0, or one number for all pixels that touch, corners included."""
     label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while (label != (label := _spread(label, 1) * mask)).any():
-        pass
+        pass                                # until no number spreads any further
     return label
 
 def _spread(a: np.ndarray, k: int) -> np.ndarray:
