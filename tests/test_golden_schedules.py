@@ -12,7 +12,7 @@ from tinyldm.training import EMA
 
 G = golden("schedules")
 BETAS = {"cin256": d.sqrt_linear_betas(), "cosine": d.cosine_betas(),
-         "txt2img_sd": d.sqrt_linear_betas(1000, *(0.00085, 0.012)),
+         "txt2img_sd": d.sqrt_linear_betas(1000, 0.00085, 0.012),
          "churches_bsr": d.sqrt_linear_betas(end=0.0155),
          "inpaint_layout_semantic": d.sqrt_linear_betas(end=0.0205)}
 ABAR = d.cumulative(BETAS["cin256"])
@@ -58,7 +58,7 @@ def test_posterior_variance_and_mean_are_the_official_ones_at_every_t(name):
 def test_q_sample_and_its_inverse():
     z_t = d.q_sample(X0, T, NOISE, ABAR)
     close(z_t, G["out/q_sample"])
-    abar = d.cumulative(d.sqrt_linear_betas(1000, *(0.00085, 0.012)))
+    abar = d.cumulative(d.sqrt_linear_betas(1000, 0.00085, 0.012))
     close(d.q_sample(X0, T, NOISE, abar), G["out/q_sample_sd"])
     close(d.q_sample(X0, T, 0 * NOISE, ABAR), G["out/q_mean"])
     one = torch.ones(4, 1, 1, 1)

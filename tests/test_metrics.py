@@ -10,6 +10,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from tinyldm import metrics
+from tinyldm.features import open_features
 from tinyldm.metrics import Moments, Statistics, compare, frechet, precision_recall, psnr, ssim
 
 def pictures(seed=0, n=2):
@@ -280,6 +281,16 @@ def test_compare_takes_its_first_set_as_real():
     assert_close(compare(b, a)["is_rows"], 2., rtol=.01, atol=0)
 
 
+def test_autocast_changes_no_feature():
+    """The scripts judge within theirs; bf16 would shift the figures."""
+    net = open_features(SimpleNamespace(features="shapes"), torch.device("cpu"))
+    x = pictures(n=8)[..., :16]
+    want = net(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = Statistics(net, [x])
+    assert torch.equal(got.kept[0], want)
+
+
 # ---- the program
 
 @pytest.fixture
@@ -330,6 +341,14 @@ def test_the_program_keeps_an_even_share_of_more_than_10_000(cli, monkeypatch):
     for n in (10_000, 10_001, 50_000):
         cli("tinyldm.metrics.py", "--real", "train", "--fake", "held-out", "--size", 16, "--n", n)
     assert strides == [1, 1, 2, 2, 5, 5]
+
+
+def test_an_unreadable_picture_is_in_no_pair(two_folders, cli):
+    """The next readable one stands in for it, which is another picture."""
+    real, fake = two_folders
+    (fake / "40.png").write_bytes(b"no picture")
+    got = figures(cli("tinyldm.metrics.py", "--real", real, "--fake", fake, "--pairs"))
+    assert_close(got["psnr"], 20 * math.log10(5), atol=.01, rtol=0)
 
 
 def test_bad_input_to_the_program_is_one_line(two_folders, folder, cli):

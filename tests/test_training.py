@@ -49,6 +49,12 @@ def test_batches_that_cannot_be_split_are_bad_input(batch, micro, world, say):
         tr.check_batch(argparse.Namespace(batch=batch, micro_batch=micro), world)
 
 
+@pytest.mark.parametrize("flag", ["save_every", "eval_every", "log_every"])
+def test_intervals_of_0_are_bad_input(flag):
+    with pytest.raises(BadInput, match="--" + flag.replace("_", "-")):
+        tr.check_batch(argparse.Namespace(batch=4, micro_batch=None, **{flag: 0}), 1)
+
+
 def test_flags_win_over_the_preset():
     def parse(*argv):
         p = argparse.ArgumentParser(allow_abbrev=False)

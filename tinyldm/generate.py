@@ -22,8 +22,8 @@ from tinyldm.tokens import open_vocab
 from tinyldm.training import generator
 from tinyldm.unet import UNet, UNetConfig
 
-SAMPLERS = dict(ddim=samplers.ddim, ddpm=samplers.ddpm, plms=samplers.plms)
-SAMPLERS["dpm++"] = samplers.dpm_solver_pp
+SAMPLERS = {"ddim": samplers.ddim, "ddpm": samplers.ddpm, "plms": samplers.plms,
+            "dpm++": samplers.dpm_solver_pp}
 TIMESTEPS = {"even": samplers.timesteps, "official": samplers.official_timesteps}
 
 class Model(NamedTuple):
