@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -28,14 +27,14 @@ def encode(ae: torch.nn.Module, data, parts: list[range], workers: int, device, 
     """E's posterior, and y, of the items of each part (from len(data) on: mirrored), on the CPU."""
     order = [list(part[i:i + 64]) for part in parts for i in range(0, len(part), 64)]
     bar = tqdm(order, "encoding", disable=not (show and order), dynamic_ncols=True)
-    batches = loader(data, bar, workers)
-    for part in parts:
-        rows = []
-        for b in islice(batches, -(-len(part) // 64)):
-            q = ae.encode(b["image"].to(device))
-            rows.append((q.mean.float().cpu(), q.logvar.float().cpu(), to_y(b)))
-        mean, logvar, y = map(torch.cat, zip(*rows))
-        yield Posterior(mean, logvar), y
+    rows, ends = [], {part[-1] for part in parts}
+    for b, items in zip(loader(data, bar, workers), order):
+        q = ae.encode(b["image"].to(device))
+        rows.append((q.mean.float().cpu(), q.logvar.float().cpu(), to_y(b)))
+        if items[-1] in ends:
+            mean, logvar, y = map(torch.cat, zip(*rows))
+            yield Posterior(mean, logvar), y
+            rows = []
 
 def fingerprint(ae: torch.nn.Module, *what) -> str:
     """A hash of E's weights and of all else, a data set, too, that decides what a cache holds."""
@@ -46,7 +45,7 @@ def fingerprint(ae: torch.nn.Module, *what) -> str:
     return h.hexdigest()[:16]
 
 class Latents:
-    """The latents and y of items 0..n-1 of a set, mapped from the shards in `folder`.
+    """The latents and y of items 0..n-1 of a set, mapped from the shards in a folder.
     Missing shards are made first, by all processes together; a killed run goes on at its first
     unfinished one. Raises BadInput where one cannot be written, or is damaged."""
     def __init__(self, folder: Path, ae: torch.nn.Module, data, n: int, workers: int, device,
@@ -54,7 +53,7 @@ class Latents:
         paths = [folder / f"{i:06}.pt" for i in range(-(-n // SHARD))]
         todo = [i for i in range(rank, len(paths), world) if not paths[i].exists()]
         parts = [range(i * SHARD, min((i + 1) * SHARD, n)) for i in todo]
-        for i, (q, y) in zip(todo, encode(ae, data, parts, workers, device, to_y, rank == 0)):
+        for (q, y), i in zip(encode(ae, data, parts, workers, device, to_y, rank == 0), todo):
             q = q.scaled(1 / ae.z_std.cpu())
             m, v = q.mean.double(), q.logvar.double().exp()
             sums = torch.stack([torch.tensor(m.numel()), m.sum(), m.square().sum(), v.sum()])
