@@ -135,18 +135,18 @@ def photo(path, side, orientation=1):
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path, orientation):
     photo(tmp_path / "a.jpg", 1000, orientation)
-    data = Folder(str(tmp_path), 60, "all")
+    data = Folder(str(tmp_path), 100, "all")
     decoded = data.readable(0)[1]
-    assert sorted(decoded.size) == [125, 250] and (decoded.width < decoded.height) == (
+    assert sorted(decoded.size) == [250, 500] and (decoded.width < decoded.height) == (
         orientation == 6)
     whole = load_rgb((tmp_path / "a.jpg").read_bytes())
     assert sorted(whole.size) == [1000, 2000]
     box = (500, 0, 1500, 1000) if orientation == 1 else (0, 500, 1000, 1500)
-    want = np.asarray(whole.resize((60, 60), Image.Resampling.LANCZOS, box), float)
+    want = np.asarray(whole.resize((100, 100), Image.Resampling.LANCZOS, box), float)
     got = (data[0]["image"].permute(1, 2, 0).numpy() + 1) * 127.5
     assert np.abs(got - want).mean() < 1.5 and want.std() > 40
     assert Folder(str(tmp_path), 600, "all").readable(0)[1].size == whole.size
-    assert Folder(str(tmp_path), 60, "all", resize=False).readable(0)[1].size == whole.size
+    assert Folder(str(tmp_path), 100, "all", resize=False).readable(0)[1].size == whole.size
 
 
 def test_boxes_and_maps_of_large_jpegs_stay_where_they_are(tmp_path):

@@ -106,6 +106,11 @@ def test_a_kept_list_follows_metadata_zips_and_tars(tmp_path, kept, monkeypatch,
     assert rows(path)[3]["text"] == "again" and rows(path, "kind")[0]["label"] == "cat"
     shutil.make_archive(str(tmp_path / "z"), "zip", path)
     assert len(rows(tmp_path / "z.zip")) == 4
+    (path / "metadata.jsonl").unlink()
+    for n in (3, 2):
+        shutil.make_archive(str(tmp_path / "z"), "zip", path)
+        assert len(rows(tmp_path / "z.zip")) == n
+        (path / f"{n - 1}.png").unlink()
     want = Folder(str(tars), 32, "all")[29]
     assert (Folder(str(tars), 32, "all")[29]["image"] == want["image"]).all()   # from a kept place
     with tarfile.open(tars / "shard-002.tar", "a") as tar:
@@ -134,7 +139,8 @@ def test_a_name_that_is_no_utf8_is_a_name(tmp_path, kept):
     with open(os.fsencode(tmp_path) + b"/\xff.png", "wb") as f:
         Image.new("RGB", (8, 8)).save(f, "png")
     for _ in range(2):
-        assert Folder(str(tmp_path), 8, "all")[0]["image"].max() == -1
+        both = [Folder(str(tmp_path), 8, split) for split in ("all", "held-out")]
+        assert both[0][0]["image"].max() == -1 and len(both[1]) < 2
 
 
 # ---- tars
@@ -234,9 +240,10 @@ def test_a_tar_that_is_cut_off_is_one_line(tars, keep):
         assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("size", [b"77777777777\0", b"\x80" + b"\xff" * 11, b"\xff" * 11 + b"\x00"])
+@pytest.mark.parametrize("size", [b"77777777777\0", b"\x80" + b"\xff" * 11,
+                                  (-1536).to_bytes(12, "big", signed=True)])
 def test_a_header_that_lies_or_is_none_is_one_line(tars, size):
-    """Of 8 GiB, of 2^88 bytes, and of less than none: an endless loop for some tarfile.py."""
+    """Of 8 GiB, of 2^88 bytes, and of so much less than none that it leads back to the last one."""
     path = tars / "shard-000.tar"
     with tarfile.open(path) as tar:
         at = tar.getmembers()[6].offset
