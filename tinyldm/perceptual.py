@@ -9,8 +9,7 @@ with fixed random weights: it needs no file, and compares edges and contrast, no
 import warnings
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from tinyldm import BadInput
 
@@ -57,13 +56,12 @@ class Perceptual(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 2)
         self.requires_grad_(False).eval()
 
-    def forward(self, x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, x_rec: Tensor) -> Tensor:
         """Mean over five layers and all places of |f/|f| - f_rec/|f_rec||^2, in 0..4 -> (B,)."""
-        h = (torch.cat([x, x_rec]) - self.mean) / self.std
-        total = 0
+        h, total = (torch.cat([x, x_rec]) - self.mean) / self.std, 0
         for i, layer in enumerate(self.features):
             h = layer(h)
             if i in self.taps:
-                f, f_rec = F.normalize(h, eps=1e-6).chunk(2)
+                f, f_rec = nn.functional.normalize(h, eps=1e-6).chunk(2)
                 total = total + (f - f_rec).square().sum(1).mean((1, 2))
         return total / len(self.taps)
