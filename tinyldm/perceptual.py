@@ -16,7 +16,7 @@ from tinyldm import BadInput
 URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
-def load_public(net: nn.Module, url: str, path: str | None, flag: str, prefix: str = "") -> None:
+def load_public(net: nn.Module, url: str, path: str | None, flag: str, prefix="") -> nn.Module:
     """Fill net with a public state dict's keys of that prefix: from a file, or fetched once into
     torch's hub cache. Raises BadInput, for TorchScript too: to load that is to run code in it."""
     how = dict(map_location="cpu", weights_only=True)
@@ -26,6 +26,7 @@ def load_public(net: nn.Module, url: str, path: str | None, flag: str, prefix: s
             state = (torch.hub.load_state_dict_from_url(url, check_hash=True, **how)
                      if path is None else torch.load(path, **how))
         net.load_state_dict({k: v for k, v in state.items() if k.startswith(prefix)})
+        return net
     except Exception as e:
         why = "TorchScript, which is code" if isinstance(e, Warning) else type(e).__name__
         raise BadInput(f"no weights from {path or url} ({why}): give {url.split('/')[-1]} by "
