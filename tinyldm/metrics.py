@@ -32,8 +32,7 @@ def ssim(x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
     pixels that begin at 0, so 1 is added to x and to x_rec, clamped to [-1, 1]; L = 2."""
     x, y = x.double() + 1, x_rec.double().clamp(-1, 1) + 1
     n = min(11, *x.shape[2:])
-    i = torch.arange(n, dtype=x.dtype, device=x.device) - (n - 1) / 2
-    g = (-i ** 2 / (2 * 1.5 ** 2)).exp()
+    g = torch.signal.windows.gaussian(n, std=1.5, dtype=x.dtype, device=x.device)
     window = (g[:, None] * g / g.sum() ** 2).expand(x.shape[1], 1, n, n)
     mx, my, mxx, myy, mxy = (torch.conv2d(v, window, groups=x.shape[1])
                              for v in (x, y, x * x, y * y, x * y))
