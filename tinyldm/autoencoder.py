@@ -1,10 +1,8 @@
 """Stage one: the encoder E, the decoder D and the regularised latent space between them.
 
 Paper:   Sec. 3.1, App. G (KL and VQ regularisation, the rescaling of z by its std), Table 8.
-Symbols: x image (B, 3, H, W) in [-1, 1]; z latent (B, c_z, h, w); f = H/h = 2^(len(ch_mult) - 1);
-         z_std the paper's sigma-hat, one number, measured on the training set of stage two.
-Reads:   layers.py, attention.py, quantize.py
-The topology of E and D is one list each, in running order."""
+Symbols: x image (B, 3, H, W) in [-1, 1]; z latent (B, c_z, h, w); f = H/h = 2^(len(ch_mult) - 1).
+Reads:   layers.py, attention.py, quantize.py"""
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +37,7 @@ def middle(c: int, cfg: AEConfig) -> list[nn.Module]:
     return [ResBlock(c, c, groups=cfg.groups), *attn, ResBlock(c, c, groups=cfg.groups)]
 
 class Coder(nn.Sequential):
-    """What E and, going up, its mirror image D share: (B, c_in, ...) -> (B, c_out, ...)."""
+    """What E and, going up, its mirror image D share: one list of layers, in running order."""
     def __init__(self, cfg: AEConfig, c_in: int, c_out: int, up: bool):
         super().__init__()
         g, levels = cfg.groups, list(enumerate(cfg.ch_mult))
@@ -92,7 +90,8 @@ class Posterior:
 
 class Autoencoder(nn.Module):
     """E, D and the 1x1 convs beside the latent. Scaling by z_std happens here and nowhere else.
-    z_std is 1 while stage one trains; stage two sets it, so that the z it sees have variance 1.
+    z_std is 1 while stage one trains; stage two sets it to the sigma-hat of its training set, one
+    number, so that the z it sees have variance 1.
     NB: the released VQ models are not scaled; their z has about variance 1 as it is (App. G)."""
     def __init__(self, cfg: AEConfig):
         super().__init__()
