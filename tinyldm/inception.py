@@ -91,9 +91,7 @@ class Inception(nn.Sequential):
         h = ((x.float() + 1) * 127.5).round().clamp(0, 255)             # the pixels of a png
         h = (tf_resize(tf_resize(h, 299).mT, 299).mT - 128) / 128
         *layers, fc = self
-        for layer in layers:
-            h = layer(h)
-        h = h.mean((2, 3))
+        h = nn.Sequential(*layers)(h).mean((2, 3))
         return h, (h @ fc.weight.T).softmax(1)
 
 def load_inception(path: str | None) -> Inception:
