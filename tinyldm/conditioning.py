@@ -1,13 +1,12 @@
 """tau: the encoders of a condition y, ctx = tau(y), which the U-Net is given.
 
 Paper:   Sec. 3.3, App. E.2.1, Table 17; CLIP (Radford et al. 2021) for Stable Diffusion's tau.
-Symbols: y token ids (B, M), labels (B,) or maps (B, H, W); ctx tokens (B, M, D) that the U-Net
-         attends to, or maps (B, c, h, w) that lie beside z_t: the paper's two ports.
+Symbols: y ids (B, M), labels (B,) or maps (B, H, W); ctx (B, M, D) or, beside z_t, (B, c, h, w).
 Reads:   attention.py"""
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyldm.attention import Attention
@@ -25,7 +24,7 @@ class TextConfig:
 
 class QuickGELU(nn.Module):
     """CLIP's approximation of GELU: x sigmoid(1.702 x)."""
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
 
 class TextBlock(nn.Module):
@@ -38,7 +37,7 @@ class TextBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d, 4 * d), QuickGELU() if cfg.clip else nn.GELU(),
                                  nn.Linear(4 * d, d))
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
+    def forward(self, h: Tensor) -> Tensor:
         x = self.norm1(h)
         h = h + self.attn(x, x)
         return h + self.mlp(self.norm2(h))
@@ -55,7 +54,7 @@ class TextTransformer(nn.Module):
         self.blocks = nn.Sequential(*(TextBlock(cfg) for _ in range(cfg.depth)))
         self.norm = nn.LayerNorm(cfg.d)
 
-    def forward(self, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, y: Tensor) -> Tensor:
         h = self.token(y) + self.position.weight[:y.shape[1]]                   # (B, M, D)
         return self.norm(self.blocks(h))
 
@@ -67,7 +66,7 @@ class ClassEmbedder(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(n_classes, d)
 
-    def forward(self, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, y: Tensor) -> Tensor:
         return self.embedding(y)[:, None]
 
 class SpatialRescaler(nn.Module):
@@ -78,7 +77,7 @@ class SpatialRescaler(nn.Module):
         super().__init__()
         self.n, self.conv = n, nn.Conv2d(c_in, c_out, 1, bias=False)
 
-    def forward(self, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, y: Tensor) -> Tensor:
         if y.ndim == 3:
             y = F.one_hot(y.long() + 1, self.conv.in_channels + 1)[..., 1:]
             y = y.permute(0, 3, 1, 2).to(self.conv.weight.dtype)                # (B, c_in, H, W)

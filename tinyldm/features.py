@@ -7,8 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from tinyldm.checkpoint import unpickle
 from tinyldm.inception import load_inception
@@ -30,12 +29,9 @@ class ShapesNet(nn.Module):
         self.out = nn.Linear(sum(widths[1:]), len(KINDS))
         self.register_buffer("std", torch.ones(sum(widths[1:])))
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """features (B, 112): each channel's mean over places, three layers, of std 1 in the set."""
-        means = []
-        for conv in self.convs:
-            x = F.gelu(conv(x))
-            means.append(x.mean((2, 3)))
+        means = [(x := nn.functional.gelu(conv(x))).mean((2, 3)) for conv in self.convs]
         f = torch.cat(means, dim=1)
         return f / self.std, self.out(f).softmax(1)
 
@@ -43,7 +39,7 @@ class VGG16(Perceptual):
     """torchvision's: the mean over places of the last convolution, relu5_3 (B, 512); no p.
     NB: Kynkaanniemi et al. take its second fully connected layer, of pictures of 224 px."""
     name = "vgg16"
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return self.features((x - self.mean) / self.std).mean((2, 3)), None
 
 def feature_flags(parser) -> None:

@@ -11,7 +11,7 @@ import re
 from collections import OrderedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tinyldm.perceptual import load_public
 
@@ -32,7 +32,7 @@ class Block(nn.ModuleDict):
         super().__init__({f"branch{name}": conv(*row) if isinstance(row, tuple) else row
                           for name, row in rows.items()})
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         out = []
         for name, layer in self.items():
             h = out.pop() if re.search("_[2-5p]", name) else x
@@ -57,7 +57,7 @@ def e(c_in, pool, fork=((384, 384, (1, 3)), (384, 384, (3, 1)))):        # Fig. 
         "3x3dbl_1": (c_in, 448, 1), "3x3dbl_2": (448, 384, 3), "3x3dbl_3a": fork[0],
         "3x3dbl_3b": fork[1], "pool": pool, "_pool": (c_in, 192, 1)})
 
-def tf_resize(x: torch.Tensor, n: int) -> torch.Tensor:
+def tf_resize(x: Tensor, n: int) -> Tensor:
     """TensorFlow 1's bilinear resize of the last axis, (..., in) -> (..., n): output i lies at
     i * in / n, between two pixels; no half pixel is added, and nothing is averaged in shrinking."""
     at = torch.arange(n, device=x.device) * (x.shape[-1] / n)
@@ -68,7 +68,6 @@ def tf_resize(x: torch.Tensor, n: int) -> torch.Tensor:
 class Inception(nn.Sequential):
     """Frozen, in eval mode; the state dict's keys are pytorch-fid's, which are torchvision's."""
     name = "inception"
-
     def __init__(self):
         super().__init__(OrderedDict(
             Conv2d_1a_3x3=conv(3, 32, 3, 2, 0), Conv2d_2a_3x3=conv(32, 32, 3, 1, 0),
@@ -86,19 +85,15 @@ class Inception(nn.Sequential):
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, H, W) in [-1, 1] -> the last block's mean over places (B, 2048), and softmax of
         the logits (B, 1008). NB: without fc's bias, as torch-fidelity and Salimans et al.'s IS."""
         h = ((x.float() + 1) * 127.5).round().clamp(0, 255)             # the pixels of a png
         h = (tf_resize(tf_resize(h, 299).mT, 299).mT - 128) / 128
         *layers, fc = self
-        for layer in layers:
-            h = layer(h)
-        h = h.mean((2, 3))
+        h = nn.Sequential(*layers)(h).mean((2, 3))
         return h, (h @ fc.weight.T).softmax(1)
 
 def load_inception(path: str | None) -> Inception:
     """With pytorch-fid's public state dict, from a file or fetched. Raises BadInput."""
-    net = Inception()
-    load_public(net, URL, path, "--inception")
-    return net
+    return load_public(Inception(), URL, path, "--inception")

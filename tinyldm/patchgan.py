@@ -7,10 +7,10 @@ Shapes:  x (B, c_x, H, W) in [-1, 1] -> logits (B, 1, H', W'), one for each over
 Reads:   nothing of ours.
 NB: App. G prints log D_psi; the released code uses the hinge loss below."""
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-class Discriminator(nn.Module):
+class Discriminator(nn.Sequential):
     """4x4 convs, stride 2 in the first n_layers, BatchNorm between, LeakyReLU; pix2pix's init."""
     def __init__(self, c_x: int = 3, ch: int = 64, n_layers: int = 3):
         super().__init__()
@@ -25,25 +25,22 @@ class Discriminator(nn.Module):
             if isinstance(m, nn.Conv2d | nn.BatchNorm2d):
                 nn.init.normal_(m.weight, isinstance(m, nn.BatchNorm2d), 0.02)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
-
-def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     """loss_disc = (E max(0, 1 - D(x)) + E max(0, 1 + D(x_rec))) / 2; 1 when D knows nothing."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
-def vanilla_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+def vanilla_loss(real: Tensor, fake: Tensor) -> Tensor:
     """loss_disc = (-E log sigmoid(D(x)) - E log(1 - sigmoid(D(x_rec)))) / 2."""
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())  # log 2 when D knows nothing
 
-def generator_loss(disc: nn.Module, x_rec: torch.Tensor) -> torch.Tensor:
+def generator_loss(disc: nn.Module, x_rec: Tensor) -> Tensor:
     """loss_adv = -E D(x_rec), with D_psi frozen: the generator's step must not train D_psi."""
     disc.requires_grad_(False)
     loss = -disc(x_rec).mean()
     disc.requires_grad_(True)
     return loss
 
-def adaptive_weight(loss_rec: torch.Tensor, loss_adv: torch.Tensor, last_layer: torch.Tensor):
+def adaptive_weight(loss_rec: Tensor, loss_adv: Tensor, last_layer: Tensor):
     """VQGAN Eq. (7): lam = |d loss_rec / d last| / (|d loss_adv / d last| + 1e-4), in 0..1e4.
     A number, detached: both terms pull equally hard on the decoder's last conv, last_layer.
     NB: the KL model's code sums loss_rec over pixels, so its lam is often at the clamp. Our losses

@@ -9,15 +9,14 @@ with fixed random weights: it needs no file, and compares edges and contrast, no
 import warnings
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from tinyldm import BadInput
 
 URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
-def load_public(net: nn.Module, url: str, path: str | None, flag: str, prefix: str = "") -> None:
+def load_public(net: nn.Module, url: str, path: str | None, flag: str, prefix="") -> nn.Module:
     """Fill net with a public state dict's keys of that prefix: from a file, or fetched once into
     torch's hub cache. Raises BadInput, for TorchScript too: to load that is to run code in it."""
     how = dict(map_location="cpu", weights_only=True)
@@ -27,6 +26,7 @@ def load_public(net: nn.Module, url: str, path: str | None, flag: str, prefix: s
             state = (torch.hub.load_state_dict_from_url(url, check_hash=True, **how)
                      if path is None else torch.load(path, **how))
         net.load_state_dict({k: v for k, v in state.items() if k.startswith(prefix)})
+        return net
     except Exception as e:
         why = "TorchScript, which is code" if isinstance(e, Warning) else type(e).__name__
         raise BadInput(f"no weights from {path or url} ({why}): give {url.split('/')[-1]} by "
@@ -57,13 +57,12 @@ class Perceptual(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 2)
         self.requires_grad_(False).eval()
 
-    def forward(self, x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, x_rec: Tensor) -> Tensor:
         """Mean over five layers and all places of |f/|f| - f_rec/|f_rec||^2, in 0..4 -> (B,)."""
-        h = (torch.cat([x, x_rec]) - self.mean) / self.std
-        total = 0
+        h, total = (torch.cat([x, x_rec]) - self.mean) / self.std, 0
         for i, layer in enumerate(self.features):
             h = layer(h)
             if i in self.taps:
-                f, f_rec = F.normalize(h, eps=1e-6).chunk(2)
+                f, f_rec = nn.functional.normalize(h, eps=1e-6).chunk(2)
                 total = total + (f - f_rec).square().sum(1).mean((1, 2))
         return total / len(self.taps)

@@ -1,12 +1,11 @@
 """The built-in world: tiny pictures of coloured shapes with exact captions and an exact scorer.
 
-A picture has one or two objects (4 shapes, 7 colours, 2 sizes) on a plain ground with faint grain;
-its caption names colour, shape, size and relation ("a small red circle left of a big blue square").
-Everything follows from (seed, index) by + - * / and sqrt, so it is the same on every machine.
-
 Shapes: image (3, H, W) in [-1, 1]; boxes (K, 5) [class, x0, y0, x1, y1 in 0..1]; segmentation
         (H, W), 0 = ground, 1 + class. A class is a colour-shape pair. World unit: side / 32.
 Reads:  nothing of ours.
+A picture has one or two objects (4 shapes, 7 colours, 2 sizes) on a plain ground with faint grain;
+its caption names colour, shape, size and relation ("a small red circle left of a big blue square").
+Everything follows from (seed, index) by + - * / and sqrt, so it is the same on every machine.
 
     python -m tinyldm.shapes held-out 256 > prompts.txt    # prompts that no training caption says
     python -m tinyldm.shapes unseen 256                    # ... with unseen colour-shape pairs"""
@@ -80,13 +79,12 @@ def _specs(split: str) -> tuple[list, list]:
     `train`: no pair of UNSEEN, not held out. `held-out`: every eighth scene of two objects, by a
     hash that ignores which object is named first. `unseen`: scenes with a pair of UNSEEN."""
     kinds = [Thing(s, c, z) for z in SIZES for c in COLOURS for s in SHAPES]
-    def new(things):
-        return any((t.colour, t.shape) in UNSEEN for t in things)
-    singles = [([a], None) for a in kinds if new([a]) == (split == "unseen")]
+    new = {t for t in kinds if (t.colour, t.shape) in UNSEEN}
+    singles = [([a], None) for a in kinds if (a in new) == (split == "unseen")]
     pairs, ways = [], (("left of", "right of"), ("above", "below"))
     for a, b, (there, back) in itertools.product(kinds, kinds, ways):
         held = zlib.crc32(caption([a, b], there).encode()) % 8 == 0
-        if ("unseen" if new([a, b]) else "held-out" if held else "train") == split:
+        if ("unseen" if {a, b} & new else "held-out" if held else "train") == split:
             pairs += [([a, b], there), ([b, a], back)]
     return singles if split != "held-out" else [], pairs
 
@@ -100,8 +98,7 @@ def _place(things: list[Thing], relation: str | None, rng: np.random.Generator) 
     else:
         k = 0 if RELATIONS[relation][0] else 1                             # axis of the relation
         a, b = (0, 1) if sum(RELATIONS[relation]) < 0 else (1, 0)          # a before b on the axis
-        need = ext[a, 2 + k] - ext[b, k] + GAP                             # centre to centre
-        slack = high[b, k] - need - low[a, k]                              # room along the axis
+        slack = high[b, k] - (ext[a, 2 + k] - ext[b, k] + GAP) - low[a, k]     # room along the axis
         at = (16 + 4 * (rng.random((2, 2)) - .5)).clip(low, high)          # the other axis: middle
         at[a, k] = low[a, k] + slack * .25 * rng.random()
         at[b, k] = high[b, k] - slack * .25 * rng.random()
