@@ -6,11 +6,10 @@
     python -m tinyldm.bench --against diffusers             # pip install diffusers, by hand
 
 Reads:   presets.py, samplers.py, guidance.py, data.py, training.py
-Random weights and inputs. A figure is the median of --runs, after two that do not count; others run
-in turn with ours. FLOPs are torch's count of products (convolutions, matrices, attention), 100% is
-the rate of a large square product, here and in this precision. MiB: of tensors at the peak, beside
-weights, moments and inputs. --against: a file as tests/against_diffusers.py, or what it is named
-after."""
+Random weights and inputs; medians of --runs after two that do not count; others run in turn with
+ours. FLOPs are torch's count of products (convolutions, matrices, attention); 100% is the rate of a
+large square product. MiB: of tensors at the peak, beside weights, moments and inputs. --against: a
+file like tests/against_diffusers.py, or the name in it."""
 import importlib.util
 import statistics
 import time
@@ -31,8 +30,6 @@ from tinyldm.diffusion import SCHEDULES, cumulative
 from tinyldm.guidance import guided
 from tinyldm.unet import UNet, UNetConfig
 
-OTHERS = Path(__file__).parents[1] / "tests"
-
 def parse_args(argv=None):
     p = tr.flags(__doc__)
     data_flags(p)
@@ -49,17 +46,16 @@ def parse_args(argv=None):
 # ---- what is timed: rows (name, pictures, ours, theirs if there are any)
 def prepare(nets: list[nn.Module | None], device: torch.device) -> list[nn.Module]:
     """As in training; branches that begin at zero are drawn, too. Raises BadInput."""
-    nets = [net for net in nets if net]
+    nets = [net.to(device, memory_format=torch.channels_last) for net in nets if net]
     n = [tr.n_params(net) for net in nets]
-    require(len({*n}) == 1, f"--against: {n[-1]:,} parameters there, {n[0]:,} here")
+    require(n[0] == n[-1], f"--against: {n[-1]:,} parameters there, {n[0]:,} here")
     for p in (p for net in nets for p in net.parameters() if not p.any()):
         nn.init.normal_(p, std=0.02)
-    return [net.to(device, memory_format=torch.channels_last) for net in nets]
+    return nets
 
 def trainer(net: nn.Module, out: Callable) -> Callable:
     """A step of AdamW; the loss is the mean square of out()."""
     opt = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True)
-
     @torch.enable_grad()
     def step():
         opt.zero_grad()
@@ -77,25 +73,24 @@ def unet_rows(cfg: UNetConfig, row: dict, other, device, call: Callable) -> Iter
     seen = (M, cfg.d_ctx) if cfg.d_ctx else (cfg.c_in - cfg.c_out, *z_shape[1:])
     z, ctx, z_T, y = (torch.randn(k, *shape, device=device)
                       for k in (B, n) for shape in (z_shape, seen))
-    t = torch.arange(B, device=device) % 1000
-    betas = SCHEDULES[row["schedule"]](1000, *row["beta_range"])
+    t, null = torch.arange(B, device=device) % 1000, torch.zeros_like(y[:1])
+    betas, columns = SCHEDULES[row["schedule"]](1000, *row["beta_range"]), []
     nets = prepare([UNet(cfg), other and other.unet(cfg)], device)
-    nets[0].ckpt_grad, columns = row["ckpt_grad"], []
+    nets[0].ckpt_grad = row["ckpt_grad"]
     for net, sampling in zip(nets, (our_sampling, other and other.sampling)):
         forward = partial(run := call(net), z, t, ctx)
-        columns.append((forward, trainer(net, forward),
-                        partial(sampling, run, z_T, y, torch.zeros_like(y[:1]), betas, 50, 2.0)))
+        sample = partial(sampling, run, z_T, y, null, betas, 50, 2.0)
+        columns.append((forward, trainer(net, forward), sample))
     return zip(("U-Net forward", "U-Net step", "sample, 50 steps"), (B, B, n), *columns)
 
 def autoencoder_rows(cfg: AEConfig, row: dict, other, device, call: Callable) -> Iterator[tuple]:
-    B, side = row["batch"], row["size"]
-    x = torch.randn(B, cfg.c_x, side, side, device=device)
-    z = torch.randn(B, cfg.c_z, side // cfg.f, side // cfg.f, device=device)
-    columns = []
-    for net, noise in zip(prepare([Autoencoder(cfg), other and other.autoencoder(cfg)], device),
-                          (z, True)):                   # True: theirs draws its own
-        columns.append((partial(call(net.encode), x), partial(call(net.decode), z),
-                        trainer(net, partial(call(net), x, noise))))
+    B, side, columns = row["batch"], row["size"], []
+    x, z = (torch.randn(B, c, h, h, device=device)
+            for c, h in ((cfg.c_x, side), (cfg.c_z, side // cfg.f)))
+    nets = prepare([Autoencoder(cfg), other and other.autoencoder(cfg)], device)
+    for net, noise in zip(nets, (z, True)):             # True: theirs draws its own
+        step = trainer(net, partial(call(net), x, noise))
+        columns.append((partial(call(net.encode), x), partial(call(net.decode), z), step))
     return zip(("encode", "decode", "autoencoder step"), (B, B, B), *columns)
 
 def loading_row(args, device) -> tuple:
@@ -136,8 +131,8 @@ def main(args):
     row = presets.PAPER | presets.BERT | {"beta_range": (), "n_head": None} | vars(args)
     ae, other = presets.ae_config(row["ae_preset"]), None
     if args.against:
-        named = OTHERS / f"against_{args.against}.py"
-        path = Path(args.against) if args.against.endswith(".py") else named
+        named = Path(__file__).parents[1] / "tests" / f"against_{args.against}.py"
+        path = args.against if args.against.endswith(".py") else named
         with trying(f"--against {args.against}: {path} cannot be used"):
             spec = importlib.util.spec_from_file_location("other", path)
             spec.loader.exec_module(other := importlib.util.module_from_spec(spec))
