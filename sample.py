@@ -23,8 +23,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from tinyldm import generate as gen, presets, require, samplers, shapes, training as tr, trying
-from tinyldm.data import LANCZOS, NEAREST, is_box, load_map, load_rgb, open_data
+from tinyldm.data import LANCZOS, NEAREST, load_map, load_rgb, open_data
 from tinyldm.degrade import to_image, to_tensor
+from tinyldm.files import is_box
 from tinyldm.inside import attention_maps, record, save_attention
 from tinyldm.pictures import save_drawn, save_grid
 from tinyldm.score import parse_prompt, score

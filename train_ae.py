@@ -191,7 +191,8 @@ def main(args):
     log = tr.Log(args, done, device, rank)
     log.note(f"healthy: rec and perceptual fall; {HEALTHY[args.reg]}; with D_psi, lam "
              "stays below 10 and d_real a little above d_fake")
-    order = batch_order(len(data), args.batch, done, args.steps, args.seed, rank, world)
+    order = batch_order(len(data), args.batch, done, args.steps, args.seed, rank, world,
+                        data.tars)
     batches = loader(data, order, args.workers, device.type == "cuda")
     for step, batch in zip(tr.steps(args, done, log, save, judge), batches):
         gan = args.disc_weight > 0 and step > args.disc_start

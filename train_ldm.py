@@ -19,11 +19,12 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tinyldm import presets, require, shapes, training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, Posterior, build_autoencoder
 from tinyldm.checkpoint import half, load_checkpoint, same_config, save_checkpoint
-from tinyldm.data import batch_order, data_flags, encode_set, loader, open_data
+from tinyldm.data import batch_order, data_flags, loader, open_data
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, draw_t, ldm_loss, snr_weight
 from tinyldm.features import feature_flags, open_features
 from tinyldm.generate import Model, defaults, draw
 from tinyldm.guidance import drop_condition
+from tinyldm.latents import Latents, encode, fingerprint
 from tinyldm.metrics import Statistics, compare, read
 from tinyldm.pictures import save_curves, save_drawn
 from tinyldm.score import score
@@ -60,7 +61,7 @@ def parse_args(argv=None):
     g.add_argument("--ae-preset", choices=[*presets.AE, "none"], help="the same, for a dry run")
     g.add_argument("--task", choices=TASKS, default="text", help="what the condition is")
     data_flags(p)
-    p.add_argument("--cache-latents", action=BooleanOptionalAction, default=True, help="in memory")
+    p.add_argument("--cache-latents", action=BooleanOptionalAction, default=True, help="on disk")
     model_flags(p)
     g = p.add_argument_group("diffusion")
     g.add_argument("--predict", choices=["eps", "v"], help="what the U-Net says; paper: eps")
@@ -131,7 +132,7 @@ def judging(m: Model, args, data, held_out, to_y, log, autocast) -> Callable:
     spread = range(0, len(data), -(-len(data) // 2048))     # files are sorted, perhaps by class
     real = Statistics(features, read(data, spread, args.workers, device))
     with autocast():
-        pairs = encode_set(m.ae, other, min(256, len(other)), args.workers, device, False, to_y)
+        pairs, = encode(m.ae, other, [range(min(256, len(other)))], args.workers, device, to_y)
     how = defaults(steps=min(25, args.T), size=(args.size, args.size))
     if args.task == "text":
         log.note("each grid shows\n  " + "\n  ".join(i["caption"] for i in items[:16]))
@@ -217,21 +218,26 @@ def main(args):
         return task.y(batch, tau, tokenizer)
     y_null = to_y(task.null)
     n = len(data) * (2 if args.flip else 1)
-    if args.cache_latents or done == 0:
-        n = n if args.cache_latents else min(n, 4096)
-        with autocast():
-            cache, y_cache = encode_set(ae, data, n, args.workers, device, rank == 0,
-                                        to_y if args.cache_latents else TASKS["uncond"].y)
+    with autocast():
+        if args.cache_latents:
+            key = fingerprint(ae, data, config["task"], config["tau"],
+                              tokenizer and tokenizer.to_str())
+            cache = Latents(args.out.parent / "latents" / key, ae, data, n, args.workers, device,
+                            to_y, rank, world)
+        elif done == 0:
+            (cache, _), = encode(ae, data, [range(min(n, 4096))], args.workers, device,
+                                 TASKS["uncond"].y, rank == 0)
     if done == 0:
         ae.z_std.copy_(cache.std() if args.z_std is None else torch.tensor(args.z_std))
-        cache = cache.scaled(ae.z_std.cpu())
-    order = batch_order(len(data), args.batch, done, args.steps, args.seed, rank, world)
+    order = batch_order(len(data), args.batch, done, args.steps, args.seed, rank, world,
+                        None if args.cache_latents else data.tars)
 
     def batches():
         """q(z | x) and y of this process's pictures, step by step."""
         if args.cache_latents:
-            for k in map(torch.tensor, order):
-                yield Posterior(cache.mean[k % n], cache.logvar[k % n]), y_cache[k % n]
+            for items in order:
+                q, y = cache[[i % n for i in items]]
+                yield q.scaled(ae.z_std.cpu()), y
         else:
             for b in loader(data, order, args.workers, device.type == "cuda"):
                 with torch.no_grad(), autocast():

@@ -1,4 +1,4 @@
-"""data.py: the folder contract, the order of batches, the latent cache, strangers' folders."""
+"""data.py: the folder contract, the order of batches, strangers' folders."""
 import json
 import shutil
 import struct
@@ -13,8 +13,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from tinyldm import BadInput
-from tinyldm.autoencoder import AEConfig, Autoencoder
-from tinyldm.data import Folder, batch_order, encode_set, load_map, load_rgb, loader
+from tinyldm.data import Folder, batch_order, load_map, load_rgb, loader
 
 def all_items(path, size=32, **kw):
     """Training and held-out items together, by file order."""
@@ -123,17 +122,45 @@ def test_processes_share_the_batch_that_one_would_see():
     assert whole == [a + b for a, b in zip(*parts)] and len(whole) == 4
 
 
-def test_the_latent_cache_holds_what_the_encoder_says(folder):
-    path = folder(30)
-    data = Folder(str(path), 32, flip=True)
-    ae = Autoencoder(AEConfig(3, 8, (1, 2), 1, 2, 4)).eval()
-    q, y = encode_set(ae, data, 2 * len(data), 0, "cpu", False,
-                      lambda batch: torch.tensor([len(c) for c in batch["caption"]]))
-    assert y.tolist() == [len(c) for c in data.captions()] * 2 and len(q.mean) == 2 * len(data)
-    for i in (0, 5, len(data) + 5):
-        want = ae.encode(data[i]["image"][None])
-        assert_close(q.mean[i], want.mean[0], rtol=1e-4, atol=1e-4)
-        assert_close(q.logvar[i], want.logvar[0], rtol=1e-4, atol=1e-4)
+def photo(path, side, orientation=1):
+    """A JPEG of (2 side) x side pixels: blue where x < side, then red, with fine stripes."""
+    a = np.full((side, 2 * side, 3), 90, np.uint8)
+    a[:, :side, 2], a[:, side:, 0] = 200, 200
+    a[::3, :, 1] = 130
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(a).save(path, "JPEG", quality=95, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path, orientation):
+    photo(tmp_path / "a.jpg", 1000, orientation)
+    data = Folder(str(tmp_path), 60, "all")
+    decoded = data.readable(0)[1]
+    assert sorted(decoded.size) == [125, 250] and (decoded.width < decoded.height) == (
+        orientation == 6)
+    whole = load_rgb((tmp_path / "a.jpg").read_bytes())
+    assert sorted(whole.size) == [1000, 2000]
+    box = (500, 0, 1500, 1000) if orientation == 1 else (0, 500, 1000, 1500)
+    want = np.asarray(whole.resize((60, 60), Image.Resampling.LANCZOS, box), float)
+    got = (data[0]["image"].permute(1, 2, 0).numpy() + 1) * 127.5
+    assert np.abs(got - want).mean() < 1.5 and want.std() > 40
+    assert Folder(str(tmp_path), 600, "all").readable(0)[1].size == whole.size
+    assert Folder(str(tmp_path), 60, "all", resize=False).readable(0)[1].size == whole.size
+
+
+def test_boxes_and_maps_of_large_jpegs_stay_where_they_are(tmp_path):
+    photo(tmp_path / "a.jpg", 800)
+    Image.fromarray(np.arange(1600).repeat(800).reshape(1600, 800).T.astype(np.uint8) // 200).save(
+        tmp_path / "m.png")
+    row = {"file_name": "a.jpg", "boxes": [["red", 800, 200, 1200, 800]], "mask": "m.png"}
+    item = {}
+    for boxes in ("boxes", "none"):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps(row).replace("boxes", boxes))
+        item |= Folder(str(tmp_path), 40, "all")[0]
+    assert_close(item["boxes"], torch.tensor([[0, .5, .25, 1, 1]]))
+    assert (item["image"][0, :, 21:] > 0).all() and (item["image"][0, :, :19] < 0).all()
+    assert (item["segmentation"][:, 25] == 900 % 256 // 200).all()
 
 
 # ---- what strangers' folders may hold

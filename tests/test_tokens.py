@@ -39,6 +39,15 @@ def test_small_vocabularies_split_words_and_still_read_all_captions():
         encode(t, ["word123 again"], 16)
 
 
+def test_of_very_many_captions_each_word_is_known():
+    captions = ["a red car"] * 250_001
+    captions[100_000] = "cared"                 # none of the 100,000 that pieces are learned from
+    t = train_tokenizer(captions)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert words(t, encode(t, ["cared"], 3)[0]) == ["car", "##e", "##d"]
+
+
 def test_words_beyond_the_limit_are_named():
     t = train_tokenizer(CAPTIONS)
     with pytest.warns(UserWarning, match="ignored: 'left of a red circle'"):

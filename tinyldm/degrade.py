@@ -62,7 +62,7 @@ class Degraded(torch.utils.data.Dataset):
     """data's items, each with `small` or `mask`; what item i loses follows from (seed, i)."""
     def __init__(self, data: torch.utils.data.Dataset, field: str, seed: int, chain: bool = False):
         self.data, self.field, self.seed, self.chain = data, field, seed, chain
-        self.classes, self.labels = data.classes, data.labels
+        self.classes, self.labels, self.tars = data.classes, data.labels, data.tars
 
     def __len__(self):
         return len(self.data)

@@ -118,8 +118,8 @@ def compare(real: Statistics, fake: Statistics) -> dict[str, float]:
 # ---- the program
 def parse_args(argv=None):
     p = tr.flags(__doc__)
-    p.add_argument("--real", required=True, help="folder or .zip; or built-in: train, held-out")
-    p.add_argument("--fake", required=True, help="a folder or .zip: the pictures to judge")
+    p.add_argument("--real", required=True, help="folder, .zip, .tar; or built-in: train, held-out")
+    p.add_argument("--fake", required=True, help="the same: the pictures to judge")
     p.add_argument("--size", type=int, help="scaled and cropped to it; default: the first fake's")
     p.add_argument("--n", type=int, default=50_000, help="at most so many of each")
     p.add_argument("--pairs", action="store_true", help="compare pictures of equal names, too")
@@ -150,7 +150,7 @@ def main(args):
     args.device, *_ = tr.setup(args.device, "fp32")
     net = open_features(args, args.device)
     if args.size is None:
-        args.size = min(Folder(args.fake, 1, "all").readable(0)[1].size)
+        args.size = min(Folder(args.fake, 1, "all", False).readable(0)[1].size)
     require(args.size > 15, f"--size {args.size}: must be at least 16")
     args.n = max(args.n, 0)
     sets = [Shapes(min(args.n, 10_000), args.size, split=path) if path in ("train", "held-out")

@@ -106,7 +106,7 @@ def _place(things: list[Thing], relation: str | None, rng: np.random.Generator) 
 
 class Shapes(torch.utils.data.Dataset):
     """`n` pictures of `size` px: `train`, `held-out` or `unseen`; item i depends on (seed, i)."""
-    classes = labels = CLASSES
+    classes, labels, tars = CLASSES, CLASSES, None
     def __init__(self, n: int = 20_000, size: int = 32, seed: int = 0, split: str = "train"):
         self.n, self.size, self.key = n, size, [seed, zlib.crc32(split.encode())]
         self.singles, self.pairs = _specs(split)

@@ -1,0 +1,169 @@
+"""What lies in a folder, a .zip or .tar files: the pictures, what is known of them, their bytes.
+
+Reads:   nothing of ours.
+Pictures may lie in any depth. What is known of them stands in `metadata.jsonl` (file_name; text,
+label, boxes in pixels, mask = path of a label map), or else beside each picture in a .txt (text),
+.cls (label) or .json (as a line of metadata.jsonl); else the names of sub-folders are labels.
+A .tar, or .tar files in a folder without pictures of its own, are read as sub-folders, in
+WebDataset's way: what is of one name up to its first dot belongs together. Nothing is unpacked:
+where the members lie is found once, so that all the rest (length, held-out pictures, resuming, any
+number of processes) is as for a folder."""
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import posixpath
+import tarfile
+import warnings
+import zipfile
+from pathlib import Path
+
+from tinyldm import require, trying
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+COLUMNS = {                     # of metadata.jsonl, and what to do where a picture has none
+    "caption": ("text", 'give it a .txt beside it, or a "text" in metadata.jsonl'),
+    "label": ("label", 'put it into a sub-folder named so, or a "label" into metadata.jsonl'),
+    "boxes": ("boxes", 'give it "boxes" in metadata.jsonl: [[class, x0, y0, x1, y1 in px], ...]'),
+    "segmentation": ("mask", 'give it a "mask" in metadata.jsonl: the file of its label map')}
+LISTS = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinyldm")
+MANY = 10_000                   # pictures; shorter lists are made anew each time
+
+@functools.cache
+def open_zip(path: Path, changed: int, process: int) -> zipfile.ZipFile:
+    """Opened once in each process, as an inherited file shares its position; anew when changed."""
+    return zipfile.ZipFile(path)
+
+def is_box(b) -> bool:
+    """Is it [class, x0, y0, x1, y1] with finite sides?"""
+    return isinstance(b, list) and len(b) > 4 and all(
+        isinstance(v, int | float) and abs(v) < 1e9 for v in b[1:5])
+
+class Files:
+    """The files of a path. label: which column of metadata.jsonl is the label.
+    places: {name: [tar, offset, size]} of members of tars; seen: what the list depends on."""
+    def __init__(self, path: str, label: str):
+        self.path, self.label, self.places, self.seen = Path(path), label, {}, {}
+        self.root = str(self.path if self.path.is_dir() else self.path.parent)
+        self.zipped = self.path.suffix == ".zip"
+
+    def source(self, name: str) -> str:
+        """The file that a file is in: itself, or a .zip or .tar."""
+        return self.path.name if self.zipped else self.places.get(name, [name])[0]
+
+    def state(self, name: str) -> list[int]:
+        """Size and time of change, ns, of the file that it is in."""
+        s = os.stat(os.path.join(self.root, self.source(name)))
+        return [s.st_size, s.st_mtime_ns]
+
+    def read(self, name: str) -> bytes:
+        if self.zipped:
+            return self._zip().read(name)
+        _, start, size = self.places.get(name, (name, 0, -1))
+        with open(os.path.join(self.root, self.source(name)), "rb") as f:
+            f.seek(start)
+            return f.read(size)
+
+    def _zip(self) -> zipfile.ZipFile:
+        return open_zip(self.path, self.state("")[1], os.getpid())
+
+    def rows(self) -> list[dict]:
+        """What is known of each picture: file_name, and what it has of COLUMNS' columns.
+        A list of MANY is kept (JSON, in LISTS) until a folder in it, its metadata.jsonl, its .zip
+        or a .tar changes. NB: a file rewritten in place changes no folder, so what is new in a
+        .txt is not noticed until its folder is touched. Raises BadInput."""
+        key = repr((1, str(self.path.resolve()), self.label))
+        kept = LISTS / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+        with contextlib.suppress(Exception):                # there is none, or none of any use
+            seen, places, rows = json.loads(kept.read_bytes())
+            if all(self.state(name) == was for name, was in seen.items()):
+                self.places = places
+                return rows
+        with trying(f"--data {self.path}: cannot be read"):
+            rows = self._list()
+        used = {row[k] for row in rows for k in ("file_name", "mask") if k in row}
+        self.places = {name: at for name, at in self.places.items() if name in used}
+        if len(rows) >= MANY:
+            with contextlib.suppress(OSError):              # nowhere to write is no error
+                LISTS.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps([self.seen, self.places, rows]))
+        return rows
+
+    def _list(self) -> list[dict]:
+        names, rows = self._names(), []
+        if "metadata.jsonl" in (have := set(names)):
+            self.seen["metadata.jsonl"] = self.state("metadata.jsonl")
+            lines = self.read("metadata.jsonl").decode("utf8", "replace").splitlines()
+            return [self._row({}, line, f"--data {self.path}: metadata.jsonl line {i}:", have)
+                    for i, line in enumerate(lines, 1) if line.strip()]
+        for name in names:
+            folder, _, base = name.rpartition("/")
+            stem, _, kind = (base.partition if name in self.places else base.rpartition)(".")
+            if stem and f".{kind.lower()}" in PICTURES:
+                row, key = {"file_name": name}, name[:-len(kind)]
+                for column, end in (("text", "txt"), ("label", "cls")):
+                    if key + end in have:
+                        row[column] = self.read(key + end).decode("utf8", "replace").strip()
+                text = self.read(key + "json") if key + "json" in have else "{}"
+                row = self._row(row, text, f"--data {self.path}: {key}json:", have)
+                rows.append(({"label": folder} if folder else {}) | row)
+        return rows
+
+    def _row(self, known: dict, text: str | bytes, where: str, have: set[str]) -> dict:
+        """What is known of a picture, and what JSON adds to it, checked, without nulls."""
+        with trying(f"{where} not JSON"):
+            row = json.loads(text)
+        row = row | known if isinstance(row, dict) else {}
+        require(isinstance(row.get("file_name"), str),
+                f'{where} needs an object with a "file_name"')
+        row = {k: v for k, v in row.items() if v is not None}
+        row = {"text": row.get("caption")} | row | {"label": row.get(self.label, row.get("label"))}
+        row = {k: row[k] for k in ("file_name", "text", "label", "boxes", "mask")
+               if row.get(k) is not None}
+        for key in {"file_name", "mask"} & row.keys():
+            require(isinstance(row[key], str) and row[key] in have,
+                    f"{where} {key} {row[key]!r} is not in the folder")
+        boxes = row.get("boxes", [])
+        require(isinstance(boxes, list) and all(map(is_box, boxes)),
+                f'{where} "boxes" must be [[class, x0, y0, x1, y1], ...] in pixels')
+        return row
+
+    def _names(self) -> list[str]:
+        """All files, sorted, and members of tars, as they lie."""
+        require(self.path.exists(), f"--data {self.path}: no such folder, .zip or .tar")
+        names = [] if self.path.is_dir() else [self.path.name]
+        self.seen = {name: self.state(name) for name in names}
+        if self.zipped:
+            return sorted(n for n in self._zip().namelist() if not n.endswith("/"))
+        for folder, _, files in os.walk(self.path):
+            at = folder.replace(os.sep, "/")[len(self.root):].strip("/")
+            self.seen[at] = self.state(at)
+            names += [f"{at}/{f}".strip("/") for f in files if os.path.isfile(f"{folder}/{f}")]
+        if not any(name.lower().endswith(PICTURES) for name in names):
+            for name in sorted(names):
+                if name.endswith(".tar") or self.path.is_file():
+                    self._index(name)
+        return sorted(names) + [*self.places]
+
+    def _index(self, tar: str) -> None:
+        """Notes where a tar's plain files with names within it lie; nothing else in it is used.
+        Of a tar that is cut off or damaged: of what comes before that. Raises BadInput."""
+        self.seen[tar] = size, _ = self.state(tar)
+        say = "neither a .zip nor a plain .tar (a compressed one can only be read from its start)"
+        with trying(f"--data {self.path}: {tar} is {say}"):
+            f = tarfile.open(os.path.join(self.root, tar), "r:")
+        try:
+            while m := f.next():
+                f.members.clear()                           # else it would remember them all
+                plain, name = m.isreg() and not m.issparse(), posixpath.normpath(m.name)
+                if m.size < 0 or plain and m.size > size - m.offset_data:
+                    raise EOFError
+                if plain and not name.startswith(("/", "../")):
+                    self.places[f"{tar}/{name}"] = [tar, m.offset_data, m.size]
+            f.fileobj.seek(f.offset)
+            if f.fileobj.read(512).strip(b"\0"):
+                raise EOFError
+        except Exception:                                   # strangers' files raise anything
+            warnings.warn(f"{tar} is cut off or damaged; what comes before is used", stacklevel=2)
+        f.close()
