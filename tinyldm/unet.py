@@ -105,7 +105,7 @@ class UNet(nn.Module):
 
 def run_stage(stage: nn.ModuleList, h: torch.Tensor, emb: torch.Tensor, ctx: torch.Tensor | None):
     """Apply a stage's layers in turn, giving each what it takes."""
-    takes = {ResBlock: [emb], SpatialTransformer: [ctx]}
     for layer in stage:
-        h = layer(h, *takes.get(type(layer), []))
+        takes = {ResBlock: [emb], SpatialTransformer: [ctx]}
+        h = layer(h, *next((v for kind, v in takes.items() if isinstance(layer, kind)), []))
     return h
