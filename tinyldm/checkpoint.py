@@ -48,13 +48,27 @@ def load_checkpoint(path: str | Path, kind: str | None, flag: str) -> dict:
     require(kind in (None, found[8:]), f"{flag} {path}: holds a {found}; give one of kind {kind}")
     return ckpt
 
-def same_config(old: dict, new: dict, path: Path) -> None:
-    """Resuming needs the architecture that was saved. Raises BadInput naming what differs."""
-    for part in new:
-        for k, v in new[part].items():
+def resume(path: Path, kind: str, config: dict, parts: dict) -> dict:
+    """Fill parts, a nested dict of modules and optimisers, from the checkpoint of a run with the
+    same config. -> the checkpoint; where none is, its step: 0. Raises BadInput for another's."""
+    if not path.exists():
+        return {"step": 0}
+    ckpt = load_checkpoint(path, kind, "--out")
+    old = {"task": {"name": "text"}} | ckpt["config"]
+    for part, new in config.items():
+        for k, v in new.items():
             was = old[part].get(k)
             require(was == v, f"{path} was made with {part} {k} = {was}, now it is {v}; use the "
                     "same flags, or another --out to start anew")
+    def fill(parts, saved):
+        for k, part in parts.items():
+            fill(part, saved[k]) if isinstance(part, dict) else part.load_state_dict(saved[k])
+    fill(parts, ckpt)
+    return ckpt
+
+def states(parts: dict) -> dict:
+    """The state_dicts of a nested dict of modules and optimisers."""
+    return {k: states(v) if isinstance(v, dict) else v.state_dict() for k, v in parts.items()}
 
 def half(tree: dict) -> dict:
     """A nested dict of tensors, in fp16."""
