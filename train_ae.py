@@ -5,8 +5,8 @@
     python train_ae.py --data photos/ --preset vq-f4        # a model of Table 8, on one GPU
     torchrun --nproc-per-node 8 train_ae.py --data photos/  # the same run, each batch shared by 8
 
-Writes OUT/ckpt.pt (all that resuming needs), log.jsonl, recon_*.png (rows of pictures above their
-reconstructions) and, with matplotlib, curves.png. The same command again goes on from there."""
+Writes OUT/ckpt.pt (all that resuming needs; ckpt.old.pt: the one before), log.jsonl, recon_*.png
+(pictures over reconstructions) and, with matplotlib, curves.png. The same command again goes on."""
 import math
 from argparse import BooleanOptionalAction
 from dataclasses import asdict
@@ -64,6 +64,8 @@ def configure(args) -> AEConfig:
                    tuple(args.attn_res), args.attn_mid, args.n_codes if args.reg == "vq" else None)
     require(args.size % cfg.f == 0,
             f"--size {args.size} is not divisible by f = {cfg.f}, which --ch-mult sets")
+    require(args.size >= 3 * 2 ** args.disc_layers or args.disc_weight == 0,
+            f"--size {args.size}: --disc-layers {args.disc_layers} are too many for it")
     return cfg
 
 def losses(args, perceptual, x, x_rec, q) -> tuple[Tensor, Tensor, dict]:
@@ -121,7 +123,7 @@ HEALTHY = {"kl": "kl 1..9 nats a latent value; z_std 0.5..4",
 def main(args):
     # ---- setup
     device, autocast, rank, world = tr.setup(args.device, args.dtype)
-    n_micro = tr.check_batch(args, world)
+    n_micro = tr.check(args, world)
     cfg = configure(args)
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
@@ -148,12 +150,11 @@ def main(args):
     if world > 1:                           # D_psi's BatchNorm sees its own process only
         run_ae, run_disc = DDP(run_ae), DDP(run_disc, broadcast_buffers=False)
 
-    # ---- optimiser
+    # ---- optimisers, resume
     nets = {"ae": ae, "disc": disc}
     opts = {k: torch.optim.Adam(net.parameters(), betas=args.betas, fused=True)
             for k, net in nets.items()}
-
-    # ---- resume
+    clips = {opts["ae"]: args.clip, opts["disc"]: math.inf}
     idle = torch.zeros(cfg.n_codes or 0, dtype=torch.int64, device=device)
     config = {"autoencoder": asdict(cfg),
               "discriminator": {"ch": args.disc_ch, "n_layers": args.disc_layers}}
@@ -163,7 +164,7 @@ def main(args):
     idle.copy_(ckpt.get("idle", idle))
     def save(step):
         save_checkpoint({"kind": "tinyldm autoencoder", "step": step, "config": config,
-                         "args": tr.plain(args), "idle": idle} | states(parts), path)
+                         "args": tr.plain(args), "idle": idle} | states(parts), path, keep=True)
     def judge(step):
         if not val:
             return run.note("no picture is held out, so nothing is judged; of 20 or more one is")
@@ -173,9 +174,9 @@ def main(args):
         if args.data == "shapes":
             told = [{"caption": c} for c in held_out.captions()]
             figures["captions_still_true"] = score("text", x_rec, told)["prompts_followed"]
-        run.write(step, **figures)
         rows = [v[i:i + 10] for i in range(0, min(len(x), 30), 10) for v in (x, x_rec)]
         save_grid(torch.cat(rows), args.out / f"recon_{step:06d}.png", min(10, len(x)))
+        run.write(step, **figures)
         save_curves(run.path, args.out / "curves.png")
 
     # ---- loop
@@ -202,15 +203,16 @@ def main(args):
         gan = args.disc_weight > 0 and step > args.disc_start
         x = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
         g = tr.generator(args.seed, step)
-        noise = torch.randn(args.batch, cfg.c_z, side, side, generator=g)
-        noise, clips = noise.chunk(world)[rank].to(device), {opts["ae"]: args.clip}
+        noise = torch.randn(args.batch, cfg.c_z, side, side, generator=g).chunk(world)[rank]
+        norms = {k: v.clone() for k, v in disc.named_buffers()}     # BatchNorm's
         loss, told, (x_rec, *used) = tr.accumulate(
-            loss_ae, (x, noise), n_micro, autocast, [run_ae], gan=gan)
+            loss_ae, (x, noise.to(device)), n_micro, autocast, [run_ae], gan=gan)
         if gan:
             more, said, _ = tr.accumulate(loss_disc, (x, x_rec), n_micro, autocast, [run_disc])
-            loss, told, clips = loss + more, told | said, clips | {opts["disc"]: math.inf}
-        run.update(step, loss, clips, told)
-        if used:
+            loss, told = loss + more, told | said
+        if not run.update(step, loss, clips, told):
+            disc.load_state_dict(norms, strict=False)
+        elif used:
             run.sums.update(track_codes(ae.codebook, idle, *used, args, g))
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@
     python train_ldm.py --preset sd-v1 --dry-run            # a row of the paper: only its sizes
     torchrun --nproc-per-node 8 train_ldm.py --data ...     # the same run, each batch shared by 8
 
-Writes OUT/ckpt.pt (all that resuming and sampling need), log.jsonl, samples_*.png, with matplotlib
-curves.png and, at the end, model.pt (sampling's part, fp16). The same command again goes on."""
+Writes OUT/ckpt.pt (all that resuming and sampling need; ckpt.old.pt: the one before), log.jsonl,
+samples_*.png, with matplotlib curves.png and, at the end, model.pt (sampling's part, fp16). The
+same command again goes on, wherever it was killed."""
 from argparse import BooleanOptionalAction
 from dataclasses import asdict
 from pathlib import Path
@@ -156,7 +157,7 @@ def main(args):
     if args.dry_run and not args.data:
         return plan(args)
     device, autocast, rank, world = tr.setup(args.device, args.dtype)
-    n_micro = tr.check_batch(args, world)
+    n_micro = tr.check(args, world)
     ae = load_stage_one(args.ae).to(device, memory_format=torch.channels_last)
 
     # ---- data
@@ -188,16 +189,12 @@ def main(args):
     run_nets = [net for net in (run_unet, run_tau) if net]
     eps_theta = as_eps_theta(run_unet, abar, args.predict)
 
-    # ---- optimiser
-    params = [p for net in nets.values() for p in net.parameters()]
-    opt = torch.optim.AdamW(params, betas=args.betas, fused=True)
+    # ---- optimiser, resume
+    opt = torch.optim.AdamW(torch.nn.ModuleDict(nets).parameters(), betas=args.betas, fused=True)
     ema = tr.EMA(nets, args.ema)
-
-    # ---- resume
     config = {"task": {"name": args.task}, "autoencoder": asdict(ae.cfg), "unet": asdict(cfg),
               "tau": task.shape(vars(args), ae.cfg.f) if task.shape else {}, "schedule": schedule}
-    parts = {"nets": nets, "ema": ema.nets, "ae": ae, "opt": opt}
-    path = args.out / "ckpt.pt"
+    parts, path = {"nets": nets, "ema": ema.nets, "ae": ae, "opt": opt}, args.out / "ckpt.pt"
     ckpt = resume(path, "ldm", config, parts)
     done, ema.n = ckpt["step"], ckpt.get("ema_n", 0)
 
@@ -234,31 +231,29 @@ def main(args):
         out = {"kind": "tinyldm ldm", "step": step, "config": config, "size": args.size,
                "args": tr.plain(args), "classes": list(names),
                "tokenizer": tokenizer.to_str() if tokenizer else None}
-        save_checkpoint(out | states(parts) | {"ema_n": ema.n}, path)
-        if step == args.steps:
+        if step == args.steps:                  # first: killed in between, the run makes it again
             save_checkpoint(out | half(states({"ae": ae, "ema": ema.nets})), args.out / "model.pt")
+        save_checkpoint(out | states(parts) | {"ema_n": ema.n}, path, keep=True)
 
     # ---- loop
     run = tr.Run(args, done, device, rank)
     run.note("healthy: loss falls fast from 1 to 0.1, then slowly; gnorm below 1; z_std 1")
-    judge = None
-    if rank == 0 and args.eval_n > 0:
-        judge = judging(m, args, data, held_out, to_y, run, autocast)
+    judge = rank == 0 and args.eval_n > 0 and run.judged < args.steps and judging(
+        m, args, data, held_out, to_y, run, autocast)
     def loss_of(z, t, eps, y):
         loss = ldm_loss(eps_theta, z, t, eps, abar, task.ctx(y, run_tau, ae), args.loss)
         return (loss * snr_weight(t, abar, *args.snr_clamp)).mean(), {}, ()
     for step, (q, y) in zip(run.steps(save, judge), batches()):
         g = tr.generator(args.seed, step)
-        shape = (args.batch, *q.mean.shape[1:])
-        noise, eps = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
+        noise, eps = (torch.randn(args.batch, *q.mean.shape[1:], generator=g) for _ in range(2))
         t = draw_t(args.batch, args.T, g)
         drop = torch.rand(args.batch, generator=g) < args.p_drop
         noise, eps, t, drop = (v.chunk(world)[rank].to(device) for v in (noise, eps, t, drop))
         z = Posterior(q.mean.to(device), q.logvar.to(device)).sample(noise)
         y = drop_condition(y.to(device), y_null[0].to(device, y.dtype), drop)
         loss, *_ = tr.accumulate(loss_of, (z, t, eps, y), n_micro, autocast, run_nets)
-        run.update(step, loss, {opt: args.clip}, dict(loss=loss, z_std=z.std()))
-        ema.update()
+        if run.update(step, loss, {opt: args.clip}, dict(loss=loss, z_std=z.std())):
+            ema.update()
 
 if __name__ == "__main__":
     tr.run(main, parse_args)

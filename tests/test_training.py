@@ -34,18 +34,25 @@ def test_step_seeds_differ_by_step_and_seed_and_repeat():
     assert (torch.randn(3, generator=tr.generator(1, 2)) == draws[5]).all()
 
 
+def flags(**changed):
+    least = dict(batch=4, micro_batch=None, save_every=1, eval_every=1, log_every=1, size=16)
+    return argparse.Namespace(**least | changed)
+
+
 @pytest.mark.parametrize("batch,micro,world,say", [
     (7, None, 2, "--batch 7"), (0, None, 1, "--batch 0"),
     (8, 3, 2, "--micro-batch 3"), (8, 8, 2, "--micro-batch 8")])
 def test_batches_that_cannot_be_split_are_bad_input(batch, micro, world, say):
     with pytest.raises(BadInput, match=say):
-        tr.check_batch(argparse.Namespace(batch=batch, micro_batch=micro), world)
+        tr.check(flags(batch=batch, micro_batch=micro), world)
 
 
-@pytest.mark.parametrize("flag", ["save_every", "eval_every", "log_every"])
-def test_intervals_of_0_are_bad_input(flag):
+@pytest.mark.parametrize("flag,value", [
+    ("save_every", 0), ("eval_every", 0), ("log_every", 0), ("size", 15)])
+def test_intervals_of_0_and_tiny_pictures_are_bad_input(flag, value):
+    assert tr.check(flags(micro_batch=2), 1) == 2
     with pytest.raises(BadInput, match="--" + flag.replace("_", "-")):
-        tr.check_batch(argparse.Namespace(batch=4, micro_batch=None, **{flag: 0}), 1)
+        tr.check(flags(**{flag: value}), 1)
 
 
 def test_flags_win_over_the_preset():

@@ -2,11 +2,13 @@
 Released models' files, too: Lightning's pickles (.ckpt) and .safetensors.
 
 Reads:   nothing of ours."""
+import contextlib
 import json
 import math
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -14,16 +16,30 @@ import torch
 
 from tinyldm import BadInput, require, trying
 
-def save_checkpoint(ckpt: dict, path: Path) -> None:
-    """Write under a temporary name, then rename: a crash leaves the old file. Raises BadInput."""
+@contextlib.contextmanager
+def written(path: Path, keep: bool = False):
+    """A file to write, which takes path's place when it is whole: a crash leaves the one before.
+    keep: that stays, as NAME.old.pt, unless it is truncated. Raises BadInput."""
     part = path.with_name(path.name + ".part")
     with trying(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
-            torch.save(ckpt, f)
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(path)
+        try:
+            with open(part, "wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            if keep and zipfile.is_zipfile(path):
+                path.replace(path.with_suffix(".old.pt"))
+            part.replace(path)
+        except RuntimeError as e:               # torch's, which hides what the disk said
+            raise e.__context__ or e from None
+        finally:
+            part.unlink(missing_ok=True)
+
+def save_checkpoint(ckpt: dict, path: Path, keep: bool = False) -> None:
+    """Of tensors and plain values; keep: as written(). Raises BadInput."""
+    with written(path, keep) as f:
+        torch.save(ckpt, f)
 
 def unpickle(path: str | Path, where: str, mmap: bool, allowed=()) -> object:
     """What torch.save wrote: tensors and plain values, for code in a file never runs.
@@ -41,8 +57,16 @@ def unpickle(path: str | Path, where: str, mmap: bool, allowed=()) -> object:
         raise BadInput(f"{where}: truncated, or not a checkpoint ({type(e).__name__})") from e
 
 def load_checkpoint(path: str | Path, kind: str | None, flag: str) -> dict:
-    """One of our files, of a kind ("autoencoder", "ldm", None: either). Raises BadInput."""
-    ckpt = unpickle(path, f"{flag} {path}", mmap=False)
+    """One of our files, of a kind ("autoencoder", "ldm", None: either); where it cannot be read,
+    the one before it, with a warning. Raises BadInput."""
+    old = Path(path).with_suffix(".old.pt")
+    try:
+        ckpt = unpickle(path, f"{flag} {path}", mmap=False)
+    except BadInput as e:
+        if not old.exists():
+            raise
+        warnings.warn(f"{e}; {old} is used, the one before", stacklevel=2)
+        ckpt = unpickle(old, f"{flag} {old}", mmap=False)
     found = str(ckpt.get("kind", "")) if isinstance(ckpt, dict) else ""
     require(found.startswith("tinyldm "), f"{flag} {path}: not a checkpoint of tinyldm")
     require(kind in (None, found[8:]), f"{flag} {path}: holds a {found}; give one of kind {kind}")
@@ -51,15 +75,14 @@ def load_checkpoint(path: str | Path, kind: str | None, flag: str) -> dict:
 def resume(path: Path, kind: str, config: dict, parts: dict) -> dict:
     """Fill parts, a nested dict of modules and optimisers, from the checkpoint of a run with the
     same config. -> the checkpoint; where none is, its step: 0. Raises BadInput for another's."""
-    if not path.exists():
+    if not path.exists() and not path.with_suffix(".old.pt").exists():
         return {"step": 0}
     ckpt = load_checkpoint(path, kind, "--out")
     old = {"task": {"name": "text"}} | ckpt["config"]
-    for part, new in config.items():
-        for k, v in new.items():
-            was = old[part].get(k)
-            require(was == v, f"{path} was made with {part} {k} = {was}, now it is {v}; use the "
-                    "same flags, or another --out to start anew")
+    changed = [f"{part} {k} = {old[part].get(k)}, now it is {v}" for part, new in config.items()
+               for k, v in new.items() if v != old[part].get(k)]
+    require(not changed, f"{path} was made with {'; '.join(changed)}; use the same flags, or "
+            "another --out to start anew")
     def fill(parts, saved):
         for k, part in parts.items():
             fill(part, saved[k]) if isinstance(part, dict) else part.load_state_dict(saved[k])
@@ -131,8 +154,7 @@ def write_state(state: dict[str, torch.Tensor], path: Path) -> None:
         header[k] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as f:
+    with written(path) as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for v in state.values():
             f.write(v.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

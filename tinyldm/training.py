@@ -1,7 +1,7 @@
 """What both training scripts share: flags, device, processes, gradients, EMA, steps, log.
 
 Paper:   App. E.2 (EMA, learning rates); the method itself is elsewhere.
-Reads:   nothing of ours."""
+Reads:   checkpoint.py"""
 import argparse
 import contextlib
 import copy
@@ -22,6 +22,7 @@ from torch import Tensor, distributed as dist, nn
 from tqdm import tqdm
 
 from tinyldm import BadInput, require, trying
+from tinyldm.checkpoint import written
 
 # ---- flags
 def flags(doc: str) -> argparse.ArgumentParser:
@@ -55,10 +56,10 @@ def training_flags(doc: str, out: str, every: int, n: int) -> argparse.ArgumentP
     g.add_argument("--warmup", type=int, help="steps of linear warm-up")
     g.add_argument("--cosine", action=BooleanOptionalAction, help="let the lr fall to 0 at the end")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    g.add_argument("--skip-nan", type=int, default=0, help="steps to skip at most, if not finite")
     g = parser.add_argument_group("system")
     g.add_argument("--device", default="auto", help="auto (CUDA if there is any), cpu, cuda")
-    g.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
-                   help="auto: bf16 on CUDA, else fp32")
+    g.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="bf16 on CUDA")
     g.add_argument("--compile", action=BooleanOptionalAction, default=False, help="torch.compile")
     g.add_argument("--workers", type=int, default=0, help="processes that load pictures")
     return parser
@@ -67,14 +68,13 @@ def plain(args: argparse.Namespace) -> dict:
     """The flags as plain values, for checkpoints and printing."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
-def check_batch(args, world: int) -> int:
-    """-> micro-batches a step. Raises BadInput where the batch cannot be split so."""
-    for k in ("save_every", "eval_every", "log_every"):
-        require(getattr(args, k, 1) > 0, f"--{k.replace('_', '-')}: must be at least 1")
+def check(args, world: int) -> int:
+    """-> micro-batches a step. Raises BadInput where flags do not go together."""
+    for k, least in dict(save_every=1, eval_every=1, log_every=1, size=16).items():
+        require(getattr(args, k) >= least, f"--{k.replace('_', '-')}: must be at least {least}")
     require(args.batch > 0 and args.batch % world == 0,
             f"--batch {args.batch} cannot be shared evenly by {world} process(es)")
-    each = args.batch // world
-    micro = args.micro_batch or each
+    each, micro = args.batch // world, args.micro_batch or args.batch // world
     require(micro > 0 and each % micro == 0,
             f"--micro-batch {micro} does not divide the {each} pictures of each process")
     return each // micro
@@ -93,21 +93,19 @@ def n_params(module: nn.Module) -> int:
 def run(main, parse_args) -> None:
     """main(parse_args()) for the command line: BadInput becomes one line and exit code 2."""
     warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
-    error = None
     try:
-        main(parse_args())
+        return main(parse_args())
     except BadInput as e:
-        error = f"error: {e}"
+        error = str(e)
     except OSError as e:
-        error = f"error: {e.filename or 'output'}: cannot be written: {e.strerror or e}"
+        error = f"{e.filename or 'output'}: cannot be written: {e.strerror or e}"
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if error:                                   # main's frame is gone, and with it its progress bar
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    print(f"error: {error}", file=sys.stderr)   # main's frame is gone, and with it its progress bar
+    sys.exit(2)
 
 def setup(device: str, dtype: str):
     """-> device, autocast context factory, rank, world size; joins torchrun's process group."""
@@ -129,11 +127,9 @@ def setup(device: str, dtype: str):
 
 # ---- optimisation
 def accumulate(loss_of, batch, n: int, autocast, nets, **more) -> tuple[Tensor, dict, list[Tensor]]:
-    """Gradients of nets: of the mean, over n micro-batches, of loss_of(*tensors, **more) -> (loss,
-    what to log, tensors to keep) -> the mean loss, the means to log, the kept ones joined again."""
+    """Adds gradients of nets: of the mean, over n micro-batches, of loss_of(*tensors, **more) -> (a
+    loss, what to log, tensors to keep) -> its mean, the means to log, the kept, joined again."""
     means, kept = Counter(), []                                     # its update() adds
-    for net in nets:
-        net.zero_grad()
     for i, part in enumerate(zip(*(v.chunk(n) for v in batch)), 1):
         for net in nets:
             net.require_backward_grad_sync = i == n                 # DDP's
@@ -180,69 +176,80 @@ class Run:
     writes. A resumed run keeps the lines up to its first step, so the file has no step twice."""
     def __init__(self, args, done: int, device: torch.device, rank: int):
         self.args, self.done, self.device, self.main = args, done, device, rank == 0
-        self.path = args.out / "log.jsonl"
+        self.note = tqdm.write if self.main else lambda text: None
+        self.asked, self.stopping = torch.zeros((), device=device), False
+        self.path, self.judged, self.skipped, self.sums = args.out / "log.jsonl", 0, 0, Counter()
         if self.main:
-            args.out.mkdir(parents=True, exist_ok=True)
-            old = self.path.read_text().splitlines() if done and self.path.exists() else []
-            self.path.write_text("".join(x + "\n" for x in old if json.loads(x)["step"] <= done))
+            old = self.path.read_text().split("\n")[:-1] if done and self.path.exists() else []
+            old = [x for x in map(json.loads, old) if x["step"] <= done]    # half a line is dropped
+            with written(self.path) as f:
+                f.writelines(f"{json.dumps(x)}\n".encode() for x in old)
+            self.judged = max((x["step"] for x in old if "ms" not in x), default=0)
         if done:
             self.note(f"{args.out}: {done} of {args.steps} steps are done")
-        self.bar = tqdm(total=args.steps, initial=done, disable=not self.main, unit="step",
-                        dynamic_ncols=True)
-        self.since, self.sums = time.perf_counter(), Counter()
+        self.bar = tqdm(total=args.steps, initial=done, disable=not self.main, dynamic_ncols=True)
 
     def steps(self, save, judge):
         """The steps that are not done: 1, 2, ... Between them log lines, and save(step) and
         judge(step) where they are due, in the main process. At SIGINT or SIGTERM, of any process,
         saves and leaves; at a second one ends at once. (zip the batches behind it: it must be the
-        first to be asked for more.)"""
-        args, last, asked = self.args, self.done, torch.zeros((), device=self.device)
+        first to be asked for more.) Raises BadInput after more than --skip-nan skipped steps."""
+        args, last, seconds, asked = self.args, self.done, 0.0, self.asked
         def ask(number, _frame):
             asked.fill_(1)
             signal.signal(number, signal.SIG_DFL)
             tqdm.write("stopping after this step; the same command then goes on", file=sys.stderr)
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, ask)
-        for step in range(self.done + 1, args.steps + 1):
-            yield step
-            if dist.is_initialized():
-                dist.all_reduce(asked, dist.ReduceOp.MAX)
-            stopping, end = bool(asked), step == args.steps
-            self.bar.update()
-            if step % args.log_every == 0 or end:               # the means since the last line
-                n, last = step - last, step
-                dt = (time.perf_counter() - self.since) / n
-                self.write(step, **{k: float(v) / n for k, v in self.sums.items()}, ms=dt * 1e3,
-                           img_per_s=args.batch / dt, gb=peak_memory(self.device) / 2 ** 30,
-                           eta_min=dt * (args.steps - step) / 60)
-                self.since, self.sums = time.perf_counter(), Counter()
-            start = time.perf_counter()
-            if self.main and (step % args.save_every == 0 or end or stopping):
-                save(step)
-            if self.main and args.eval_n > 0 and (step % args.eval_every == 0 or end):
+        for step in range(self.done, args.steps + 1):
+            end = step == args.steps
+            if step > self.done:                        # else: killed before it was judged, perhaps
+                start = time.perf_counter()
+                yield step
+                seconds += time.perf_counter() - start
+                if self.skipped > args.skip_nan:        # the step has changed nothing
+                    if self.main and step - 1 > self.done and (step - 1) % args.save_every:
+                        save(step - 1)
+                    raise BadInput(f"step {step}: loss or gradient is not finite: training stops; "
+                                   f"{args.out} keeps step {step - 1}, ckpt.old.pt an earlier one; "
+                                   "try a lower --lr, more --warmup, --dtype fp32, --skip-nan 10")
+                self.bar.update()
+                if step % args.log_every == 0 or end:                   # means since the last line
+                    n, dt = self.sums.pop("", 0), seconds / (step - last)
+                    self.write(step, **{k: float(v) / n for k, v in self.sums.items()}, ms=dt * 1e3,
+                               img_per_s=args.batch / dt, gb=peak_memory(self.device) / 2 ** 30,
+                               eta_min=dt * (args.steps - step) / 60)
+                    self.sums, seconds, last = Counter(), 0.0, step
+                if self.main and (step % args.save_every == 0 or end or self.stopping):
+                    save(step)
+            if self.main and args.eval_n > 0 and step > self.judged and (
+                    step % args.eval_every == 0 or end):
                 judge(step)
-            self.since += time.perf_counter() - start       # this time is not training's
-            if stopping:
+            if self.stopping:
                 break
         self.bar.close()
 
-    def update(self, step: int, loss: Tensor, clips: dict, told: dict) -> None:
+    def update(self, step: int, loss: Tensor, clips: dict, told: dict) -> bool:
         """A step of each optimiser of clips, {optimiser: its gradient's largest norm}; to the log
-        goes what is told. Raises BadInput if the loss or a gradient is not finite."""
+        goes what is told. -> False, and nothing is done, if loss or gradient is not finite in some
+        process. The host waits for the device here only, and hears of signals, too."""
         norms = [nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], clip)
                  for opt, clip in clips.items()]
-        if not torch.isfinite(loss + sum(norms)):
-            raise BadInput(f"loss or gradient is not finite at step {step}: training stops, "
-                           f"{self.args.out} keeps the last good state; try a lower --lr, "
-                           "more --warmup or --dtype fp32")
+        said = torch.stack([self.asked, 1.0 - torch.isfinite(loss + sum(norms)).float()])
+        if dist.is_initialized():
+            dist.all_reduce(said, dist.ReduceOp.MAX)
+        self.stopping, bad = said.tolist()
         for opt in clips:
-            opt.param_groups[0]["lr"] = lr = lr_at(step, self.args)
-            opt.step()
-        self.sums.update(told | dict(lr=lr, gnorm=norms[0]))
-
-    def note(self, text: str) -> None:
-        if self.main:
-            tqdm.write(text)
+            if not bad:
+                opt.param_groups[0]["lr"] = lr = lr_at(step, self.args)
+                opt.step()
+            opt.zero_grad()
+        if bad:
+            self.skipped += 1
+            self.note(f"step {step} is not finite: no update, {self.skipped} of --skip-nan")
+        else:
+            self.sums.update(told | {"lr": lr, "gnorm": norms[0], "": 1})
+        return not bad
 
     def write(self, step: int, **values: float) -> None:
         """A line on the terminal and in log.jsonl."""
@@ -251,7 +258,7 @@ class Run:
             body = " | ".join(f"{k} {v:,.0f}" if abs(v) >= 1e3 else f"{k} {v:.3g}"
                               for k, v in values.items())
             tqdm.write(f"step {step:05d}/{self.args.steps:05d} | {body}")
-            with open(self.path, "a") as f:
+            with trying(f"cannot write {self.path}"), open(self.path, "a") as f:
                 f.write(json.dumps({"step": step, **values}) + "\n")
 
 def peak_memory(device: torch.device) -> int:
