@@ -271,7 +271,7 @@ class Run:
             body = " | ".join(f"{k} {v:,.0f}" if abs(v) >= 1e3 else f"{k} {v:.3g}"
                               for k, v in values.items())
             tqdm.write(f"step {step:05d}/{self.args.steps:05d} | {body}")
-            with open(self.path, "a") as f:
+            with trying(f"cannot write {self.path}"), open(self.path, "a") as f:
                 f.write(json.dumps({"step": step, **values}) + "\n")
 
 def peak_memory(device: torch.device) -> int:
