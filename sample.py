@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from tinyldm import generate as gen, presets, require, samplers, shapes, training as tr, trying
+from tinyldm import generate as gen, official, presets, require, shapes, training as tr, trying
 from tinyldm.data import LANCZOS, NEAREST, is_box, load_map, load_rgb, open_data
 from tinyldm.degrade import to_image, to_tensor
 from tinyldm.inside import attention_maps, record, save_attention
@@ -30,7 +30,7 @@ from tinyldm.pictures import save_drawn, save_grid
 from tinyldm.score import parse_prompt, score
 from tinyldm.tasks import TASKS
 
-BUNDLED = Path(samplers.__file__).with_name("toy.pt")
+BUNDLED = Path(gen.__file__).with_name("toy.pt")
 
 def parse_args(argv=None):
     p = tr.flags(__doc__)
@@ -138,7 +138,7 @@ def asked(args, m: gen.Model) -> list[dict]:
         y = np.int64(fitted("map", read(args, "map", load_map), (side, side), NEAREST))
         return [{"segmentation": torch.from_numpy(y)}]
     if args.image and m.task == "superres":
-        image, k = read(args, "image", load_rgb), -(-m.factor // 4)
+        image, k = read(args, "image", load_rgb), -(-m.ae.cfg.f * m.unet.cfg.factor // 4)
         w, h = (v - v % k for v in image.size)
         if (w, h) != image.size:
             print(f"--image: {image.width}x{image.height} is cropped to {w}x{h}, multiples of {k}")
@@ -152,8 +152,8 @@ def held_out(args, m: gen.Model) -> list[dict]:
     path = m.flags["data"] = args.data or m.flags.get("data")
     require(path, "--data: a released model has none of its own; give a condition or a folder")
     flags = {"label_column": "label", "degrade": "bicubic", "resize": True, "seed": 0} | m.flags
-    flags = argparse.Namespace(**flags | {"size": args.size[0]})
-    data = open_data(flags, "held-out", TASKS[m.task].fields)
+    data = open_data(argparse.Namespace(**flags | {"size": args.size[0]}), "held-out",
+                     TASKS[m.task].fields)
     require(len(data), f"--data {path}: has no held-out pictures; give a condition")
     require(m.task != "layout" or not m.classes or tuple(data.classes) == m.classes,
             f"--data {path}: its classes are not those of the model")
@@ -178,9 +178,15 @@ def check(args, m: gen.Model) -> None:
             "--sampler plms: forgets its past at each step of a masked run; use ddim")
     require(0 < args.strength <= 1, f"--strength {args.strength:g}: must be above 0 and at most 1")
     require(args.sampler == "ddim" or not args.eta, f"--eta {args.eta:g}: needs --sampler ddim")
-    side = m.flags["size"] if args.size is None else args.size
-    require(side > 0 and side % m.factor == 0, f"--size {side}: must be a multiple of {m.factor}, "
-            "the autoencoder's f times the U-Net's factor")
+    side, k = m.flags["size"] if args.size is None else args.size, m.ae.cfg.f * m.unet.cfg.factor
+    require(side > 0 and side % k == 0, f"--size {side}: must be a multiple of {k}, the "
+            "autoencoder's f times the U-Net's factor")
+    require(m.task != "text" or m.tokenizer, "--vocab: the model needs a tokenizer's vocabulary, "
+            "CLIP's or BERT's")
+    guidable = m.flags.get("p_drop", 1) > 0
+    args.scale = (TASKS[m.task].s if guidable else 1.0) if args.scale is None else args.scale
+    require(guidable or args.scale == 1, f"--scale {args.scale:g}: the model has learned no null "
+            "condition to guide away from; use --scale 1")
     n_steps = len(gen.timesteps(args, len(m.abar))) - 1
     require(all(1 <= k <= n_steps for k in args.at or ()), f"--at: steps must be 1..{n_steps}")
     require(m.task == "text" or not args.attention, "--attention: is of words; use a text model")
@@ -206,8 +212,12 @@ def prepare(args, m: gen.Model) -> list[dict]:
 
 def main(args):
     device, autocast, _, _ = tr.setup(args.device, args.dtype)
-    m = (gen.load_official(args, device) if args.official
-         else gen.load_model(args.ckpt, args.ema, device))
+    if args.official:
+        dtype = torch.float32 if device.type == "cpu" or args.dtype == "fp32" else None
+        m = official.load_model(args.official, args.preset, args.ema, args.vocab, device, dtype)
+        print(f"{args.official}: {m.flags['preset']}")
+    else:
+        m = gen.load_model(args.ckpt, args.ema, device)
     items = prepare(args, m)
     first, n_steps = items[:args.batch], len(gen.timesteps(args, len(m.abar))) - 1
     calls = [k + (args.sampler == "plms" and k > 0) for k in range(n_steps)]        # by step
@@ -217,10 +227,11 @@ def main(args):
     chunks, images, z_0s = range(0, len(items), args.batch), [], []
     plain, kept = (lambda eps: eps), (lambda eps: record(eps, m.abar, z_0s))
     bar = tqdm(total=len(chunks) * (calls[-1] + 1), unit="step", dynamic_ncols=True)
+    m.unet.register_forward_hook(lambda *_: bar.update() and None)
     with bar, autocast(), watch as maps:
         for i in chunks:
             wrap = kept if i == 0 and args.trajectory else plain
-            images.append(gen.draw(m, items[i:i + args.batch], args, i, bar.update, wrap))
+            images.append(gen.draw(m, items[i:i + args.batch], args, i, wrap))
     images = torch.cat(images)
     if args.out.suffix == ".png":
         row = args.n if 1 < args.n < len(images) or args.to_seed is not None else 8
@@ -240,8 +251,8 @@ def main(args):
     if args.score:
         figures = score(m.task, images, items, m.flags["size"] / 32)
         told = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
-        s = TASKS[m.task].s if args.scale is None else args.scale
-        print(f"{len(images)} pictures, s = {s:g}, {n_steps} {args.sampler.upper()} steps: {told}")
+        how = f"s = {args.scale:g}, {n_steps} {args.sampler.upper()} steps"
+        print(f"{len(images)} pictures, {how}: {told}")
 
 if __name__ == "__main__":
     tr.run(main, parse_args)
