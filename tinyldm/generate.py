@@ -62,7 +62,8 @@ def timesteps(args, T: int) -> list[int]:
         ts = TIMESTEPS[args.timesteps](T, min(50, T) if args.steps is None else args.steps)
     except ValueError as e:
         raise BadInput(f"--{e}") from e
-    return samplers.later(ts, args.strength) if args.init else ts
+    s = 0.5 if args.strength is None else args.strength
+    return samplers.later(ts, s) if args.init else ts
 
 def draw_noise(n: int, args, first: int, shape: tuple, device) -> tuple[Tensor, Callable]:
     """z_T, and randn() for the steps: picture j of n has the noise of (args.seed, first + j).
@@ -79,7 +80,7 @@ def draw_noise(n: int, args, first: int, shape: tuple, device) -> tuple[Tensor, 
 
 @torch.no_grad()
 def draw(m: Model, items: list[dict], args, first: int = 0,
-         wrap: Callable = lambda eps: eps) -> Tensor:
+         wrap: Callable | None = None) -> Tensor:
     """A picture an item, on the CPU; args as sample.py's parse_args makes them, size (H, W).
     An item has what m's task asks for; with `init`, drawing begins at that picture, noised; with
     `image` and `mask`, all but the mask's 1s is kept. wrap(eps_theta): what the sampler calls."""
@@ -92,7 +93,8 @@ def draw(m: Model, items: list[dict], args, first: int = 0,
     def fields(name):
         return torch.stack([item[name] for item in items]).to(device)
     s = task.s if args.scale is None else args.scale
-    eps = wrap(guided(as_eps_theta(net, m.abar, m.predict), ctx_null, 1 if ctx is None else s))
+    eps = guided(as_eps_theta(net, m.abar, m.predict), ctx_null, 1 if ctx is None else s)
+    eps = wrap(eps) if wrap else eps
     z, randn = draw_noise(len(items), args, first, (m.ae.cfg.c_z, H // f, W // f), device)
     ts = timesteps(args, len(m.abar))
     def sampler(z_t, ts):

@@ -45,7 +45,7 @@ def encode(tokenizer: Tokenizer, captions: list[str], M: int) -> torch.Tensor:
                        (unknown, "words that no training caption has are read as [UNK]: ")):
         if words:
             more = f" and {len(words) - 8} more" if len(words) > 8 else ""
-            warnings.warn(say + ", ".join(map(repr, [*words][:8])) + more, stacklevel=2)
+            warnings.warn(say + ", ".join(repr(w[:80]) for w in [*words][:8]) + more, stacklevel=2)
     return rows
 
 def bert(vocab: Path) -> Tokenizer:
