@@ -36,6 +36,7 @@ from tinyldm.inside import attention_maps, record, save_attention
 from tinyldm.pictures import save_drawn, save_grid
 from tinyldm.score import parse_prompt, score
 from tinyldm.tasks import TASKS
+from tinyldm.tokens import plain
 
 BUNDLED = Path(gen.__file__).with_name("toy.pt")
 
@@ -125,14 +126,14 @@ def class_number(name: str, m: gen.Model, say: str = "") -> int:
          else len(m.classes) or m.tau.cfg.n_vocab - 1)
     more = f", or a name, like {', '.join(m.classes[:3])}" if m.classes else ""
     require(name.isdecimal() and len(name) < 9 and int(name) < n,
-            f"{say}{name!r} is no class of this model; they are numbers, 0..{n - 1}{more}")
+            f"{say}{name!r:.99} is no class of this model; they are numbers, 0..{n - 1}{more}")
     return int(name)
 
 def asked(args, m: gen.Model) -> Sequence[dict]:
     """The conditions, each with what m's task asks for; sets args.size. Raises BadInput."""
     if m.task in ("text", "class"):
         more = read(args, "prompts", bytes.decode).splitlines() if args.prompts else []
-        lines = [p.strip() for p in args.prompt + args.label + more if p.strip()]
+        lines = [plain(p).strip() for p in args.prompt + args.label + more if p.strip()]
         if m.task == "text":
             return [{"caption": p} for p in lines]
         some = shapes.SEEN if m.flags.get("data") == "shapes" else range(len(m.classes))

@@ -32,6 +32,7 @@ from tinyldm.degrade import Degraded, to_tensor
 from tinyldm.shapes import Shapes
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")         # an EPS would start GhostScript
 COLUMNS = {                     # of metadata.jsonl, and what to do where a picture has none
     "caption": ("text", 'give it a .txt beside it, or a "text" in metadata.jsonl'),
     "label": ("label", 'put it into a sub-folder named so, or a "label" into metadata.jsonl'),
@@ -81,7 +82,11 @@ class Folder(Dataset):
         return [str(row["text"]) for row in self.rows]
 
     def read(self, name: str) -> bytes:
-        return self._zip().read(name) if self.zipped else (self.path / name).read_bytes()
+        if not self.zipped:
+            return (self.path / name).read_bytes()
+        size = self._zip().getinfo(name).file_size              # read() gives no more than this
+        require(size < 2 ** 28, f"--data {self.path}: {name!r:.99} has {size:,} bytes; unpack it")
+        return self._zip().read(name)
 
     def _zip(self) -> zipfile.ZipFile:
         return open_zip(self.path, os.stat(self.path).st_mtime_ns, os.getpid())
@@ -116,7 +121,7 @@ class Folder(Dataset):
         row = {k: v for k, v in row.items() if v is not None}
         for key in {"file_name", "mask"} & row.keys():
             require(isinstance(row[key], str) and row[key] in have,
-                    f"{where} {key} {row[key]!r} is not in the folder")
+                    f"{where} {key} {row[key]!r:.99} is not in the folder")
         boxes = row.get("boxes", [])
         require(isinstance(boxes, list) and all(map(is_box, boxes)),
                 f'{where} "boxes" must be [[class, x0, y0, x1, y1], ...] in pixels')
@@ -168,7 +173,7 @@ def load(data: bytes) -> Image.Image:
     """A picture file's bytes, decoded and upright as its EXIF says; a bomb is an error before."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=FORMATS))
 
 def load_map(data: bytes) -> Image.Image:
     """A label map's bytes -> a picture of one channel of class numbers. Raises as load()."""

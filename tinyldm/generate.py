@@ -19,6 +19,7 @@ from tinyldm.checkpoint import load_checkpoint
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, q_sample
 from tinyldm.guidance import guided
 from tinyldm.tasks import TASKS, build_tau
+from tinyldm.tokens import check
 from tinyldm.training import generator
 from tinyldm.unet import UNet, UNetConfig
 
@@ -45,15 +46,18 @@ def load_model(path: Path, ema: bool, device: torch.device) -> Model:
     with trying(f"--ckpt {path}: its parts do not fit together"):
         config, nets = ckpt["config"], ckpt["ema" if ema else "nets"]
         task = config.get("task", {"name": "text"})["name"]
-        built = (build_autoencoder(config["autoencoder"]), UNet(UNetConfig(**config["unet"])),
-                 build_tau(task, config["tau"]))
+        with torch.device("meta"):                          # memory is the file's, whatever it says
+            built = (build_autoencoder(config["autoencoder"]), UNet(UNetConfig(**config["unet"])),
+                     build_tau(task, config["tau"]))
         for net, state in zip(filter(None, built), (ckpt["ae"], nets["unet"], nets.get("tau"))):
-            net.load_state_dict(state)
-            net.to(device).eval().requires_grad_(False)
-        schedule, tokenizer = config["schedule"], ckpt["tokenizer"]
+            net.load_state_dict(state, assign=True)
+            net.to(device, torch.float32).eval().requires_grad_(False)
+        schedule, tokenizer = config["schedule"], None
+        if task == "text":
+            tokenizer = Tokenizer.from_str(ckpt["tokenizer"])
+            check(tokenizer, built[2].cfg.n_vocab, f"--ckpt {path}")
         betas = SCHEDULES[schedule["name"]](schedule["T"], *schedule.get("beta_range", ()))
-        return Model(*built, Tokenizer.from_str(tokenizer) if tokenizer else None,
-                     cumulative(betas).to(device), schedule["predict"], task,
+        return Model(*built, tokenizer, cumulative(betas).to(device), schedule["predict"], task,
                      tuple(ckpt.get("classes", ())), ckpt["args"] | {"size": ckpt["size"]})
 
 def timesteps(args, T: int) -> list[int]:
