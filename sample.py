@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import distributed as dist
 from torch.utils.data import Subset
 from tqdm import tqdm
 
@@ -150,14 +149,14 @@ def asked(args, m: gen.Model) -> Sequence[dict]:
         w, h = (v - v % k for v in image.size)
         if (w, h) != image.size:
             print(f"--image: {image.width}x{image.height} is cropped to {w}x{h}, multiples of {k}")
-        require(w * h, f"--image {args.image}: its sides must be at least {k}")
+        most = Image.MAX_IMAGE_PIXELS // 16                 # as it grows to 16 times as many
+        require(0 < w * h <= most, f"--image: must have sides of {k} or more, {most:,} px at most")
         args.size = 4 * h, 4 * w
         return [{"small": to_tensor(image.crop((0, 0, w, h)))}]
     return held_out(args, m)
 
 def held_out(args, m: gen.Model) -> Subset:
-    """--n held-out items of --data, or of what m was trained on; read when asked for, as 50,000
-    label maps are larger than memory. Raises BadInput."""
+    """--n held-out items of --data, or of m's own set, read when asked for. Raises BadInput."""
     path = m.flags["data"] = args.data or m.flags.get("data")
     require(path, "--data: a released model has none of its own; give a condition or a folder")
     h, w = args.size
@@ -179,25 +178,22 @@ def check(args, m: gen.Model) -> None:
                 f"{m.task}, which takes {', '.join('--' + f for f in takes)}")
     require(m.task == "superres" or (args.image is None) == (args.mask is None),
             "--image and --mask belong together: what is kept, and where it is painted")
-    for flag, low in (("n", 1), ("batch", 1), ("seed", 0), ("to_seed", 0)):
-        v = getattr(args, flag)
-        require(v is None or v >= low, f"--{flag.replace('_', '-')} {v}: must be at least {low}")
+    for flag, low, high in (("n", 1, 1e9), ("batch", 1, 1e9), ("seed", 0, 1e18), ("eta", 0, 1),
+                            ("to_seed", 0, 1e18), ("strength", 1e-6, 1), ("scale", -1e6, 1e6)):
+        v, name = getattr(args, flag), flag.replace("_", "-")
+        require(v is None or low <= v <= high, f"--{name} {v}: must be in {low:g}..{high:g}")
+    require(args.sampler == "ddim" or not args.eta, f"--eta {args.eta:g}: needs --sampler ddim")
     for flag, to in (("strength", "init"), ("preset", "official"), ("vocab", "official")):
         require(getattr(args, to) or getattr(args, flag) is None, f"--{flag}: only with --{to}")
-    shown = [*filter(None, (args.attention, args.trajectory))]
-    require(shown or not args.at, "--at: only with --attention or --trajectory")
-    for path in shown:
+    require(args.attention or args.trajectory or not args.at, "--at: for --attention, --trajectory")
+    for path in filter(None, (args.attention, args.trajectory)):
         require(path.suffix == ".png", f"{path}: --attention and --trajectory must end in .png")
     require(args.sampler != "plms" or not args.mask and m.task != "inpaint",
             "--sampler plms: forgets its past at each step of a masked run; use ddim")
-    require(args.strength is None or 0 < args.strength <= 1,
-            f"--strength {args.strength}: must be above 0 and at most 1")
-    require(args.eta == 0 or args.sampler == "ddim" and 0 < args.eta <= 1,
-            f"--eta {args.eta:g}: must be 0..1, and 0 unless --sampler is ddim")
     guidable = m.flags.get("p_drop", 1) > 0
     args.scale = (TASKS[m.task].s if guidable else 1.0) if args.scale is None else args.scale
-    require(abs(args.scale) < 1e9 and (guidable or args.scale == 1), f"--scale {args.scale}: must "
-            "be finite, and 1 for a model that has learned no null condition to guide away from")
+    require(guidable or args.scale == 1, f"--scale {args.scale:g}: the model has learned no null "
+            "condition to guide away from; use --scale 1")
     size, k = str(args.size or m.flags["size"]).split("x"), m.ae.cfg.f * m.unet.cfg.factor
     require(len(size) < 3 and all(v.isdecimal() and len(v) < 6 for v in size)
             and all(int(v) > 0 and int(v) % k == 0 for v in size), f"--size {args.size}: must be a "
@@ -213,8 +209,6 @@ def prepare(args, m: gen.Model) -> tuple[Sequence[dict], dict]:
     check(args, m)
     items, size = asked(args, m), args.size[::-1]
     require(len(items), 'no prompt: give one, like "a red circle above a blue square"')
-    require(size[0] * size[1] <= Image.MAX_IMAGE_PIXELS, f"{size[0]} x {size[1]} pixels are too "
-            "many to be read again; take a smaller --size or --image")
     if args.score:
         require("image" in items[0] if m.task == "superres" else m.flags.get("data") == "shapes",
                 "--score: needs the built-in world, or superres with the truth")
@@ -269,8 +263,6 @@ def main(args):
             for x, path in zip(drawn, () if grid else files[i:]):
                 to_image(x).save(path.with_suffix(".part"), "PNG")
                 path.with_suffix(".part").replace(path)         # whole, or not there
-    if world > 1:
-        dist.barrier()                                          # till all are written
     print(f"{n} picture(s) in {bar.format_dict['elapsed']:.1f} s -> {args.out}")
 
     # ---- what else is shown
@@ -290,8 +282,8 @@ def main(args):
     if args.score:
         figures = score(m.task, images, whole, m.flags["size"] / 32)
         told = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
-        how = f"s = {args.scale:g}, {n_steps} {args.sampler.upper()} steps"
-        print(f"{n} pictures, {how}: {told}")
+        how = args.sampler.upper()
+        print(f"{n} pictures, s = {args.scale:g}, {n_steps} {how} steps: {told}")
 
 if __name__ == "__main__":
     tr.run(main, parse_args)

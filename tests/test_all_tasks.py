@@ -47,6 +47,7 @@ def files(tmp_path):
     rng = np.random.default_rng(0)
     for name, w, h in (("photo", 16, 16), ("wide", 40, 24), ("small", 6, 8)):
         Image.fromarray(rng.integers(0, 255, (h, w, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    Image.new("L", (2001, 2001)).save(tmp_path / "large.png")
     hole = np.zeros((16, 16), np.uint8)
     hole[4:10, 6:12] = 255
     for name, v in (("hole", hole), ("all", hole * 0 + 255), ("nothing", hole * 0),
@@ -144,11 +145,12 @@ def test_bad_input_is_one_line_and_exit_code_2(draw, files):
              ("inpaint", ["--image", at("photo.png"), "--mask", at("nothing.png")], "covers noth"),
              ("superres", ["--image", at("small.png"), "--mask", at("hole.png")], "--mask: this"),
              ("superres", ["--image", at("small.png"), "--score"], "the truth"),
+             ("superres", ["--image", at("large.png")], "4,000,000 px at most"),
              ("superres", ["--image", at("boxes.json")], "boxes.json: cannot be read"),
              ("text", ["a cat", "--strength", 0, "--init", at("photo.png")], "--strength 0"),
              ("text", ["a cat", "--strength", 0.5], "--strength: only with --init"),
              ("text", ["a cat", "--vocab", at("photo.png")], "--vocab: only with --official"),
-             ("text", ["a cat", "--at", 1], "--at: only with --attention or --trajectory"),
+             ("text", ["a cat", "--at", 1], "--at: for --attention, --traj"),
              ("text", ["a cat", "--eta", "nan"], "--eta nan"),
              ("text", ["a cat", "--scale", "nan"], "--scale nan"),
              ("text", ["a cat", "--size", "16x18"], "--size 16x18: must be"),

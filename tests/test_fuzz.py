@@ -95,7 +95,7 @@ def odd_json(r: random.Random, value) -> str:
         elif kind == 1 and isinstance(at, list) and at is not root:
             at.append(copy.deepcopy(at[key]))
         else:
-            at[key] = r.choice(ODD)
+            at[key] = copy.deepcopy(r.choice(ODD))
     text = json.dumps(root[0])
     text = text.replace(f'"{DEEP}"', "[" * 10_000 + "]" * 10_000)
     return text.replace(f'"{LONG}"', r.choice(("9" * 5000, "1e999", "-1e999", "1" + "0" * 4000)))

@@ -19,7 +19,7 @@ from tinyldm.checkpoint import load_checkpoint
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, q_sample
 from tinyldm.guidance import guided
 from tinyldm.tasks import TASKS, build_tau
-from tinyldm.tokens import check
+from tinyldm.tokens import checked
 from tinyldm.training import generator
 from tinyldm.unet import UNet, UNetConfig
 
@@ -52,10 +52,9 @@ def load_model(path: Path, ema: bool, device: torch.device) -> Model:
         for net, state in zip(filter(None, built), (ckpt["ae"], nets["unet"], nets.get("tau"))):
             net.load_state_dict(state, assign=True)
             net.to(device, torch.float32).eval().requires_grad_(False)
-        schedule, tokenizer = config["schedule"], None
-        if task == "text":
-            tokenizer = Tokenizer.from_str(ckpt["tokenizer"])
-            check(tokenizer, built[2].cfg.n_vocab, f"--ckpt {path}")
+        schedule = config["schedule"]
+        tokenizer = checked(Tokenizer.from_str(ckpt["tokenizer"]), built[2].cfg.n_vocab,
+                            f"--ckpt {path}") if task == "text" else None
         betas = SCHEDULES[schedule["name"]](schedule["T"], *schedule.get("beta_range", ()))
         return Model(*built, tokenizer, cumulative(betas).to(device), schedule["predict"], task,
                      tuple(ckpt.get("classes", ())), ckpt["args"] | {"size": ckpt["size"]})
@@ -66,8 +65,7 @@ def timesteps(args, T: int) -> list[int]:
         ts = TIMESTEPS[args.timesteps](T, min(50, T) if args.steps is None else args.steps)
     except ValueError as e:
         raise BadInput(f"--{e}") from e
-    s = 0.5 if args.strength is None else args.strength
-    return samplers.later(ts, s) if args.init else ts
+    return samplers.later(ts, args.strength or 0.5) if args.init else ts
 
 def draw_noise(n: int, args, first: int, shape: tuple, device) -> tuple[Tensor, Callable]:
     """z_T, and randn() for the steps: picture j of n has the noise of (args.seed, first + j).
@@ -92,12 +90,11 @@ def draw(m: Model, items: list[dict], args, first: int = 0,
     batch = {k: [item.get(k) for item in items] for k in ("image", *task.fields)}
     y, null = (task.y(b, m.tau, m.tokenizer).to(device) for b in (batch, task.null))
     ctx, ctx_null = (task.ctx(v, m.tau, m.ae) for v in (y, null.expand(1, *y.shape[1:])))
-    def net(z_t, t, ctx):
-        return m.unet(z_t, t, ctx).float()
     def fields(name):
         return torch.stack([item[name] for item in items]).to(device)
     s = task.s if args.scale is None else args.scale
-    eps = guided(as_eps_theta(net, m.abar, m.predict), ctx_null, 1 if ctx is None else s)
+    eps = as_eps_theta(lambda *inputs: m.unet(*inputs).float(), m.abar, m.predict)
+    eps = guided(eps, ctx_null, 1 if ctx is None else s)
     eps = wrap(eps) if wrap else eps
     z, randn = draw_noise(len(items), args, first, (m.ae.cfg.c_z, H // f, W // f), device)
     ts = timesteps(args, len(m.abar))

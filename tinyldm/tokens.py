@@ -74,12 +74,13 @@ def clip(folder: Path) -> Tokenizer:
     t.post_processor = processors.BertProcessing(*((s, t.token_to_id(s)) for s in (EOS, BOS)))
     return t
 
-def check(t: Tokenizer, n_vocab: int, where: str) -> None:
-    """Has it ids 0..n_vocab-1, as the embedding of the model, and one for all else? Or BadInput."""
+def checked(t: Tokenizer, n_vocab: int, where: str) -> Tokenizer:
+    """t, if its ids are 0..n_vocab-1, as the embedding's, with one for all else. Or BadInput."""
     with trying(f"{where}: no tokenizer"):
         t.encode("\U0002a700")                          # a rare ideograph
         n = 1 + max(t.get_vocab().values())
     require(n == n_vocab, f"{where}: {n} tokens, where the model's embedding has {n_vocab}")
+    return t
 
 def open_vocab(path: Path, n_vocab: int, M: int) -> Tokenizer:
     """A released text encoder's tokenizer; it cuts, and pads to M: CLIP's with EOS, BERT's with 0.
@@ -92,7 +93,7 @@ def open_vocab(path: Path, n_vocab: int, M: int) -> Tokenizer:
             t = clip(file.parent)
         else:
             t = bert(file) if file.suffix == ".txt" else Tokenizer.from_file(str(file))
-    check(t, n_vocab, f"--vocab {file}")
+    t = checked(t, n_vocab, f"--vocab {file}")
     pad = EOS if t.token_to_id(EOS) is not None else PAD
     t.enable_truncation(M)
     t.enable_padding(length=M, pad_id=t.token_to_id(pad) or 0, pad_token=pad)
