@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from tinyldm import presets, require, shapes, training as tr
+from tinyldm import presets, require, shapes, training as tr, trying
 from tinyldm.attention import SpatialTransformer
 from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, Posterior, build_autoencoder
 from tinyldm.checkpoint import half, load_checkpoint, resume, save_checkpoint, states
@@ -88,8 +88,9 @@ def load_stage_one(path: Path) -> Autoencoder | Pixels:
     if str(path) == "none":
         return Pixels()
     ckpt = load_checkpoint(path, "autoencoder", "--ae")
-    ae = build_autoencoder(ckpt["config"]["autoencoder"])
-    ae.load_state_dict(ckpt["nets"]["ae"])
+    with trying(f"--ae {path}: its parts do not fit together"), torch.device("meta"):
+        ae = build_autoencoder(ckpt["config"]["autoencoder"])
+        ae.load_state_dict(ckpt["nets"]["ae"], assign=True)
     return ae.eval().requires_grad_(False)
 
 def configure(args, ae: AEConfig) -> UNetConfig:

@@ -72,6 +72,10 @@ def load_checkpoint(path: str | Path, kind: str | None, flag: str) -> dict:
     found = str(ckpt.get("kind", "")) if isinstance(ckpt, dict) else ""
     require(found.startswith("tinyldm "), f"{flag} {path}: not a checkpoint of tinyldm")
     require(kind in (None, found[8:]), f"{flag} {path}: holds a {found}; give one of kind {kind}")
+    with trying(f"{flag} {path}: its config cannot be read"):
+        for part in ckpt.get("config", {}).values():        # or it takes for ever to build
+            n = max(part.get("n_res", 1), part.get("depth", 1), len(part.get("ch_mult", ())))
+            require(n < 100 and part.get("T", 1) < 10 ** 5, f"{flag} {path}: it has absurd sizes")
     return ckpt
 
 def resume(path: Path, kind: str, config: dict, parts: dict) -> dict:

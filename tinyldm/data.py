@@ -22,6 +22,7 @@ from tinyldm.degrade import Degraded, to_tensor
 from tinyldm.files import COLUMNS, PICTURES, Files
 from tinyldm.shapes import Shapes
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")         # an EPS would start GhostScript
 NEAREST, LANCZOS = Image.Resampling.NEAREST, Image.Resampling.LANCZOS
 Image.MAX_IMAGE_PIXELS = 64_000_000                     # more is refused as a decompression bomb
 BUFFER = 5_000                  # pictures among which those that lie one behind another are mixed
@@ -114,7 +115,7 @@ def load(data: bytes, least: int | None = None) -> Image.Image:
     twice the target's side leaves it to what shrinks it further how good it looks."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if least:
             image.draft(None, (least, least))
         return ImageOps.exif_transpose(image)

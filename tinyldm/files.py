@@ -59,6 +59,8 @@ class Files:
 
     def read(self, name: str) -> bytes:
         if self.zipped:
+            size = self._zip().getinfo(name).file_size          # read() gives no more than this
+            require(size < 2 ** 28, f"--data {self.path}: {name!r:.99} has {size:,} bytes; unpack")
             return self._zip().read(name)
         _, start, size = self.places.get(name, (name, 0, -1))
         with open(os.path.join(self.root, self.source(name)), "rb") as f:
@@ -123,7 +125,7 @@ class Files:
                if row.get(k) is not None}
         for key in {"file_name", "mask"} & row.keys():
             require(isinstance(row[key], str) and row[key] in have,
-                    f"{where} {key} {row[key]!r} is not in the folder")
+                    f"{where} {key} {row[key]!r:.99} is not in the folder")
         boxes = row.get("boxes", [])
         require(isinstance(boxes, list) and all(map(is_box, boxes)),
                 f'{where} "boxes" must be [[class, x0, y0, x1, y1], ...] in pixels')

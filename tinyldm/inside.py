@@ -22,7 +22,6 @@ def attention_maps(unet: torch.nn.Module, n: int, h: int, w: int, calls: set[int
     (numbered from 0; None: all): cross-attention, the mean over heads, resized to the latent grid.
     n: the last n of the batch, which under guidance are those with the condition."""
     maps, seen = [], []
-
     def look(attn, args, output):
         if calls is None or len(seen) - 1 in calls:
             q, k = (v[-n:].unflatten(2, (attn.n_head, -1)).transpose(1, 2)
