@@ -23,7 +23,6 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(d_ctx, n_head * d_head, bias=clip)
         self.to_v = nn.Linear(d_ctx, n_head * d_head, bias=clip)
         self.to_out = nn.Linear(n_head * d_head, d_x)
-
     def forward(self, x: torch.Tensor, ctx: torch.Tensor) -> torch.Tensor:
         q, k, v = (a.unflatten(2, (self.n_head, -1)).transpose(1, 2)    # (B, n_head, N|M, d_head)
                    for a in (self.to_q(x), self.to_k(ctx), self.to_v(ctx)))
@@ -36,7 +35,6 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(d, 8 * d)
         self.out = nn.Linear(4 * d, d)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Chunking the weight and not the result saves a copy of the widest activation in backward.
         (w_value, w_gate), (b_value, b_gate) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
@@ -50,7 +48,6 @@ class TransformerBlock(nn.Module):
         self.self_attn = Attention(d, d, n_head, d_head)
         self.cross_attn = Attention(d, d_ctx, n_head, d_head)
         self.mlp = GEGLU(d)
-
     def forward(self, x: torch.Tensor, ctx: torch.Tensor) -> torch.Tensor:
         h = self.norm1(x)
         x = x + self.self_attn(h, h)
@@ -69,7 +66,6 @@ class SpatialTransformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(d, d_ctx, n_head, d_head)
                                     for _ in range(depth))
         self.proj_out = zero_(nn.Conv2d(d, c, 1))
-
     def forward(self, x: torch.Tensor, ctx: torch.Tensor | None) -> torch.Tensor:
         if ctx is None:
             raise ValueError("this U-Net attends to a condition: pass ctx (B, M, d_ctx), or null's")
@@ -88,7 +84,6 @@ class SelfAttention2d(nn.Module):
         self.norm = nn.GroupNorm(groups, c, eps)
         self.qkv = nn.Conv2d(c, 3 * c, 1)
         self.proj_out = nn.Conv2d(c, c, 1)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(self.norm(x)).flatten(2)                         # (B, 3C, N)
         q, k, v = qkv.unflatten(1, (3, self.n_head, -1)).transpose(3, 4).unbind(1)

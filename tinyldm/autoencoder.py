@@ -26,7 +26,6 @@ class AEConfig:
     attn_mid: bool = True               # attention in the middle
     n_codes: int | None = None          # size of the codebook; None: KL, not VQ
     c_e: int | None = None              # channels that E ends and D begins with; None: c_z
-
     @property
     def f(self) -> int:
         return 2 ** (len(self.ch_mult) - 1)
@@ -69,20 +68,16 @@ class Posterior:
     A VQ model's z is no random variable: its logvar is -inf, and every sample is the mean."""
     mean: Tensor
     logvar: Tensor
-
     def sample(self, noise: Tensor) -> Tensor:
         """z = mean + std * noise, with noise ~ N(0, 1) of mean's shape.
         NB: stage two trains on samples, not on the mode (released code, ddpm.py)."""
         return self.mean + (0.5 * self.logvar).exp() * noise
-
     def kl(self) -> Tensor:
         """KL(q || N(0, 1)) in nats, summed over c, h, w -> (B,); App. G."""
         return 0.5 * (self.mean ** 2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
-
     def scaled(self, z_std: Tensor) -> "Posterior":
         """The posterior of z / z_std."""
         return Posterior(self.mean / z_std, self.logvar - 2 * z_std.log())
-
     def std(self) -> Tensor:
         """Standard deviation of samples over everything: the paper's sigma-hat (App. G), a number.
         NB: the paper's code takes the first batch only; give this one many pictures."""
@@ -104,7 +99,6 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.c_z, c_e, 1)
         self.codebook = Codebook(cfg.n_codes, cfg.c_z) if cfg.n_codes else None
         self.register_buffer("z_std", torch.ones(()))
-
     def encode(self, x: Tensor) -> Posterior:
         """x (B, c_x, H, W) in [-1, 1], sides divisible by f -> q(z | x) of the scaled latents.
         NB: a VQ model's z is not quantised here but in decode: stage two learns E's own output."""
@@ -113,14 +107,12 @@ class Autoencoder(nn.Module):
             mean, logvar = h.chunk(2, dim=1)
             return Posterior(mean, logvar.clamp(-30, 20)).scaled(self.z_std)
         return Posterior(h, torch.full_like(h, -torch.inf)).scaled(self.z_std)
-
     def decode(self, z: Tensor, quantise: bool = True) -> Tensor:
         """Scaled latents (B, c_z, h, w) -> x_rec (B, c_x, f h, f w)."""
         z = z * self.z_std
         if self.codebook is not None and quantise:
             z = self.codebook(z).straight_through()
         return self.decoder(self.post_quant_conv(z))
-
     def forward(self, x: Tensor, noise: Tensor) -> tuple:
         """Stage one in one call, for DDP and compile: x, noise (B, c_z, h, w) -> x_rec and what the
         regulariser looks at, the Posterior, or for VQ the unscaled z and their codes, Quantised."""
@@ -136,10 +128,8 @@ class Pixels(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("z_std", torch.ones(()))
-
     def encode(self, x: Tensor) -> Posterior:
         return Posterior(x, torch.full_like(x, -torch.inf)).scaled(self.z_std)
-
     def decode(self, z: Tensor) -> Tensor:
         return z * self.z_std
 

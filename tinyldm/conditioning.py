@@ -36,7 +36,6 @@ class TextBlock(nn.Module):
         self.attn = Attention(d, d, cfg.n_head, cfg.d_head, cfg.clip)
         self.mlp = nn.Sequential(nn.Linear(d, 4 * d), QuickGELU() if cfg.clip else nn.GELU(),
                                  nn.Linear(4 * d, d))
-
     def forward(self, h: Tensor) -> Tensor:
         x = self.norm1(h)
         h = h + self.attn(x, x)
@@ -53,7 +52,6 @@ class TextTransformer(nn.Module):
         self.token, self.position = (nn.Embedding(n, cfg.d) for n in (cfg.n_vocab, cfg.n_token))
         self.blocks = nn.Sequential(*(TextBlock(cfg) for _ in range(cfg.depth)))
         self.norm = nn.LayerNorm(cfg.d)
-
     def forward(self, y: Tensor) -> Tensor:
         h = self.token(y) + self.position.weight[:y.shape[1]]                   # (B, M, D)
         return self.norm(self.blocks(h))
@@ -65,7 +63,6 @@ class ClassEmbedder(nn.Module):
     def __init__(self, n_classes: int, d: int):
         super().__init__()
         self.embedding = nn.Embedding(n_classes, d)
-
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding(y)[:, None]
 
@@ -76,7 +73,6 @@ class SpatialRescaler(nn.Module):
     def __init__(self, c_in: int, c_out: int, n: int):
         super().__init__()
         self.n, self.conv = n, nn.Conv2d(c_in, c_out, 1, bias=False)
-
     def forward(self, y: Tensor) -> Tensor:
         if y.ndim == 3:
             y = F.one_hot(y.long() + 1, self.conv.in_channels + 1)[..., 1:]

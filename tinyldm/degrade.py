@@ -63,10 +63,8 @@ class Degraded(torch.utils.data.Dataset):
     def __init__(self, data: torch.utils.data.Dataset, field: str, seed: int, chain: bool = False):
         self.data, self.field, self.seed, self.chain = data, field, seed, chain
         self.classes, self.labels, self.tars = data.classes, data.labels, data.tars
-
     def __len__(self):
         return len(self.data)
-
     def __getitem__(self, i: int) -> dict:
         item, rng = self.data[i], np.random.default_rng([self.seed, i])
         x = item["image"]

@@ -45,7 +45,6 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         if d_emb:
             zero_(self.conv2)
-
     def forward(self, x: torch.Tensor, emb: torch.Tensor | None = None) -> torch.Tensor:
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
         e = 0 if self.emb is None else self.emb(F.silu(emb))[:, :, None, None]

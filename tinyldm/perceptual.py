@@ -56,7 +56,6 @@ class Perceptual(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) * 2 - 1)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 2)
         self.requires_grad_(False).eval()
-
     def forward(self, x: Tensor, x_rec: Tensor) -> Tensor:
         """Mean over five layers and all places of |f/|f| - f_rec/|f_rec||^2, in 0..4 -> (B,)."""
         h, total = (torch.cat([x, x_rec]) - self.mean) / self.std, 0

@@ -14,11 +14,9 @@ class Quantised:
     z: Tensor
     zq: Tensor
     k: Tensor
-
     def straight_through(self) -> Tensor:
         """zq, but its gradient goes to z as if nothing had been rounded."""
         return self.z + (self.zq - self.z).detach()
-
     def loss(self, beta: float = 0.25, beta_on: str = "codebook") -> Tensor:
         """VQ-VAE Eq. (3), last two terms, as means: one moves the codes to z, one z to its code.
         beta_on: the term that beta multiplies, "codebook" or "commitment".
@@ -33,19 +31,16 @@ class Codebook(nn.Module):
     def __init__(self, n_codes: int, c_z: int):
         super().__init__()
         self.codes = nn.Parameter(torch.empty(n_codes, c_z).uniform_(-1 / n_codes, 1 / n_codes))
-
     def forward(self, z: Tensor) -> Quantised:
         z = z.float()
         k = torch.stack([self.nearest(v) for v in z])       # one by one: the table below is large
         return Quantised(z, self.codes[k].movedim(-1, 1), k)
-
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
         """VQ-VAE Eq. (1), (2): k = argmin_j |z - e_j|; one picture's z (c_z, h, w) -> (h, w).
         No matrix product: bf16 or TF32 would mistake one code for its neighbour."""
         d = sum((v[:, None] - e).square() for v, e in zip(z.flatten(1), self.codes.T))
         return d.argmin(1).view(z.shape[1:])                                    # d (h w, n_codes)
-
     @torch.no_grad()
     def restart(self, idle: Tensor, z: Tensor, g: torch.Generator) -> None:
         """Replace the codes where idle (n_codes,) is true by random latents of the whole batch.

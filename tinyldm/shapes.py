@@ -110,10 +110,8 @@ class Shapes(torch.utils.data.Dataset):
     def __init__(self, n: int = 20_000, size: int = 32, seed: int = 0, split: str = "train"):
         self.n, self.size, self.key = n, size, [seed, zlib.crc32(split.encode())]
         self.singles, self.pairs = _specs(split)
-
     def __len__(self):
         return self.n
-
     def scene(self, i: int) -> tuple[list[Thing], str, np.random.Generator]:
         """Item i's placed things and caption. One in four has one object, one in five no sizes.
         Three of four relations are "left of" or "above": were all four as frequent, who is named
@@ -124,10 +122,8 @@ class Shapes(torch.utils.data.Dataset):
         k = int(rng.random() * len(specs))
         things, relation = specs[k - k % 2 if plain and specs is self.pairs else k]
         return _place(things, relation, rng), caption(things, relation, sizes=not terse), rng
-
     def captions(self) -> list[str]:
         return [self.scene(i)[1] for i in range(self.n)]
-
     def __getitem__(self, i: int) -> dict:
         things, text, rng = self.scene(i)
         side, unit = self.size, self.size / 32

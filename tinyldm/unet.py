@@ -32,7 +32,6 @@ class UNetConfig:
     groups: int = 32                    # of GroupNorm
     scale_shift: bool = False           # the timestep scales and shifts; churches only
     res_updown: bool = False            # ResBlocks resample, not convs; churches and inpainting
-
     @property
     def factor(self) -> int:
         """The latent's sides must be multiples of it."""
@@ -46,10 +45,8 @@ class UNet(nn.Module):
         super().__init__()
         self.cfg, self.ckpt_grad = cfg, False
         d_emb, g = 4 * cfg.ch, cfg.groups
-
         def res(c_in, c_out, resample=None):
             return ResBlock(c_in, c_out, d_emb, g, cfg.scale_shift, resample)
-
         def attn(c):
             n_head = cfg.n_head or c // cfg.d_head
             if cfg.d_ctx is None:
@@ -57,7 +54,6 @@ class UNet(nn.Module):
                 zero_(block.proj_out)
                 return block
             return SpatialTransformer(c, cfg.d_ctx, n_head, c // n_head, cfg.depth, g)
-
         self.time = nn.Sequential(nn.Linear(cfg.ch, d_emb), nn.SiLU(), nn.Linear(d_emb, d_emb))
         c, side = cfg.ch, cfg.side
         down, skips = [[nn.Conv2d(cfg.c_in, c, 3, padding=1)]], [c]
@@ -87,7 +83,6 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(map(nn.ModuleList, up))
         self.norm_out = nn.GroupNorm(g, c, 1e-5)
         self.conv_out = zero_(nn.Conv2d(c, cfg.c_out, 3, padding=1))
-
     def forward(self, z_t: torch.Tensor, t: torch.Tensor, ctx: torch.Tensor | None = None):
         emb = self.time(timestep_embedding(t, self.cfg.ch).to(z_t.dtype))       # (B, 4 ch)
         if ctx is not None and self.cfg.d_ctx is None:
