@@ -6,7 +6,6 @@ Reading order (README has a line on each)
     tokens, conditioning, tasks; shapes, degrade, data      conditions and data: Sec. 3.3, 4.3-4.5
     inception, features, metrics, score, pictures           how good it is: Sec. 4, App. E.3
     presets, training, checkpoint, official, inside, generate; ../train_*.py, ../sample.py
-
 Symbols (ASCII for the paper's)
     x, x_rec          image, reconstruction, in [-1, 1]   f, c_z      downsampling, latent channels
     z, z_t, z_0, z_T  latent, noised, its end and start   z_std       sigma-hat, the latents' std

@@ -26,15 +26,9 @@ class AEConfig:
     attn_mid: bool = True               # attention in the middle
     n_codes: int | None = None          # size of the codebook; None: KL, not VQ
     c_e: int | None = None              # channels that E ends and D begins with; None: c_z
-
     @property
     def f(self) -> int:
         return 2 ** (len(self.ch_mult) - 1)
-
-def middle(c: int, cfg: AEConfig) -> list[nn.Module]:
-    """E and D have the same layers at the lowest resolution."""
-    attn = [SelfAttention2d(c, groups=cfg.groups)] if cfg.attn_mid else []
-    return [ResBlock(c, c, groups=cfg.groups), *attn, ResBlock(c, c, groups=cfg.groups)]
 
 class Coder(nn.Sequential):
     """What E and, going up, its mirror image D share: one list of layers, in running order."""
@@ -42,7 +36,10 @@ class Coder(nn.Sequential):
         super().__init__()
         g, levels = cfg.groups, list(enumerate(cfg.ch_mult))
         c = cfg.ch * cfg.ch_mult[-1] if up else cfg.ch
-        layers = [nn.Conv2d(c_in, c, 3, padding=1), *(middle(c, cfg) if up else ())]
+        def middle():                                       # of both, at the lowest resolution
+            attn = [SelfAttention2d(c, groups=g)] if cfg.attn_mid else []
+            return [ResBlock(c, c, groups=g), *attn, ResBlock(c, c, groups=g)]
+        layers = [nn.Conv2d(c_in, c, 3, padding=1), *(middle() if up else ())]
         for level, mult in reversed(levels) if up else levels:
             if level > 0 and not up:
                 layers.append(Downsample(c, asymmetric=True))
@@ -53,7 +50,7 @@ class Coder(nn.Sequential):
                     layers.append(SelfAttention2d(c, groups=g))
             if level > 0 and up:
                 layers.append(Upsample(c))
-        layers += [] if up else middle(c, cfg)
+        layers += [] if up else middle()
         self.layers = nn.Sequential(*layers, nn.GroupNorm(g, c, 1e-6), nn.SiLU(),
                                     nn.Conv2d(c, c_out, 3, padding=1))
 
@@ -65,38 +62,30 @@ class Decoder(Coder):
 
 @dataclass
 class Posterior:
-    """q(z | x) = N(mean, exp(logvar)), diagonal; mean and logvar (B, c_z, h, w).
-    A VQ model's z is no random variable: its logvar is -inf, and every sample is the mean."""
+    """q(z | x) = N(mean, exp(logvar)), diagonal; mean, logvar (B, c_z, h, w); VQ: logvar -inf."""
     mean: Tensor
     logvar: Tensor
-
     def sample(self, noise: Tensor) -> Tensor:
-        """z = mean + std * noise, with noise ~ N(0, 1) of mean's shape.
-        NB: stage two trains on samples, not on the mode (released code, ddpm.py)."""
+        """z = mean + std * noise, noise ~ N(0, 1). NB: stage two trains on samples (ddpm.py)."""
         return self.mean + (0.5 * self.logvar).exp() * noise
-
     def kl(self) -> Tensor:
         """KL(q || N(0, 1)) in nats, summed over c, h, w -> (B,); App. G."""
         return 0.5 * (self.mean ** 2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
-
     def scaled(self, z_std: Tensor) -> "Posterior":
         """The posterior of z / z_std."""
         return Posterior(self.mean / z_std, self.logvar - 2 * z_std.log())
-
     def std(self) -> Tensor:
-        """Standard deviation of samples over everything: the paper's sigma-hat (App. G), a number.
+        """The paper's sigma-hat (App. G), a number: the std of samples over everything.
         NB: the paper's code takes the first batch only; give this one many pictures."""
         return (self.mean.var() + self.logvar.exp().mean()).sqrt()
 
 class Autoencoder(nn.Module):
-    """E, D and the 1x1 convs beside the latent. Scaling by z_std happens here and nowhere else.
-    z_std is 1 while stage one trains; stage two sets it to the sigma-hat of its training set, one
-    number, so that the z it sees have variance 1.
+    """E, D and the 1x1 convs beside the latent; all scaling happens here. z_std is 1 in stage one;
+    stage two sets it to its training set's sigma-hat, so that the z it sees have variance 1.
     NB: the released VQ models are not scaled; their z has about variance 1 as it is (App. G)."""
     def __init__(self, cfg: AEConfig):
         super().__init__()
-        self.cfg = cfg
-        c_e = cfg.c_e or cfg.c_z
+        self.cfg, c_e = cfg, cfg.c_e or cfg.c_z
         moments = 1 if cfg.n_codes else 2                               # KL: mean and logvar
         self.encoder = Encoder(cfg, cfg.c_x, moments * c_e, up=False)
         self.decoder = Decoder(cfg, c_e, cfg.c_x, up=True)
@@ -104,26 +93,23 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.c_z, c_e, 1)
         self.codebook = Codebook(cfg.n_codes, cfg.c_z) if cfg.n_codes else None
         self.register_buffer("z_std", torch.ones(()))
-
     def encode(self, x: Tensor) -> Posterior:
         """x (B, c_x, H, W) in [-1, 1], sides divisible by f -> q(z | x) of the scaled latents.
         NB: a VQ model's z is not quantised here but in decode: stage two learns E's own output."""
         h = self.quant_conv(self.encoder(x))
-        if self.codebook is None:
-            mean, logvar = h.chunk(2, dim=1)
-            return Posterior(mean, logvar.clamp(-30, 20)).scaled(self.z_std)
-        return Posterior(h, torch.full_like(h, -torch.inf)).scaled(self.z_std)
-
+        if self.codebook is not None:
+            return Posterior(h, torch.full_like(h, -torch.inf)).scaled(self.z_std)
+        mean, logvar = h.chunk(2, dim=1)
+        return Posterior(mean, logvar.clamp(-30, 20)).scaled(self.z_std)
     def decode(self, z: Tensor, quantise: bool = True) -> Tensor:
         """Scaled latents (B, c_z, h, w) -> x_rec (B, c_x, f h, f w)."""
         z = z * self.z_std
         if self.codebook is not None and quantise:
             z = self.codebook(z).straight_through()
         return self.decoder(self.post_quant_conv(z))
-
     def forward(self, x: Tensor, noise: Tensor) -> tuple:
-        """Stage one in one call, for DDP and compile: x, noise (B, c_z, h, w) -> x_rec and what the
-        regulariser looks at, the Posterior, or for VQ the unscaled z and their codes, Quantised."""
+        """Stage one in one call, for DDP and compile: x, noise (B, c_z, h, w) -> x_rec and what is
+        regularised: the Posterior, or for VQ the unscaled z and their codes, Quantised."""
         q = self.encode(x)
         if self.codebook is None:
             return self.decode(q.sample(noise)), q
@@ -136,10 +122,8 @@ class Pixels(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("z_std", torch.ones(()))
-
     def encode(self, x: Tensor) -> Posterior:
         return Posterior(x, torch.full_like(x, -torch.inf)).scaled(self.z_std)
-
     def decode(self, z: Tensor) -> Tensor:
         return z * self.z_std
 

@@ -1,11 +1,9 @@
 """The perceptual distance: how far two pictures lie apart in the features of a VGG16.
 
-Paper:   Sec. 3.1, L_rec (Zhang et al. 2018); App. G.
+Paper:   Sec. 3.1, L_rec (Zhang et al. 2018); App. G. Reads: nothing of ours.
 Shapes:  x, x_rec (B, 3, H, W) in [-1, 1] -> (B,), 0 = equal; sides of at least 16.
-Reads:   nothing of ours.
-NB: the paper weighs the channels by LPIPS's learned weights. Here all weigh the same, so nothing
-but torchvision's public VGG16 file is needed. `random` is the same network, eight times narrower,
-with fixed random weights: it needs no file, and compares edges and contrast, not single pixels."""
+NB: the paper weighs the channels by LPIPS's learned weights, here all weigh the same: torchvision's
+VGG16 file is all it needs. `random`, an eighth as wide, with fixed random weights, needs none."""
 import warnings
 
 import torch
@@ -33,17 +31,15 @@ def load_public(net: nn.Module, url: str, path: str | None, flag: str, prefix=""
                        f"{flag} PATH; or use --perceptual random, --features shapes") from e
 
 class Perceptual(nn.Module):
-    """kind: `vgg16`, with torchvision's weights (see load_public), or `random`. Raises BadInput.
-    Frozen: gradients flow to x and x_rec, never into VGG."""
+    """kind: `vgg16`, torchvision's weights (load_public), or `random`; frozen. Raises BadInput."""
     def __init__(self, kind: str, weights: str | None = None):
         super().__init__()
         self.taps, layers, c = [], [], 3
         for i, stage in enumerate(STAGES):
             layers += [nn.MaxPool2d(2)] if i else []
             for width in stage:
-                width //= 8 if kind == "random" else 1
-                layers += [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()]
-                c = width
+                c_in, c = c, width // (8 if kind == "random" else 1)
+                layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU()]
             self.taps.append(len(layers) - 1)       # relu1_2, 2_2, 3_3, 4_3, 5_3
         self.features = nn.Sequential(*layers)      # torchvision's names: features.0.weight ...
         if kind == "random":
@@ -56,7 +52,6 @@ class Perceptual(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) * 2 - 1)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 2)
         self.requires_grad_(False).eval()
-
     def forward(self, x: Tensor, x_rec: Tensor) -> Tensor:
         """Mean over five layers and all places of |f/|f| - f_rec/|f_rec||^2, in 0..4 -> (B,)."""
         h, total = (torch.cat([x, x_rec]) - self.mean) / self.std, 0

@@ -1,7 +1,6 @@
 """Rows of defaults, one for each model: `--preset NAME` sets them, and any flag wins over its row.
 
-Paper:   Table 8 for the autoencoders; Tables 12-15 and 17 for the rest.
-Reads:   autoencoder.py, unet.py, tasks.py
+Paper:   Table 8 (stage one), Tables 12-15 and 17. Reads: autoencoder.py, unet.py, tasks.py
 lr is the effective learning rate, of the whole batch. The toy rows are tuned for two CPU cores."""
 import torch
 
@@ -13,10 +12,8 @@ AE = {"toy": dict(data="shapes", size=32, ch=16, ch_mult=(1, 2, 4), n_res=1, c_z
     pixel_loss="l2", perceptual="random", perceptual_weight=0.03, kl_weight=5e-4, disc_weight=0.5,
     disc_start=900, disc_ch=16, disc_layers=2, batch=16, lr=4e-3, betas=(0.9, 0.95), warmup=50,
     cosine=True, steps=1000)}
-# Table 8, as in the released configs. Each says the batch of one GPU, not how many there were:
-# batch is that of one, and lr = 4.5e-6 batch. Steps are those of the released checkpoints.
-# NB: disc_start of vq-f4, vq-f4-noattn and vq-f8 is as released: left over, it seems, from runs
-# that were resumed. For a run from nothing take the others' 250001.
+# Table 8: the released configs, the batch of one GPU, lr = 4.5e-6 batch; the checkpoints' steps.
+# NB: disc_start of vq-f4(-noattn) and vq-f8 seems that of resumed runs; from nothing take 250001.
 TABLE_8 = dict(size=256, ch=128, n_res=2, groups=32, pixel_loss="l1", perceptual="vgg16",
     perceptual_weight=1.0, disc_ch=64, betas=(0.5, 0.9), warmup=0, cosine=False, clip=float("inf"))
 KL = TABLE_8 | dict(reg="kl", kl_weight=1e-6, disc_weight=0.5, disc_start=50001, disc_layers=3)
@@ -49,9 +46,8 @@ LDM = {"toy": dict(data="shapes", ae_preset="toy", size=32, ch=48, ch_mult=(1, 2
     text_d_head=16, n_token=12, schedule="sqrt-linear", predict="v", snr_clamp=(0.1, 1.0), batch=64,
     lr=2e-3, betas=(0.9, 0.99), warmup=100, cosine=True, ema=0.99, steps=2000)}
 # Tables 12-15 and 17, and the released configs. heads is their number, 0: as many as are 32 wide.
-# text2img256's and semantic512's steps are nowhere stated: here the nearest row's.
-# NB: Table 15 prints inpainting's lr as 1.0e-6, which all the others' is, too, for one picture.
-# NB: the loss, and the schedule's ends, are the released configs'; the paper has one for all.
+# text2img256's and semantic512's steps are nowhere stated: here the nearest row's. NB: Table 15 has
+# inpainting's lr for one picture, 1.0e-6; the loss and the betas' ends are the released configs'.
 PAPER = dict(task="uncond", size=256, n_res=2, groups=32, scale_shift=False, res_updown=False,
     depth=1, d_ctx=None, n_classes=None, schedule="sqrt-linear", predict="eps", loss="l2",
     p_drop=0.0, snr_clamp=(0.0, float("inf")), betas=(0.9, 0.999), warmup=0, cosine=False,
@@ -79,8 +75,7 @@ MORE = {
     "churches256": dict(loss="l1", scale_shift=True, res_updown=True, warmup=10_000, z_std=None),
     "imagenet256-f8": dict(task="class", n_classes=1000, d_ctx=512),
     "imagenet256": dict(task="class", n_classes=1001, d_ctx=512, p_drop=0.1),
-    "text2img256": BERT | dict(d_ctx=640),
-    "text2img": BERT | dict(d_ctx=1280, z_std=1 / 0.18215),
+    "text2img256": BERT | dict(d_ctx=640), "text2img": BERT | dict(d_ctx=1280, z_std=1 / 0.18215),
     "sd-v1": BERT | dict(size=512, vocab_size=49408, d_ctx=768, text_depth=12, text_heads=12,
                          text_clip=True, z_std=1 / 0.18215, warmup=10_000),
     "layout256": BERT | dict(task="layout", loss="l1", vocab_size=8192, n_token=92, d_ctx=512,

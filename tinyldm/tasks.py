@@ -3,8 +3,7 @@
 Paper:   Sec. 3.3 and 4.3-4.5, Table 15. Two ports: tokens (B, M, D) that the U-Net attends to
          (class, text, layout), and maps (B, c, h, w) beside z_t (semantic, superres, inpaint).
 Symbols: y (B, ...), one condition a picture; null the condition that says nothing, for guidance.
-Reads:   conditioning.py, tokens.py
-A new task is one row of TASKS, what that row names and, where something is learned, a tau."""
+Reads:   conditioning.py, tokens.py. A new task is a row of TASKS and what it names."""
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -54,9 +53,8 @@ def text_y(batch: dict, tau: TextTransformer, tokenizer) -> Tensor:
 
 def layout_y(batch: dict, tau: TextTransformer, tokenizer) -> Tensor:
     """boxes (K, 5) [class, x0, y0, x1, y1 in 0..1] -> token ids (B, M), the largest boxes first.
-    Three tokens a box: its class, and its corners as places of a grid, numbered row by row; the
-    last token of the vocabulary stands for none (paper's code: taming's objects_bbox.py).
-    NB: there, too, classes and places share their numbers; where a token stands tells which."""
+    Three tokens a box: class, two corners as places of a grid, row by row; the last id is none.
+    NB: as in taming's objects_bbox.py classes and places share numbers; order tells which."""
     none, M = tau.cfg.n_vocab - 1, tau.cfg.n_token
     side = math.isqrt(none)
     y = torch.full((len(batch["boxes"]), M), none)
