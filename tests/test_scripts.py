@@ -298,6 +298,23 @@ def test_a_checkpoint_whose_parts_do_not_fit_is_bad_input(trained, tmp_path, cli
         assert "do not fit together" in cli("sample.py", "--ckpt", tmp_path / "x.pt", "a", code=2)
 
 
+def test_a_checkpoint_of_absurd_sizes_is_not_built(tmp_path, cli):
+    """Neither by more layers than time allows, nor by wider ones than memory does."""
+    ckpt = torch.load(sample.BUNDLED, weights_only=True)
+    for part, k, v, say in (("unet", "n_res", 10 ** 6, "absurd"), ("tau", "depth", 100, "absurd"),
+                            ("unet", "ch_mult", [1] * 1000, "absurd"),
+                            ("schedule", "T", 10 ** 9, "absurd"),
+                            ("unet", "ch", 48 * 10 ** 4, "do not fit together"),
+                            ("autoencoder", "ch", 32 * 10 ** 4, "do not fit together")):
+        config = ckpt["config"] | {part: ckpt["config"][part] | {k: v}}
+        torch.save(ckpt | {"config": config}, tmp_path / "x.pt")
+        assert say in cli("sample.py", "--ckpt", tmp_path / "x.pt", "a", code=2)
+    torch.save(ckpt | {"args": ckpt["args"] | {"p_drop": 0.0}}, tmp_path / "x.pt")
+    flags = ["--ckpt", tmp_path / "x.pt", "--steps", 1, "--n", 1, "--out", tmp_path / "x", "a"]
+    assert "no null condition" in cli("sample.py", *flags, "--scale", 2, code=2)
+    cli("sample.py", *flags)
+
+
 def test_the_bundled_model_is_small_and_draws(tmp_path, cli):
     assert sample.BUNDLED.stat().st_size < 8e6
     cli("sample.py", "a red circle above a blue square", "--n", 2, "--steps", 5, "--out", tmp_path)

@@ -21,8 +21,8 @@ def word_piece(pieces: dict[str, int]) -> Tokenizer:
     return t
 
 def plain(caption: str) -> str:
-    """Without lone surrogates, and no longer than M tokens could ever say."""
-    return caption[:99_999].encode("utf8", "replace").decode()
+    """Without lone surrogates, and no longer than M tokens can say."""
+    return caption[:9_999].encode("utf8", "replace").decode()
 
 def train_tokenizer(captions: list[str], vocab_size: int = 8192) -> Tokenizer:
     """Learn at most vocab_size pieces from the captions, lower-cased; keep those that they use.
