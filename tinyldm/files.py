@@ -60,7 +60,8 @@ class Files:
     def read(self, name: str) -> bytes:
         if self.zipped:
             size = self._zip().getinfo(name).file_size          # read() gives no more than this
-            require(size < 2 ** 28, f"--data {self.path}: {name!r:.99} has {size:,} bytes; unpack")
+            require(size < 2 ** 28,
+                    f"--data {self.path}: {name!r:.99} has {size:,} bytes; unpack it")
             return self._zip().read(name)
         _, start, size = self.places.get(name, (name, 0, -1))
         with open(os.path.join(self.root, self.source(name)), "rb") as f:
