@@ -19,12 +19,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tinyldm import presets, require, shapes, training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, Posterior, build_autoencoder
 from tinyldm.checkpoint import half, load_checkpoint, same_config, save_checkpoint
-from tinyldm.data import batch_order, data_flags, loader, open_data
+from tinyldm.data import Latents, batch_order, data_flags, encode, fingerprint, loader, open_data
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, draw_t, ldm_loss, snr_weight
 from tinyldm.features import feature_flags, open_features
 from tinyldm.generate import Model, defaults, draw
 from tinyldm.guidance import drop_condition
-from tinyldm.latents import Latents, encode, fingerprint
 from tinyldm.metrics import Statistics, compare, read
 from tinyldm.pictures import save_curves, save_drawn
 from tinyldm.score import score
