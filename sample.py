@@ -31,7 +31,6 @@ from tqdm import tqdm
 from tinyldm import generate as gen, official, presets, require, shapes, training as tr, trying
 from tinyldm.data import LANCZOS, NEAREST, load_map, load_rgb, open_data
 from tinyldm.degrade import to_image, to_tensor
-from tinyldm.files import is_box
 from tinyldm.inside import attention_maps, record, save_attention
 from tinyldm.pictures import save_drawn, save_grid
 from tinyldm.score import parse_prompt, score
@@ -111,11 +110,11 @@ def read_boxes(args, m: gen.Model) -> torch.Tensor:
     rows, (h, w), out = read(args, "boxes", json.loads), args.size, []
     for row in rows if isinstance(rows, list) else [rows]:
         say = f"--boxes {args.boxes}: {json.dumps(row)[:80]}: "
-        require(is_box(row), say + "a box is [class, x0, y0, x1, y1]")
-        x0, y0, x1, y1 = row[1:5]
-        require(0 <= x0 < x1 <= w and 0 <= y0 < y1 <= h,
-                f"{say}must have 0 <= x0 < x1 <= {w} and 0 <= y0 < y1 <= {h}, in pixels")
-        out.append([class_number(str(row[0]), m, say), x0 / w, y0 / h, x1 / w, y1 / h])
+        with trying(say + "a box is [class, x0, y0, x1, y1]"):
+            kind, x0, y0, x1, y1 = row[:5]
+            fits = 0 <= x0 < x1 <= w and 0 <= y0 < y1 <= h
+        require(fits, f"{say}must have 0 <= x0 < x1 <= {w} and 0 <= y0 < y1 <= {h}, in pixels")
+        out.append([class_number(str(kind), m, say), x0 / w, y0 / h, x1 / w, y1 / h])
     return torch.tensor(out, dtype=torch.float32).reshape(-1, 5)
 
 def class_number(name: str, m: gen.Model, say: str = "") -> int:

@@ -24,12 +24,11 @@ from tinyldm.attention import SpatialTransformer
 from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, Posterior, build_autoencoder
 from tinyldm.checkpoint import half, load_checkpoint, resume, save_checkpoint, states
 from tinyldm.conditioning import TextBlock
-from tinyldm.data import batch_order, data_flags, loader, open_data
+from tinyldm.data import Latents, batch_order, data_flags, encode, fingerprint, loader, open_data
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, draw_t, ldm_loss, snr_weight
 from tinyldm.features import feature_flags, open_features
 from tinyldm.generate import Model, defaults, draw
 from tinyldm.guidance import drop_condition
-from tinyldm.latents import Latents, encode, fingerprint
 from tinyldm.layers import ResBlock
 from tinyldm.metrics import Statistics, compare, read
 from tinyldm.pictures import save_curves, save_drawn
