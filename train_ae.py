@@ -200,8 +200,7 @@ def main(args):
         real, fake = run_disc(x), run_disc(x_rec)
         loss = gan_loss(real.float(), fake.float())
         return loss, dict(disc=loss, d_real=real.mean(), d_fake=fake.mean()), ()
-    order = batch_order(len(data), args.batch, done, args.steps, args.seed, rank, world,
-                        data.tars)
+    order = batch_order(len(data), args.batch, done, args.steps, args.seed, rank, world, data.tars)
     batches = loader(data, order, args.workers, device.type == "cuda")
     for step, batch in zip(run.steps(save, judge), batches):
         gan = args.disc_weight > 0 and step > args.disc_start

@@ -222,17 +222,15 @@ def main(args):
     n = len(data) * (2 if args.flip else 1)
     with autocast():
         if args.cache_latents:
-            key = fingerprint(ae, data, config["task"], config["tau"],
-                              tokenizer and tokenizer.to_str())
-            cache = Latents(args.out.parent / "latents" / key, ae, data, n, args.workers, device,
-                            to_y, rank, world)
+            what = [data, config["task"], config["tau"], tokenizer and tokenizer.to_str()]
+            cache = Latents(args.out.parent / "latents" / fingerprint(ae, *what), ae, data, n,
+                            args.workers, device, to_y, rank, world)
         elif done == 0:
             (cache, _), = encode(ae, data, [range(min(n, 4096))], args.workers, device,
                                  TASKS["uncond"].y, rank == 0)
     if done == 0:
         ae.z_std.copy_(cache.std() if args.z_std is None else torch.tensor(args.z_std))
-    order = batch_order(len(data), args.batch, done, args.steps, args.seed, rank, world,
-                        None if args.cache_latents else data.tars)
+    order = batch_order(len(data), args.batch, done, args.steps, args.seed, rank, world, data.tars)
 
     def batches():
         """q(z | x) and y of this process's pictures, step by step."""

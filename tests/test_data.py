@@ -253,7 +253,7 @@ def test_empty_missing_and_broken_folders_are_bad_input(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK not a zip")
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as z:
         z.writestr("readme.md", "no pictures")
-    for name, say in (("empty", "no pictures"), ("gone", "no such folder"),
+    for name, say in (("empty", "no pictures"), ("gone", "gone: cannot be read: No such file"),
                       ("a.zip", "cannot be read"), ("b.zip", "no pictures")):
         with pytest.raises(BadInput, match=say):
             Folder(str(tmp_path / name), 32)

@@ -45,11 +45,12 @@ class Folder(Dataset):
         self.path, self.size, self.resize, self.flip = path, size, resize, flip
         self.files, self.bad = Files(path, label), set()
         rows = self.files.rows()
-        require(rows, f"--data {path}: no pictures in it ({', '.join(PICTURES)}, or plain .tar)")
         self.labels = sorted({str(r["label"]) for r in rows if "label" in r})
         self.classes = sorted({str(b[0]) for r in rows for b in r.get("boxes", [])})
         self.rows = [r for r in rows if split == "all" or
                      (zlib.crc32(os.fsencode(r["file_name"])) % 20 == 0) == (split == "held-out")]
+        require(self.rows or split == "held-out",
+                f"--data {path}: no pictures in it ({', '.join(PICTURES)}, or plain .tar)")
         tars = [self.files.source(r["file_name"]) for r in self.rows]
         self.tars = tars if self.files.places else None
     def __len__(self):

@@ -2,11 +2,12 @@
 
 Reads:   nothing of ours.
 Pictures may lie in any depth. What is known of them stands in `metadata.jsonl` (file_name; text,
-label, boxes in pixels, mask = path of a label map), or else beside each picture in a .txt (text),
-.cls (label) or .json (as a line of metadata.jsonl); else the names of sub-folders are labels.
+label, boxes in pixels, mask = path of a label map), or else beside each picture in a .txt (text) or
+.cls (label), and the names of sub-folders are labels.
 A .tar, or .tar files in a folder without pictures of its own, are read as sub-folders, in
-WebDataset's way: what is of one name up to its first dot belongs together. Nothing is unpacked:
-where the members lie is found once, and all the rest is as for a folder."""
+WebDataset's way: what is of one name up to its first dot belongs together, and a .json is as a line
+of metadata.jsonl. Nothing is unpacked: where the members lie is found once, so that all else
+(length, held-out pictures, resuming, any number of processes) is as for a folder."""
 import contextlib
 import functools
 import hashlib
@@ -14,7 +15,6 @@ import json
 import os
 import posixpath
 import tarfile
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -94,8 +94,9 @@ class Files:
                 for column, end in (("text", "txt"), ("label", "cls")):
                     if key + end in have:
                         row[column] = self.read(key + end).decode("utf8", "replace").strip()
-                text = self.read(key + "json") if key + "json" in have else "{}"
-                row = self._row(row, text, f"--data {self.path}: {key}json:", have)
+                if name in self.places and key + "json" in have:
+                    where = f"--data {self.path}: {key}json:"
+                    row = self._row(row, self.read(key + "json"), where, have)
                 rows.append(({"label": folder} if folder else {}) | row)
         return rows
     def _row(self, known: dict, text: str | bytes, where: str, have: set[str]) -> dict:
@@ -117,7 +118,6 @@ class Files:
         return row
     def _names(self) -> list[str]:
         """All files, sorted, and members of tars, as they lie."""
-        require(self.path.exists(), f"--data {self.path}: no such folder, .zip or .tar")
         names = [] if self.path.is_dir() else [self.path.name]
         self.seen = {name: self.state(name) for name in names}
         if self.zipped:
@@ -133,20 +133,15 @@ class Files:
         return sorted(names) + [*self.places]
     def _index(self, tar: str) -> None:
         """Notes where a tar's plain files with names within it lie; nothing else in it is used.
-        Of a tar that is cut off or damaged: of what comes before that. Raises BadInput."""
-        self.seen[tar] = size, _ = self.state(tar)
-        say = "neither a .zip nor a plain .tar (a compressed one can only be read from its start)"
-        with trying(f"--data {self.path}: {tar} is {say}"):
-            f = tarfile.open(os.path.join(self.root, tar), "r:")
-        try:
+        Raises BadInput for one that is cut off, damaged or compressed: no random access."""
+        say = f"--data {self.path}: {tar} is damaged, cut off or compressed; give whole, plain .tar"
+        with trying(say), tarfile.open(os.path.join(self.root, tar), "r:") as f:
+            self.seen[tar] = size, _ = self.state(tar)
             while m := f.next():
                 f.members.clear()                           # else it would remember them all
                 plain, name = m.isreg() and not m.issparse(), posixpath.normpath(m.name)
-                require(m.size >= 0 and (m.size <= size - m.offset_data or not plain), "cut off")
+                require(m.size >= 0 and (not plain or m.offset_data + m.size <= size), say)
                 if plain and not name.startswith(("/", "../")):
                     self.places[f"{tar}/{name}"] = [tar, m.offset_data, m.size]
             f.fileobj.seek(f.offset)
-            require(not f.fileobj.read(512).strip(b"\0"), "no member, nor the end")
-        except Exception:                                   # strangers' files raise anything
-            warnings.warn(f"{tar} is cut off or damaged; what comes before is used", stacklevel=2)
-        f.close()
+            require(f.fileobj.read(512) == bytes(512), say)         # a whole tar's end
