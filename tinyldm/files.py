@@ -104,8 +104,7 @@ class Files:
         with trying(f"{where} not JSON"):
             row = json.loads(text)
         row = row | known if isinstance(row, dict) else {}
-        require(isinstance(row.get("file_name"), str),
-                f'{where} needs an object with a "file_name"')
+        require(isinstance(row.get("file_name"), str), f'{where} needs an object with "file_name"')
         named = (("text", "caption"), ("label", "label"), ("label", self.label),
                  *((k, k) for k in ("file_name", "text", "boxes", "mask")))
         row = {k: row[name] for k, name in named if row.get(name) is not None}
@@ -127,9 +126,8 @@ class Files:
             self.seen[at] = self.state(at)
             names += [f"{at}/{f}".strip("/") for f in files if os.path.isfile(f"{folder}/{f}")]
         if not any(name.lower().endswith(PICTURES) for name in names):
-            for name in sorted(names):
-                if name.endswith(".tar") or self.path.is_file():
-                    self._index(name)
+            for name in sorted(n for n in names if n.endswith(".tar") or self.path.is_file()):
+                self._index(name)
         return sorted(names) + [*self.places]
     def _index(self, tar: str) -> None:
         """Notes where a tar's plain files with names within it lie; nothing else in it is used.

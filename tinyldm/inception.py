@@ -1,19 +1,16 @@
 """The network in whose features the literature measures FID, and by whose classes it computes IS.
 
 Paper:   App. E.3 (torch-fidelity). FID: Heusel et al. 2017. The net: Szegedy et al. 2016, Tab. 1.
-Shapes:  x (B, 3, H, W) in [-1, 1] -> features (B, 2048), probabilities (B, 1008).
-Reads:   perceptual.py
+Shapes:  x (B, 3, H, W) in [-1, 1] -> features (B, 2048), p (B, 1008). Reads: nothing of ours.
 NB: a figure is comparable only if every step is that of the TensorFlow graph of 2015-12-05: pixels
-of 8 bits, TensorFlow 1's resize to 299 x 299, (v - 128) / 128, average pools that leave their
-padding out, a max pool in the last block, 1008 classes. torchvision's inception_v3 differs in all
-of these, pytorch-fid in the resize and the scale; torch-fidelity follows the graph, as we do."""
+of 8 bits, TensorFlow 1's resize to 299 x 299, (v - 128) / 128, average pools without their padding,
+a max pool in the last block, 1008 classes. torchvision's net differs in all of these, pytorch-fid
+in the resize and the scale; torch-fidelity follows the graph, as we do."""
 import re
 from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
-
-from tinyldm.perceptual import load_public
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
@@ -21,9 +18,9 @@ MEAN = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 MAX, HALVE = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
 
 def conv(c_in: int, width: int, kernel, stride: int = 1, padding="same") -> nn.Sequential:
-    return nn.Sequential(OrderedDict(
-        conv=nn.Conv2d(c_in, width, kernel, stride, padding, bias=False),
-        bn=nn.BatchNorm2d(width, eps=1e-3), relu=nn.ReLU(inplace=True)))
+    layer = nn.Conv2d(c_in, width, kernel, stride, padding, bias=False)
+    norm = nn.BatchNorm2d(width, eps=1e-3)
+    return nn.Sequential(OrderedDict(conv=layer, bn=norm, relu=nn.ReLU(inplace=True)))
 
 class Block(nn.ModuleDict):
     """rows: name -> a pool, or conv's arguments. (B, C, H, W) -> all branches, side by side.
@@ -31,7 +28,6 @@ class Block(nn.ModuleDict):
     def __init__(self, rows: dict):
         super().__init__({f"branch{name}": conv(*row) if isinstance(row, tuple) else row
                           for name, row in rows.items()})
-
     def forward(self, x: Tensor) -> Tensor:
         out = []
         for name, layer in self.items():
@@ -83,7 +79,6 @@ class Inception(nn.Sequential):
                             "pool": HALVE}),
             Mixed_7b=e(1280, MEAN), Mixed_7c=e(2048, MAX), fc=nn.Linear(2048, 1008)))
         self.requires_grad_(False).eval()
-
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, H, W) in [-1, 1] -> the last block's mean over places (B, 2048), and softmax of
@@ -93,7 +88,3 @@ class Inception(nn.Sequential):
         *layers, fc = self
         h = nn.Sequential(*layers)(h).mean((2, 3))
         return h, (h @ fc.weight.T).softmax(1)
-
-def load_inception(path: str | None) -> Inception:
-    """With pytorch-fid's public state dict, from a file or fetched. Raises BadInput."""
-    return load_public(Inception(), URL, path, "--inception")

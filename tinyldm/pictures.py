@@ -1,7 +1,6 @@
 """What the programs show: png grids, a condition as a picture, the curves of a log.
 
-Shapes:  images (n, 3, H, W) in [-1, 1].
-Reads:   degrade.py"""
+Shapes:  images (n, 3, H, W) in [-1, 1]. Reads: degrade.py"""
 import colorsys
 import json
 from pathlib import Path
@@ -16,8 +15,7 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     """One png, `columns` a row; each picture enlarged to at least 96 px."""
     k, gap = -(-96 // images.shape[-1]), 4
     h, w = (v * k + gap for v in images.shape[2:])
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * w + gap, rows * h + gap), "white")
+    sheet = Image.new("RGB", (columns * w + gap, -(-len(images) // columns) * h + gap), "white")
     for i, x in enumerate(images):
         tile = to_image(x).resize((w - gap, h - gap), Image.Resampling.NEAREST)
         sheet.paste(tile, (gap + i % columns * w, gap + i // columns * h))
