@@ -46,7 +46,6 @@ def training_flags(doc: str, out: str, every: int, n: int) -> argparse.ArgumentP
     g.add_argument("--eval-every", type=int, default=every, help="steps between figures, pictures")
     g.add_argument("--eval-n", type=int, default=n, help="how many pictures they are of; 0: none")
     g.add_argument("--log-every", type=int, default=50, help="steps between log lines")
-    g.add_argument("--seed", type=int, default=0)
     g.add_argument("--dry-run", action="store_true", help="print sizes and memory, then exit")
     g = parser.add_argument_group("optimisation")
     g.add_argument("--batch", type=int, help="pictures a step, of all processes together")
@@ -57,12 +56,16 @@ def training_flags(doc: str, out: str, every: int, n: int) -> argparse.ArgumentP
     g.add_argument("--cosine", action=BooleanOptionalAction, help="let the lr fall to 0 at the end")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     g.add_argument("--skip-nan", type=int, default=0, help="steps to skip at most, if not finite")
+    system_flags(parser)
+    return parser
+
+def system_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("system")
     g.add_argument("--device", default="auto", help="auto (CUDA if there is any), cpu, cuda")
     g.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="bf16 on CUDA")
     g.add_argument("--compile", action=BooleanOptionalAction, default=False, help="torch.compile")
     g.add_argument("--workers", type=int, default=0, help="processes that load pictures")
-    return parser
+    g.add_argument("--seed", type=int, default=0)
 
 def plain(args: argparse.Namespace) -> dict:
     """The flags as plain values, for checkpoints and printing."""
