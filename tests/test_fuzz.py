@@ -16,6 +16,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -279,7 +280,44 @@ def zips(r, path):
         whole[i]
 
 
-# A place for tar folders: as zips().
+def tars(r, path):
+    """Odd names, links, devices, sparse members, pax headers and sizes that lie, cut and mixed."""
+    good, file = pictures_of_all_kinds()[0], io.BytesIO()
+    names = ["a.png", "a.txt", "a.cls", "a.json", "b/c.1.PNG", "b/c.1.json", "../../canary.png",
+             "/canary.png", "b/../../../canary.png", "./a.png", "x" * 300 + ".png", "日本.png",
+             ".png", "metadata.jsonl", "link.png", "a.tar", "\udcff.png", "con.jpg"]
+    row = {"text": "a red circle", "label": 3, "boxes": [["dog", 1, 2, 9, 10]], "mask": "m.png"}
+    how = r.choice((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT))
+    mode = r.choice(("w", "w", "w", "w", "w", "w", "w:gz", "w:xz"))
+    with tarfile.open(fileobj=file, mode=mode, format=how, errors="surrogateescape") as t:
+        for name in r.choices(names, k=r.randrange(1, 12)):
+            m, data = tarfile.TarInfo(name[:90] if how == tarfile.USTAR_FORMAT else name), good
+            if not name.lower().endswith(("png", "jpg")):
+                data = odd_json(r, row).encode("utf8", "surrogatepass")
+            m.type = r.choice([tarfile.REGTYPE] * 12 + [
+                tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE,
+                tarfile.DIRTYPE, tarfile.GNUTYPE_SPARSE, tarfile.CONTTYPE, b"\x00", b"Z"])
+            m.linkname = r.choice(("/etc/passwd", "a.png", "../../canary"))
+            if how == tarfile.PAX_FORMAT and r.random() < .1:
+                m.pax_headers = {r.choice(("size", "path", "GNU.sparse.map", "GNU.sparse.major",
+                                           "linkpath", "mtime")):
+                                 r.choice(("-1", "99999999999999", "/canary.png", "0,9", "é"))}
+            m.size = len(data)
+            t.addfile(m, io.BytesIO(data))
+    data = bytearray(file.getvalue())
+    if r.random() < .2 and len(data) > 512:             # a header whose checksum holds, but which
+        at = 512 * r.randrange(min(len(data) // 512, 9))            # lies about its size
+        data[at + 124:at + 136] = r.choice((b"77777777777\0", b"\x80" + bytes(10) + b"\7",
+                                            b"\xff" * 12, b"-0000000001\0", b"00000000001\0"))
+        data[at + 148:at + 156] = b" " * 8
+        data[at + 148:at + 156] = b"%06o\0 " % sum(data[at:at + 512])
+    (path / "x.tar").write_bytes(mutated(r, bytes(data)) if r.random() < .3 else data)
+    whole = Folder(str(path / r.choice(("x.tar", ""))), 8, "all")
+    for i in range(min(3, len(whole))):
+        item = whole[i]
+        if "boxes" in item:
+            TASKS["layout"].y({"boxes": [item["boxes"]]}, model("layout").tau, None)
+
 
 class Evil:
     def __init__(self, f, *args):
@@ -440,8 +478,8 @@ def prompts(r, path):
         save_attention(torch.zeros(2, 3, 8, 8), torch.rand(2, 12, 8, 8), words, path / "a.png")
 
 
-READERS = {f.__name__: f for f in (pictures, maps, boxes, metadata, zips, checkpoints, released,
-                                   vocabularies, prompts)}
+READERS = {f.__name__: f for f in (pictures, maps, boxes, metadata, zips, tars, checkpoints,
+                                   released, vocabularies, prompts)}
 
 
 # ---- the child
