@@ -8,30 +8,36 @@
     python sample.py --init sketch.png --strength 0.5 "a red circle"            # img2img
     python sample.py --attention words.png --trajectory steps.png "a red circle"
     python sample.py --official sd-v1-4.ckpt --vocab clip/ --scale 7.5 "a photo of a red house"
+    torchrun --nproc-per-node 8 -- sample.py --n 50000 --out out/samples ...    # shared by 8
 
-Writes one grid (--out FILE.png, a row a prompt) or, where --out does not end in .png, a folder.
---score needs the built-in world, or superres with the truth. --timesteps even: from T-1 to z_0 in
---steps; official: the released code's rule, near --steps."""
+Writes one grid (--out FILE.png, a row a prompt) or, where --out does not end in .png, a folder,
+batch by batch; --resume leaves out the batches that it has. Picture i has the noise of (seed, i):
+its bits are the same in batches of one size, in any number of processes; in others, where kernels
+sum in another order, it differs by 1e-5 or so. --score needs the built-in world, or superres with
+the truth. --timesteps even: T-1 to z_0 in --steps; official: the released rule, near --steps."""
 import argparse
 import json
-from contextlib import nullcontext
+import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.utils.data import Subset
 from tqdm import tqdm
 
-from tinyldm import generate as gen, presets, require, samplers, shapes, training as tr, trying
+from tinyldm import generate as gen, official, presets, require, shapes, training as tr, trying
 from tinyldm.data import LANCZOS, NEAREST, load_map, load_rgb, open_data
 from tinyldm.degrade import to_image, to_tensor
-from tinyldm.files import is_box
 from tinyldm.inside import attention_maps, record, save_attention
 from tinyldm.pictures import save_drawn, save_grid
 from tinyldm.score import parse_prompt, score
 from tinyldm.tasks import TASKS
+from tinyldm.tokens import plain
 
-BUNDLED = Path(samplers.__file__).with_name("toy.pt")
+BUNDLED = Path(gen.__file__).with_name("toy.pt")
 
 def parse_args(argv=None):
     p = tr.flags(__doc__)
@@ -44,10 +50,10 @@ def parse_args(argv=None):
     g.add_argument("--image", type=Path, help="small picture (superres), or one to keep, but for")
     g.add_argument("--mask", type=Path, help="its white parts, which are painted; any model")
     g.add_argument("--init", type=Path, help="picture to begin with, noised; any model")
-    g.add_argument("--strength", type=float, default=0.5, help="how much: in 0..1 of the steps")
+    g.add_argument("--strength", type=float, help="how much: in 0..1 of the steps (0.5)")
     g.add_argument("--data", help="take conditions from this set; default: that of the training")
     g.add_argument("--n", type=int, help="pictures a prompt (16; 1 where there are many prompts)")
-    g.add_argument("--size", type=int, help="px; default: as trained")
+    g.add_argument("--size", help="px, or HxW, as in 64x128; default: as trained")
     g = p.add_argument_group("model")
     g.add_argument("--ckpt", type=Path, default=BUNDLED, help="default: the bundled toy model")
     g.add_argument("--official", type=Path, help="a released model's file, .ckpt or .safetensors")
@@ -67,6 +73,7 @@ def parse_args(argv=None):
     g.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
     g = p.add_argument_group("what comes out")
     g.add_argument("--out", type=Path, default=Path("out/samples.png"), help="FILE.png or a folder")
+    g.add_argument("--resume", action="store_true", help="only what the folder does not have yet")
     g.add_argument("--score", action="store_true", help="how well conditions are followed")
     g.add_argument("--attention", type=Path, help="FILE.png: where each word was looked at")
     g.add_argument("--trajectory", type=Path, help="FILE.png: z_0 as predicted along the way")
@@ -100,14 +107,14 @@ def read_hole(args, size: tuple[int, int]) -> dict:
 
 def read_boxes(args, m: gen.Model) -> torch.Tensor:
     """-> (K, 5) as in data.py. Raises BadInput."""
-    rows, side, out = read(args, "boxes", json.loads), args.size[0], []
+    rows, (h, w), out = read(args, "boxes", json.loads), args.size, []
     for row in rows if isinstance(rows, list) else [rows]:
         say = f"--boxes {args.boxes}: {json.dumps(row)[:80]}: "
-        require(is_box(row), say + "a box is [class, x0, y0, x1, y1]")
-        x0, y0, x1, y1 = row[1:5]
-        require(0 <= x0 < x1 <= side and 0 <= y0 < y1 <= side,
-                f"{say}must have 0 <= x0 < x1 <= {side} and so y, in pixels")
-        out.append([class_number(str(row[0]), m, say), *(v / side for v in row[1:5])])
+        with trying(say + "a box is [class, x0, y0, x1, y1]"):
+            kind, x0, y0, x1, y1 = row[:5]
+            fits = 0 <= x0 < x1 <= w and 0 <= y0 < y1 <= h
+        require(fits, f"{say}must have 0 <= x0 < x1 <= {w} and 0 <= y0 < y1 <= {h}, in pixels")
+        out.append([class_number(str(kind), m, say), x0 / w, y0 / h, x1 / w, y1 / h])
     return torch.tensor(out, dtype=torch.float32).reshape(-1, 5)
 
 def class_number(name: str, m: gen.Model, say: str = "") -> int:
@@ -118,15 +125,14 @@ def class_number(name: str, m: gen.Model, say: str = "") -> int:
          else len(m.classes) or m.tau.cfg.n_vocab - 1)
     more = f", or a name, like {', '.join(m.classes[:3])}" if m.classes else ""
     require(name.isdecimal() and len(name) < 9 and int(name) < n,
-            f"{say}{name!r} is no class of this model; they are numbers, 0..{n - 1}{more}")
+            f"{say}{name!r:.99} is no class of this model; they are numbers, 0..{n - 1}{more}")
     return int(name)
 
-def asked(args, m: gen.Model) -> list[dict]:
-    """The items to draw, each with what m's task asks for; sets args.size. Raises BadInput."""
-    side = args.size[0]
+def asked(args, m: gen.Model) -> Sequence[dict]:
+    """The conditions, each with what m's task asks for; sets args.size. Raises BadInput."""
     if m.task in ("text", "class"):
         more = read(args, "prompts", bytes.decode).splitlines() if args.prompts else []
-        lines = [p.strip() for p in args.prompt + args.label + more if p.strip()]
+        lines = [plain(p).strip() for p in args.prompt + args.label + more if p.strip()]
         if m.task == "text":
             return [{"caption": p} for p in lines]
         some = shapes.SEEN if m.flags.get("data") == "shapes" else range(len(m.classes))
@@ -136,65 +142,77 @@ def asked(args, m: gen.Model) -> list[dict]:
     if args.boxes:
         return [{"boxes": read_boxes(args, m)}]
     if args.map:
-        y = np.int64(fitted("map", read(args, "map", load_map), (side, side), NEAREST))
+        y = np.int64(fitted("map", read(args, "map", load_map), args.size[::-1], NEAREST))
         return [{"segmentation": torch.from_numpy(y)}]
     if args.image and m.task == "superres":
-        image, k = read(args, "image", load_rgb), -(-m.factor // 4)
+        image, k = read(args, "image", load_rgb), -(-m.ae.cfg.f * m.unet.cfg.factor // 4)
         w, h = (v - v % k for v in image.size)
         if (w, h) != image.size:
             print(f"--image: {image.width}x{image.height} is cropped to {w}x{h}, multiples of {k}")
-        require(w * h, f"--image {args.image}: its sides must be at least {k}")
+        most = Image.MAX_IMAGE_PIXELS // 16                 # as it grows to 16 times as many
+        require(0 < w * h <= most, f"--image: must have sides of {k} or more, {most:,} px at most")
         args.size = 4 * h, 4 * w
         return [{"small": to_tensor(image.crop((0, 0, w, h)))}]
     return held_out(args, m)
 
-def held_out(args, m: gen.Model) -> list[dict]:
-    """Held-out items of --data, or of what m was trained on. Raises BadInput."""
+def held_out(args, m: gen.Model) -> Subset:
+    """--n held-out items of --data, or of m's own set, read when asked for. Raises BadInput."""
     path = m.flags["data"] = args.data or m.flags.get("data")
     require(path, "--data: a released model has none of its own; give a condition or a folder")
+    h, w = args.size
+    require(h == w, f"--size {h}x{w}: a set's pictures are square; give one number, or a condition")
     flags = {"label_column": "label", "degrade": "bicubic", "resize": True, "seed": 0} | m.flags
-    flags = argparse.Namespace(**flags | {"size": args.size[0]})
-    data = open_data(flags, "held-out", TASKS[m.task].fields)
+    data = open_data(argparse.Namespace(**flags | {"size": h}), "held-out", TASKS[m.task].fields)
     require(len(data), f"--data {path}: has no held-out pictures; give a condition")
     require(m.task != "layout" or not m.classes or tuple(data.classes) == m.classes,
             f"--data {path}: its classes are not those of the model")
     require(args.to_seed is None, "--to-seed: needs one condition; give it as a file")
     n, args.n = args.n or 16, 1
-    return [data[i % len(data)] for i in range(n)]
+    return Subset(data, [i % len(data) for i in range(n)])
 
 def check(args, m: gen.Model) -> None:
-    """Do the flags fit the model, and one another? Fills in args.size. Raises BadInput."""
+    """Do the flags fit the model, and one another? Fills in args.scale and size; or BadInput."""
     takes = TASKS[m.task].takes + (("image", "mask") if m.task != "superres" else ())
     for flag in ("prompt", "prompts", "label", "boxes", "map", "image", "mask"):
         require(flag in takes or not getattr(args, flag), f"--{flag}: this model's task is "
                 f"{m.task}, which takes {', '.join('--' + f for f in takes)}")
     require(m.task == "superres" or (args.image is None) == (args.mask is None),
             "--image and --mask belong together: what is kept, and where it is painted")
-    for flag, low in (("n", 1), ("batch", 1), ("seed", 0), ("to_seed", 0)):
-        v = getattr(args, flag)
-        require(v is None or v >= low, f"--{flag.replace('_', '-')} {v}: must be at least {low}")
+    for flag, low, high in (("n", 1, 1e9), ("batch", 1, 1e9), ("seed", 0, 1e18), ("eta", 0, 1),
+                            ("to_seed", 0, 1e18), ("strength", 1e-6, 1), ("scale", -1e6, 1e6)):
+        v, name = getattr(args, flag), flag.replace("_", "-")
+        require(v is None or low <= v <= high, f"--{name} {v}: must be in {low:g}..{high:g}")
+    require(args.sampler == "ddim" or not args.eta, f"--eta {args.eta:g}: needs --sampler ddim")
+    for flag, to in (("strength", "init"), ("preset", "official"), ("vocab", "official")):
+        require(getattr(args, to) or getattr(args, flag) is None, f"--{flag}: only with --{to}")
+    require(args.attention or args.trajectory or not args.at, "--at: for --attention, --trajectory")
     for path in filter(None, (args.attention, args.trajectory)):
         require(path.suffix == ".png", f"{path}: --attention and --trajectory must end in .png")
     require(args.sampler != "plms" or not args.mask and m.task != "inpaint",
             "--sampler plms: forgets its past at each step of a masked run; use ddim")
-    require(0 < args.strength <= 1, f"--strength {args.strength:g}: must be above 0 and at most 1")
-    require(args.sampler == "ddim" or not args.eta, f"--eta {args.eta:g}: needs --sampler ddim")
-    side = m.flags["size"] if args.size is None else args.size
-    require(side > 0 and side % m.factor == 0, f"--size {side}: must be a multiple of {m.factor}, "
-            "the autoencoder's f times the U-Net's factor")
+    guidable = m.flags.get("p_drop", 1) > 0
+    args.scale = (TASKS[m.task].s if guidable else 1.0) if args.scale is None else args.scale
+    require(guidable or args.scale == 1, f"--scale {args.scale:g}: the model has learned no null "
+            "condition to guide away from; use --scale 1")
+    size, k = str(args.size or m.flags["size"]).split("x"), m.ae.cfg.f * m.unet.cfg.factor
+    require(len(size) < 3 and all(v.isdecimal() and len(v) < 6 for v in size)
+            and all(int(v) > 0 and int(v) % k == 0 for v in size), f"--size {args.size}: must be a "
+            f"multiple of {k}, the autoencoder's f times the U-Net's factor, or two, as HxW")
+    args.size = int(size[0]), int(size[-1])
     n_steps = len(gen.timesteps(args, len(m.abar))) - 1
     require(all(1 <= k <= n_steps for k in args.at or ()), f"--at: steps must be 1..{n_steps}")
     require(m.task == "text" or not args.attention, "--attention: is of words; use a text model")
-    args.size = side, side
+    require(m.task != "text" or m.tokenizer, "--vocab: the model needs its tokenizer's vocabulary")
 
-def prepare(args, m: gen.Model) -> list[dict]:
-    """An item a picture; fills in args.n and makes the folder of --out. Raises BadInput."""
+def prepare(args, m: gen.Model) -> tuple[Sequence[dict], dict]:
+    """The conditions, and what they share; fills in args.n, makes --out's folder. Or BadInput."""
     check(args, m)
     items, size = asked(args, m), args.size[::-1]
-    require(items, 'no prompt: give one, like "a red circle above a blue square", or --prompts')
+    require(len(items), 'no prompt: give one, like "a red circle above a blue square"')
     if args.score:
         require("image" in items[0] if m.task == "superres" else m.flags.get("data") == "shapes",
                 "--score: needs the built-in world, or superres with the truth")
+        require(size[0] == size[1], "--score: needs square pictures")
         for item in items if m.task == "text" else ():
             parse_prompt(item["caption"])
     more = read_hole(args, size) if args.mask else {}
@@ -203,46 +221,69 @@ def prepare(args, m: gen.Model) -> list[dict]:
     args.n = args.n or (16 // min(len(items), 16) if args.to_seed is None else 8)
     for out in filter(None, (args.out, args.attention, args.trajectory)):
         (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
-    return [i | more for i in items for _ in range(args.n)]
+    return items, more
 
 def main(args):
-    device, autocast, _, _ = tr.setup(args.device, args.dtype)
-    m = (gen.load_official(args, device) if args.official
-         else gen.load_model(args.ckpt, args.ema, device))
-    items = prepare(args, m)
-    first, n_steps = items[:args.batch], len(gen.timesteps(args, len(m.abar))) - 1
-    calls = [k + (args.sampler == "plms" and k > 0) for k in range(n_steps)]        # by step
-    at = {calls[k - 1] for k in args.at} if args.at else range(calls[-1] + 1)
-    h, w = (v // m.ae.cfg.f for v in args.size)
-    watch = attention_maps(m.unet, len(first), h, w, at) if args.attention else nullcontext()
-    chunks, images, z_0s = range(0, len(items), args.batch), [], []
-    plain, kept = (lambda eps: eps), (lambda eps: record(eps, m.abar, z_0s))
-    bar = tqdm(total=len(chunks) * (calls[-1] + 1), unit="step", dynamic_ncols=True)
-    with bar, autocast(), watch as maps:
-        for i in chunks:
-            wrap = kept if i == 0 and args.trajectory else plain
-            images.append(gen.draw(m, items[i:i + args.batch], args, i, bar.update, wrap))
-    images = torch.cat(images)
-    if args.out.suffix == ".png":
-        row = args.n if 1 < args.n < len(images) or args.to_seed is not None else 8
-        save_drawn(images, items, m.task, m.classes, args.out, min(row, len(images)))
+    device, autocast, rank, world = tr.setup(args.device, args.dtype)
+    if rank > 0:
+        sys.stdout = None                                       # print() says nothing then
+    if args.official:
+        dtype = torch.float32 if device.type == "cpu" or args.dtype == "fp32" else None
+        m = official.load_model(args.official, args.preset, args.ema, args.vocab, device, dtype)
+        print(f"{args.official}: {m.flags['preset']}")
     else:
-        for i, x in enumerate(images):
-            to_image(x).save(args.out / f"{i:06d}.png")
-    print(f"{len(images)} picture(s) in {bar.format_dict['elapsed']:.1f} s -> {args.out}")
+        m = gen.load_model(args.ckpt, args.ema, device)
+    grid = args.out.suffix == ".png"
+    keep = grid or args.score or args.attention or args.trajectory
+    require(not keep or world == 1 and not args.resume, "torchrun and --resume: for a folder as "
+            "--out only, without --score, --attention and --trajectory")
+    items, more = prepare(args, m)
+    n, n_steps = len(items) * args.n, len(gen.timesteps(args, len(m.abar))) - 1
+
+    # ---- this process's batches; what is watched
+    def part(i, k):
+        return [items[j // args.n] | more for j in range(i, min(i + k, n))]
+    files = [args.out / f"{j:06d}.png" for j in range(n)]
+    starts = [i for i in range(0, n, args.batch)[rank::world] if not args.resume
+              or not all(f.exists() for f in files[i:i + args.batch])]
+    calls = [k + (args.sampler == "plms" and k > 0) for k in range(n_steps)]        # by step
+    at = {calls[k - 1] for k in args.at or range(1, n_steps + 1)} if args.attention else set()
+    h, w = (v // m.ae.cfg.f for v in args.size)
+    images, z_0s, total = [], [], len(starts) * (calls[-1] + 1)
+    bar = tqdm(total=total, unit="step", dynamic_ncols=True, disable=rank > 0)
+    m.unet.register_forward_hook(lambda *_: bar.update() and None)
+
+    # ---- draw
+    with bar, autocast(), attention_maps(m.unet, min(args.batch, n), h, w, at) as maps:
+        for i in starts:
+            watch = partial(record, abar=m.abar, kept=z_0s) if args.trajectory and i == 0 else None
+            drawn = gen.draw(m, part(i, args.batch), args, i, watch)
+            if keep:
+                images.append(drawn)
+            for x, path in zip(drawn, () if grid else files[i:]):
+                to_image(x).save(path.with_suffix(".part"), "PNG")
+                path.with_suffix(".part").replace(path)         # whole, or not there
+    print(f"{n} picture(s) in {bar.format_dict['elapsed']:.1f} s -> {args.out}")
+
+    # ---- what else is shown
+    if keep:
+        images, whole = torch.cat(images), part(0, n)
+    if grid:
+        row = args.n if 1 < args.n < n or args.to_seed is not None else 8
+        save_drawn(images, whole, m.task, m.classes, args.out, min(row, n))
     if args.attention:
-        words = m.tokenizer.encode_batch([i["caption"] for i in first])
-        save_attention(images[:len(first)], torch.stack(maps).mean(0), words, args.attention)
+        words = m.tokenizer.encode_batch([i["caption"] for i in whole[:args.batch]])
+        save_attention(images[:args.batch], torch.stack(maps).mean(0), words, args.attention)
     if args.trajectory:
         at = args.at or [1 + round(k * (n_steps - 1) / 7) for k in range(8)]
         with torch.no_grad(), autocast():
             x = torch.stack([m.ae.decode(z_0s[calls[k - 1]][:4]).float().cpu() for k in at], dim=1)
         save_grid(x.flatten(0, 1), args.trajectory, len(at))
     if args.score:
-        figures = score(m.task, images, items, m.flags["size"] / 32)
+        figures = score(m.task, images, whole, m.flags["size"] / 32)
         told = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
-        s = TASKS[m.task].s if args.scale is None else args.scale
-        print(f"{len(images)} pictures, s = {s:g}, {n_steps} {args.sampler.upper()} steps: {told}")
+        how = args.sampler.upper()
+        print(f"{n} pictures, s = {args.scale:g}, {n_steps} {how} steps: {told}")
 
 if __name__ == "__main__":
     tr.run(main, parse_args)

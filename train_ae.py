@@ -5,18 +5,19 @@
     python train_ae.py --data photos/ --preset vq-f4        # a model of Table 8, on one GPU
     torchrun --nproc-per-node 8 train_ae.py --data photos/  # the same run, each batch shared by 8
 
-Writes OUT/ckpt.pt (all that resuming needs), log.jsonl, recon_*.png (rows of pictures above their
-reconstructions) and, with matplotlib, curves.png. The same command again goes on from there."""
+Writes OUT/ckpt.pt (all that resuming needs; ckpt.old.pt: the one before), log.jsonl, recon_*.png
+(pictures above their reconstructions), with matplotlib curves.png. The same command goes on."""
 import math
 from argparse import BooleanOptionalAction
 from dataclasses import asdict
 
 import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from tinyldm import patchgan, presets, require, training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder
-from tinyldm.checkpoint import load_checkpoint, same_config, save_checkpoint
+from tinyldm.checkpoint import resume, save_checkpoint, states
 from tinyldm.data import batch_order, data_flags, loader, open_data
 from tinyldm.features import feature_flags, open_features
 from tinyldm.metrics import Statistics, compare, gradient, psnr, ssim
@@ -26,8 +27,7 @@ from tinyldm.quantize import Codebook, count, perplexity
 from tinyldm.score import score
 
 def parse_args(argv=None):
-    p = tr.flags(__doc__)
-    tr.run_flags(p, "out/ae", 500, 256)
+    p = tr.training_flags(__doc__, "out/ae", 500, 256)
     data_flags(p)
     g = p.add_argument_group("model")
     g.add_argument("--ch", type=int, help="width at full resolution")
@@ -54,9 +54,7 @@ def parse_args(argv=None):
     g.add_argument("--disc-loss", choices=["hinge", "vanilla"], default="hinge")
     g.add_argument("--disc-ch", type=int, help="width of D_psi")
     g.add_argument("--disc-layers", type=int, help="strided layers of D_psi; 3 see 70x70 pixels")
-    tr.optimisation_flags(p)
     feature_flags(p)
-    tr.system_flags(p)
     return tr.parse(p, presets.AE, argv)
 
 def configure(args) -> AEConfig:
@@ -66,9 +64,11 @@ def configure(args) -> AEConfig:
                    tuple(args.attn_res), args.attn_mid, args.n_codes if args.reg == "vq" else None)
     require(args.size % cfg.f == 0,
             f"--size {args.size} is not divisible by f = {cfg.f}, which --ch-mult sets")
+    require(args.size >= 3 * 2 ** args.disc_layers or args.disc_weight == 0,
+            f"--size {args.size}: --disc-layers {args.disc_layers} are too many for it")
     return cfg
 
-def losses(args, perceptual, x, x_rec, q) -> tuple[torch.Tensor, torch.Tensor, dict]:
+def losses(args, perceptual, x, x_rec, q) -> tuple[Tensor, Tensor, dict]:
     """-> loss_rec, the weighted loss_reg, and what to log; q is the Autoencoder's second output.
     NB: the released KL model's loss is summed over pixels and divided by B, its VQ model's is a
     mean. Ours are means: times 3HW they are the former. The sum is also divided by exp(logvar), a
@@ -87,20 +87,20 @@ def losses(args, perceptual, x, x_rec, q) -> tuple[torch.Tensor, torch.Tensor, d
         told |= dict(codebook=loss_vq, z_std=q.z.std())
     return loss_pixel + args.perceptual_weight * loss_p, loss_reg, told
 
-def track_codes(codebook: Codebook, idle: torch.Tensor, used: list, args, g) -> dict:
-    """After a VQ step, from the (k, z) of its parts: restart codes long idle; -> what to log.
+def track_codes(codebook: Codebook, idle: Tensor, k: Tensor, z: Tensor, args, g) -> dict:
+    """After a VQ step of codes k, latents z: restart codes long idle; -> what to log.
     idle (n_codes,): steps since each code was last chosen; updated in place. g: the step's."""
-    n = count(torch.cat([k for k, _ in used]), len(idle))
+    n = count(k, len(idle))
     idle += 1
     idle[n > 0] = 0
     stale = idle >= args.restart_codes
     if args.restart_codes > 0 and stale.any():
-        codebook.restart(stale, torch.cat([z for _, z in used]), g)
+        codebook.restart(stale, z, g)
         idle[stale] = 0
     return dict(codes_used=(n > 0).sum(), perplexity=perplexity(n))
 
 @torch.no_grad()
-def evaluate(ae: Autoencoder, net, x: torch.Tensor, device) -> tuple[torch.Tensor, dict]:
+def evaluate(ae: Autoencoder, net, x: Tensor, device) -> tuple[Tensor, dict]:
     """x_rec of held-out pictures, at q's mean or the nearest codes, and how good they are.
     edges: mean length of the gradients, over that of x. bits of a picture's latents: KL's are
     KL(q, N(0, 1)), as coded with bits-back; VQ's the entropy of how often each code is chosen."""
@@ -123,7 +123,7 @@ HEALTHY = {"kl": "kl 1..9 nats a latent value; z_std 0.5..4",
 def main(args):
     # ---- setup
     device, autocast, rank, world = tr.setup(args.device, args.dtype)
-    micro = tr.check_batch(args, world)
+    n_micro = tr.check(args, world)
     cfg = configure(args)
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
@@ -145,95 +145,78 @@ def main(args):
     perceptual = (None if args.perceptual == "none" else
                   Perceptual(args.perceptual, args.vgg_weights).to(device))
     features = open_features(args, device) if val else None
-    disc_loss = {"hinge": patchgan.hinge_loss, "vanilla": patchgan.vanilla_loss}[args.disc_loss]
+    gan_loss = {"hinge": patchgan.hinge_loss, "vanilla": patchgan.vanilla_loss}[args.disc_loss]
+    if world > 1 and device.type == "cuda":     # on a CPU BatchNorm sees its own process only
+        disc = nn.SyncBatchNorm.convert_sync_batchnorm(disc)
     run_ae, run_disc = (torch.compile(net) if args.compile else net for net in (ae, disc))
-    if world > 1:                           # D_psi's BatchNorm sees its own process only
+    if world > 1:
         run_ae, run_disc = DDP(run_ae), DDP(run_disc, broadcast_buffers=False)
 
-    # ---- optimiser
-    opts = [torch.optim.Adam(net.parameters(), betas=args.betas, fused=True) for net in (ae, disc)]
-
-    # ---- resume
-    path, done = args.out / "ckpt.pt", 0
+    # ---- optimisers, resume
+    nets = {"ae": ae, "disc": disc}
+    opts = {k: torch.optim.Adam(net.parameters(), betas=args.betas, fused=True)
+            for k, net in nets.items()}
+    clips = {opts["ae"]: args.clip, opts["disc"]: math.inf}
     idle = torch.zeros(cfg.n_codes or 0, dtype=torch.int64, device=device)
     config = {"autoencoder": asdict(cfg),
               "discriminator": {"ch": args.disc_ch, "n_layers": args.disc_layers}}
-    if path.exists():
-        ckpt = load_checkpoint(path, "autoencoder", "--out")
-        same_config(ckpt["config"], config, path)
-        done = ckpt["step"]
-        for net, opt, name in zip((ae, disc), opts, ("ae", "disc")):
-            net.load_state_dict(ckpt["nets"][name])
-            opt.load_state_dict(ckpt["opts"][name])
-        idle.copy_(ckpt["idle"])
-
+    parts, path = {"nets": nets, "opts": opts}, args.out / "ckpt.pt"
+    ckpt = resume(path, "autoencoder", config, parts)
+    done = ckpt["step"]
+    idle.copy_(ckpt.get("idle", idle))
     def save(step):
-        save_checkpoint({"kind": "tinyldm autoencoder", "step": step, "config": config,
-                         "args": tr.plain(args), "idle": idle,
-                         "nets": {"ae": ae.state_dict(), "disc": disc.state_dict()},
-                         "opts": {"ae": opts[0].state_dict(), "disc": opts[1].state_dict()}}, path)
-
+        out = {"kind": "tinyldm autoencoder", "step": step, "config": config, "idle": idle}
+        if rank == 0:
+            save_checkpoint(out | {"args": tr.plain(args)} | states(parts), path, keep=True)
     def judge(step):
         if not val:
-            return log.note("no picture is held out, so nothing is judged; of 20 or more one is")
+            return run.note("no picture is held out, so nothing is judged; of 20 or more one is")
         x = torch.stack(val)
         with autocast():
             x_rec, figures = evaluate(ae, features, x, device)
         if args.data == "shapes":
             told = [{"caption": c} for c in held_out.captions()]
             figures["captions_still_true"] = score("text", x_rec, told)["prompts_followed"]
-        log.write(step, **figures)
         rows = [v[i:i + 10] for i in range(0, min(len(x), 30), 10) for v in (x, x_rec)]
         save_grid(torch.cat(rows), args.out / f"recon_{step:06d}.png", min(10, len(x)))
-        save_curves(log.path, args.out / "curves.png")
+        run.write(step, **figures)
+        save_curves(run.path, args.out / "curves.png")
 
     # ---- loop
-    log = tr.Log(args, done, device, rank)
-    log.note(f"healthy: rec and perceptual fall; {HEALTHY[args.reg]}; with D_psi, lam "
+    run = tr.Run(args, done, device, rank)
+    run.note(f"healthy: rec and perceptual fall; {HEALTHY[args.reg]}; with D_psi, lam "
              "stays below 10 and d_real a little above d_fake")
+    def loss_ae(x, noise, gan):
+        x_rec, q = run_ae(x, noise)
+        loss_rec, loss_reg, told = losses(args, perceptual, x, x_rec, q)
+        loss = loss_rec + loss_reg
+        if gan:
+            loss_adv = patchgan.generator_loss(disc, x_rec)
+            lam = patchgan.adaptive_weight(loss_rec, loss_adv, ae.decoder.layers[-1].weight)
+            loss = loss + args.disc_weight * lam * loss_adv
+            told |= dict(adv=loss_adv, lam=lam)
+        return loss, told, (x_rec, q.k, q.z) if cfg.n_codes else (x_rec,)
+    def loss_disc(x, x_rec):
+        real, fake = run_disc(x), run_disc(x_rec)
+        loss = gan_loss(real.float(), fake.float())
+        return loss, dict(disc=loss, d_real=real.mean(), d_fake=fake.mean()), ()
     order = batch_order(len(data), args.batch, done, args.steps, args.seed, rank, world, data.tars)
     batches = loader(data, order, args.workers, device.type == "cuda")
-    for step, batch in zip(tr.steps(args, done, log, save, judge), batches):
+    for step, batch in zip(run.steps(save, judge), batches):
         gan = args.disc_weight > 0 and step > args.disc_start
-        for opt in opts:
-            opt.param_groups[0]["lr"] = lr = tr.lr_at(step, args)
-            opt.zero_grad()
         x = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
         g = tr.generator(args.seed, step)
-        noise = torch.randn(args.batch, cfg.c_z, side, side, generator=g)
-        parts = list(zip(x.split(micro), tr.rows(noise, rank, world).to(device).split(micro)))
-        values, recs, used = {}, [], []
-        for i, (x, n) in enumerate(parts):                                      # E and D
-            with tr.sync_last(run_ae, i == len(parts) - 1), autocast():
-                x_rec, q = run_ae(x, n)
-                loss_rec, loss_reg, v = losses(args, perceptual, x, x_rec, q)
-                loss = loss_rec + loss_reg
-                if gan:
-                    loss_adv = patchgan.generator_loss(disc, x_rec)
-                    lam = patchgan.adaptive_weight(loss_rec, loss_adv, ae.decoder.layers[-1].weight)
-                    loss = loss + args.disc_weight * lam * loss_adv
-                    v |= dict(adv=loss_adv, lam=lam)
-                (loss / len(parts)).backward()
-            recs.append(x_rec.detach())
-            if cfg.n_codes:
-                used.append((q.k, q.z.detach()))
-            tr.add(values, v, 1 / len(parts))
-        gnorm = torch.nn.utils.clip_grad_norm_(ae.parameters(), args.clip)
-        tr.check_finite(loss + gnorm, step, path)
-        opts[0].step()
-        if used:
-            values |= track_codes(ae.codebook, idle, used, args, g)
-        for i, ((x, _), x_rec) in enumerate(zip(parts, recs) if gan else ()):   # D_psi
-            with tr.sync_last(run_disc, i == len(parts) - 1), autocast():
-                real, fake = run_disc(x), run_disc(x_rec)
-                loss_disc = disc_loss(real.float(), fake.float())
-                (loss_disc / len(parts)).backward()
-            tr.check_finite(loss_disc, step, path)
-            v = dict(disc=loss_disc, d_real=real.mean(), d_fake=fake.mean())
-            tr.add(values, v, 1 / len(parts))
+        noise = torch.randn(args.batch, cfg.c_z, side, side, generator=g).chunk(world)[rank]
+        norms = {k: v.clone() for k, v in disc.named_buffers()}     # BatchNorm's
+        loss, told, (x_rec, *used) = tr.accumulate(
+            loss_ae, (x, noise.to(device)), n_micro, autocast, [run_ae], gan=gan)
         if gan:
-            opts[1].step()
-        log.step(step, **values, lr=lr, gnorm=gnorm)
+            more, said, _ = tr.accumulate(loss_disc, (x, x_rec), n_micro, autocast, [run_disc])
+            loss, told = loss + more, told | said
+        if not run.update(step, loss, clips, told):
+            disc.load_state_dict(norms, strict=False)
+        elif used:
+            run.sums.update(track_codes(ae.codebook, idle, *used, args, g))
 
 if __name__ == "__main__":
     tr.run(main, parse_args)

@@ -6,25 +6,30 @@
     python train_ldm.py --preset sd-v1 --dry-run            # a row of the paper: only its sizes
     torchrun --nproc-per-node 8 train_ldm.py --data ...     # the same run, each batch shared by 8
 
-Writes OUT/ckpt.pt (all that resuming and sampling need), log.jsonl, samples_*.png, with matplotlib
-curves.png and, at the end, model.pt (sampling's part, fp16). The same command again goes on."""
+Writes OUT/ckpt.pt (all that resuming and sampling need; ckpt.old.pt: the one before), log.jsonl,
+samples_*.png, with matplotlib curves.png and, at the end, model.pt (sampling's part, fp16). The
+same command again goes on, wherever it was killed."""
+import copy
 from argparse import BooleanOptionalAction
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from tinyldm import presets, require, shapes, training as tr
+from tinyldm import presets, require, shapes, training as tr, trying
+from tinyldm.attention import SpatialTransformer
 from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, Posterior, build_autoencoder
-from tinyldm.checkpoint import half, load_checkpoint, same_config, save_checkpoint
-from tinyldm.data import batch_order, data_flags, loader, open_data
+from tinyldm.checkpoint import half, load_checkpoint, resume, save_checkpoint, states
+from tinyldm.conditioning import TextBlock
+from tinyldm.data import Latents, batch_order, data_flags, encode, fingerprint, loader, open_data
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, draw_t, ldm_loss, snr_weight
 from tinyldm.features import feature_flags, open_features
 from tinyldm.generate import Model, defaults, draw
 from tinyldm.guidance import drop_condition
-from tinyldm.latents import Latents, encode, fingerprint
+from tinyldm.layers import ResBlock
 from tinyldm.metrics import Statistics, compare, read
 from tinyldm.pictures import save_curves, save_drawn
 from tinyldm.score import score
@@ -54,8 +59,7 @@ def model_flags(parser) -> None:
     g.add_argument("--vocab-size", type=int, help="most pieces of words (8192), or places (1025)")
 
 def parse_args(argv=None):
-    p = tr.flags(__doc__)
-    tr.run_flags(p, "out/ldm", 1000, 64)
+    p = tr.training_flags(__doc__, "out/ldm", 1000, 64)
     g = p.add_argument_group("stage one and task")
     g.add_argument("--ae", default="out/ae/ckpt.pt", type=Path, help="stage one; none: pixels")
     g.add_argument("--ae-preset", choices=[*presets.AE, "none"], help="the same, for a dry run")
@@ -72,11 +76,10 @@ def parse_args(argv=None):
     g.add_argument("--z-std", type=float, help="of stage one's latents; default: measured")
     g.add_argument("--T", type=int, default=1000)
     g.add_argument("--p-drop", type=float, default=0.1, help="share of conditions dropped")
-    tr.optimisation_flags(p)
     p.add_argument("--ema", type=float, help="decay of the averaged weights")
     p.add_argument("--ckpt-grad", action="store_true", help="less memory: compute twice")
+    p.add_argument("--fsdp", action="store_true", help="each process holds a part of the weights")
     feature_flags(p)
-    tr.system_flags(p)
     return tr.parse(p, presets.LDM, argv)
 
 def load_stage_one(path: Path) -> Autoencoder | Pixels:
@@ -84,8 +87,9 @@ def load_stage_one(path: Path) -> Autoencoder | Pixels:
     if str(path) == "none":
         return Pixels()
     ckpt = load_checkpoint(path, "autoencoder", "--ae")
-    ae = build_autoencoder(ckpt["config"]["autoencoder"])
-    ae.load_state_dict(ckpt["nets"]["ae"])
+    with trying(f"--ae {path}: its parts do not fit together"), torch.device("meta"):
+        ae = build_autoencoder(ckpt["config"]["autoencoder"])
+        ae.load_state_dict(ckpt["nets"]["ae"], assign=True)
     return ae.eval().requires_grad_(False)
 
 def configure(args, ae: AEConfig) -> UNetConfig:
@@ -124,7 +128,7 @@ def held_out_loss(m: Model, q: Posterior, y: torch.Tensor) -> dict[str, float]:
     return {f"held_out_loss_at_{k * T // 4}": v
             for k, v in enumerate(torch.cat(losses, dim=1).mean(1).tolist())}
 
-def judging(m: Model, args, data, held_out, to_y, log, autocast) -> Callable:
+def judging(m: Model, args, data, held_out, to_y, run, autocast):
     """-> judge(step): Eq. (2) on held-out pairs, or else training; --eval-n drawn pictures' scores
     and their distance to 2,048 of the set. To the log; pictures and curves to --out."""
     device, other = m.abar.device, held_out if len(held_out) else data
@@ -135,7 +139,7 @@ def judging(m: Model, args, data, held_out, to_y, log, autocast) -> Callable:
         pairs, = encode(m.ae, other, [range(min(256, len(other)))], args.workers, device, to_y)
     how = defaults(steps=min(25, args.T), size=(args.size, args.size))
     if args.task == "text":
-        log.note("each grid shows\n  " + "\n  ".join(i["caption"] for i in items[:16]))
+        run.note("each grid shows\n  " + "\n  ".join(i["caption"] for i in items[:16]))
     def judge(step):
         with autocast():
             loss = held_out_loss(m, *pairs)
@@ -144,8 +148,8 @@ def judging(m: Model, args, data, held_out, to_y, log, autocast) -> Callable:
                    args.out / f"samples_{step:06d}.png", 8)
         figures = score(args.task, images, items) if args.data == "shapes" else {}
         drawn = Statistics(features, (v.to(device) for v in images.split(64)))
-        log.write(step, **loss, **figures, **compare(real, drawn))
-        save_curves(log.path, args.out / "curves.png")
+        run.write(step, **loss, **figures, **compare(real, drawn))
+        save_curves(run.path, args.out / "curves.png")
     return judge
 
 def plan(args) -> None:
@@ -161,7 +165,7 @@ def main(args):
     if args.dry_run and not args.data:
         return plan(args)
     device, autocast, rank, world = tr.setup(args.device, args.dtype)
-    micro = tr.check_batch(args, world)
+    n_micro = tr.check(args, world)
     ae = load_stage_one(args.ae).to(device, memory_format=torch.channels_last)
 
     # ---- data
@@ -187,31 +191,29 @@ def main(args):
     schedule = {"name": args.schedule, "T": args.T, "beta_range": tuple(args.beta_range),
                 "predict": args.predict}
     abar = cumulative(SCHEDULES[args.schedule](args.T, *args.beta_range)).to(device)
+    ema = tr.EMA(nets, args.ema)
+    shown = copy.deepcopy(ema.nets) if args.fsdp and rank == 0 else ema.nets
+    for net in (*nets.values(), *ema.nets.values()) if args.fsdp else ():
+        for block in net.to(memory_format=torch.contiguous_format).modules():
+            if isinstance(block, ResBlock | SpatialTransformer | TextBlock):
+                fully_shard(block)
+        fully_shard(net)
     run_unet, run_tau = (torch.compile(net) if net and args.compile else net for net in (unet, tau))
-    if world > 1:
+    if world > 1 and not args.fsdp:
         run_unet, run_tau = DDP(run_unet), tau and DDP(run_tau)
+    run_nets = [net for net in (run_unet, run_tau) if net]
     eps_theta = as_eps_theta(run_unet, abar, args.predict)
 
-    # ---- optimiser
-    params = [p for net in nets.values() for p in net.parameters()]
-    opt = torch.optim.AdamW(params, betas=args.betas, fused=True)
-    ema = tr.EMA(nets, args.ema)
-
-    # ---- resume
-    path, done = args.out / "ckpt.pt", 0
+    # ---- optimiser, resume
+    opt = torch.optim.AdamW(nn.ModuleDict(nets).parameters(), betas=args.betas, fused=True)
     config = {"task": {"name": args.task}, "autoencoder": asdict(ae.cfg), "unet": asdict(cfg),
               "tau": task.shape(vars(args), ae.cfg.f) if task.shape else {}, "schedule": schedule}
-    if path.exists():
-        ckpt = load_checkpoint(path, "ldm", "--out")
-        same_config({"task": {"name": "text"}} | ckpt["config"], config, path)
-        done, ema.n = ckpt["step"], ckpt["ema_n"]
-        for part, state in ((opt, ckpt["opt"]), (ae, ckpt["ae"]),
-                            *((net, ckpt["nets"][k]) for k, net in nets.items()),
-                            *((net, ckpt["ema"][k]) for k, net in ema.nets.items())):
-            part.load_state_dict(state)
+    parts, path = {"nets": nets, "ema": ema.nets, "ae": ae, "opt": opt}, args.out / "ckpt.pt"
+    ckpt = resume(path, "ldm", config, parts)
+    done, ema.n = ckpt["step"], ckpt.get("ema_n", 0)
 
     # ---- latents
-    m = Model(ae, ema.nets["unet"], ema.nets.get("tau"), tokenizer, abar, args.predict, args.task,
+    m = Model(ae, shown["unet"], shown.get("tau"), tokenizer, abar, args.predict, args.task,
               tuple(names), tr.plain(args))
 
     def to_y(batch):
@@ -246,44 +248,38 @@ def main(args):
         out = {"kind": "tinyldm ldm", "step": step, "config": config, "size": args.size,
                "args": tr.plain(args), "classes": list(names),
                "tokenizer": tokenizer.to_str() if tokenizer else None}
-        raw = {k: net.state_dict() for k, net in nets.items()}
-        mean = {"ae": ae.state_dict(), "ema": ema.state()}
-        save_checkpoint(out | mean | {"nets": raw, "ema_n": ema.n, "opt": opt.state_dict()}, path)
-        if step == args.steps:
-            save_checkpoint(out | half(mean), args.out / "model.pt")
+        now = states(parts)
+        if step == args.steps and rank == 0:    # first: killed in between, the run makes it again
+            save_checkpoint(out | half({k: now[k] for k in ("ae", "ema")}), args.out / "model.pt")
+        if rank == 0:
+            save_checkpoint(out | now | {"ema_n": ema.n}, path, keep=True)
+
+    def judge(step):
+        now = states(ema.nets) if args.fsdp else {}
+        if rank == 0:
+            for k, state in now.items():
+                shown[k].load_state_dict(state)
+            judged(step)
 
     # ---- loop
-    log = tr.Log(args, done, device, rank)
-    log.note("healthy: loss falls fast from 1 to 0.1, then slowly; gnorm below 1; z_std 1")
-    judge = None
-    if rank == 0 and args.eval_n > 0:
-        judge = judging(m, args, data, held_out, to_y, log, autocast)
-    for step, (q, y) in zip(tr.steps(args, done, log, save, judge), batches()):
+    run = tr.Run(args, done, device, rank)
+    run.note("healthy: loss falls fast from 1 to 0.1, then slowly; gnorm below 1; z_std 1")
+    judged = rank == 0 and args.eval_n > 0 and run.judged < args.steps and judging(
+        m, args, data, held_out, to_y, run, autocast)
+    def loss_of(z, t, eps, y):
+        loss = ldm_loss(eps_theta, z, t, eps, abar, task.ctx(y, run_tau, ae), args.loss)
+        return (loss * snr_weight(t, abar, *args.snr_clamp)).mean(), {}, ()
+    for step, (q, y) in zip(run.steps(save, judge), batches()):
         g = tr.generator(args.seed, step)
-        opt.param_groups[0]["lr"] = lr = tr.lr_at(step, args)
-        opt.zero_grad()
-        shape = (args.batch, *q.mean.shape[1:])
-        noise, eps = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
+        noise, eps = (torch.randn(args.batch, *q.mean.shape[1:], generator=g) for _ in range(2))
         t = draw_t(args.batch, args.T, g)
         drop = torch.rand(args.batch, generator=g) < args.p_drop
-        noise, eps, t, drop = (tr.rows(v, rank, world).to(device) for v in (noise, eps, t, drop))
+        noise, eps, t, drop = (v.chunk(world)[rank].to(device) for v in (noise, eps, t, drop))
         z = Posterior(q.mean.to(device), q.logvar.to(device)).sample(noise)
         y = drop_condition(y.to(device), y_null[0].to(device, y.dtype), drop)
-        parts = list(zip(*(v.split(micro) for v in (z, t, eps, y))))
-        values = {}
-        for i, (z_i, t_i, eps_i, y_i) in enumerate(parts):
-            last = i == len(parts) - 1
-            with tr.sync_last(run_unet, last), tr.sync_last(run_tau, last), autocast():
-                ctx = task.ctx(y_i, run_tau, ae)
-                loss = ldm_loss(eps_theta, z_i, t_i, eps_i, abar, ctx, args.loss)
-                loss = (loss * snr_weight(t_i, abar, *args.snr_clamp)).mean()
-                (loss / len(parts)).backward()
-            tr.add(values, dict(loss=loss), 1 / len(parts))
-        gnorm = torch.nn.utils.clip_grad_norm_(params, args.clip)
-        tr.check_finite(values["loss"] + gnorm, step, path)
-        opt.step()
-        ema.update()
-        log.step(step, **values, lr=lr, gnorm=gnorm, z_std=z.std())
+        loss, *_ = tr.accumulate(loss_of, (z, t, eps, y), n_micro, autocast, run_nets)
+        if run.update(step, loss, {opt: args.clip}, dict(loss=loss, z_std=z.std())):
+            ema.update()
 
 if __name__ == "__main__":
     tr.run(main, parse_args)

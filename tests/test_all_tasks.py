@@ -47,6 +47,7 @@ def files(tmp_path):
     rng = np.random.default_rng(0)
     for name, w, h in (("photo", 16, 16), ("wide", 40, 24), ("small", 6, 8)):
         Image.fromarray(rng.integers(0, 255, (h, w, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    Image.new("L", (2001, 2001)).save(tmp_path / "large.png")
     hole = np.zeros((16, 16), np.uint8)
     hole[4:10, 6:12] = 255
     for name, v in (("hole", hole), ("all", hole * 0 + 255), ("nothing", hole * 0),
@@ -118,8 +119,9 @@ def test_init_seeds_attention_trajectory_and_larger_sizes(draw, files, tmp_path)
          "--trajectory", tmp_path / "t.png")
     assert Image.open(tmp_path / "a.png").size == (8 * 128, 2 * 144)       # a picture and 7 words
     assert Image.open(tmp_path / "t.png").width < 210
-    draw("uncond", "--size", 24, "--n", 1, "--out", tmp_path / "big")
-    assert Image.open(tmp_path / "big/000000.png").size == (24, 24)
+    for size, shape in ((24, (24, 24)), ("24x32", (32, 24))):
+        draw("uncond", "--size", size, "--n", 1, "--out", tmp_path / "big")
+        assert Image.open(tmp_path / "big/000000.png").size == shape
 
 
 def test_bad_input_is_one_line_and_exit_code_2(draw, files):
@@ -143,10 +145,22 @@ def test_bad_input_is_one_line_and_exit_code_2(draw, files):
              ("inpaint", ["--image", at("photo.png"), "--mask", at("nothing.png")], "covers noth"),
              ("superres", ["--image", at("small.png"), "--mask", at("hole.png")], "--mask: this"),
              ("superres", ["--image", at("small.png"), "--score"], "the truth"),
+             ("superres", ["--image", at("large.png")], "4,000,000 px at most"),
              ("superres", ["--image", at("boxes.json")], "boxes.json: cannot be read"),
-             ("text", ["a cat", "--strength", 0], "--strength 0"),
+             ("text", ["a cat", "--strength", 0, "--init", at("photo.png")], "--strength 0"),
+             ("text", ["a cat", "--strength", 0.5], "--strength: only with --init"),
+             ("text", ["a cat", "--vocab", at("photo.png")], "--vocab: only with --official"),
+             ("text", ["a cat", "--at", 1], "--at: for --attention, --traj"),
+             ("text", ["a cat", "--eta", "nan"], "--eta nan"),
+             ("text", ["a cat", "--scale", "nan"], "--scale nan"),
+             ("text", ["a cat", "--size", "16x18"], "--size 16x18: must be"),
+             ("text", ["a cat", "--size", "16x16x16"], "--size 16x16x16: must be"),
+             ("text", ["a cat", "--size", -16], "--size -16: must be"),
+             ("semantic", ["--size", "16x24"], "--size 16x24: a set's pictures are square"),
+             ("text", ["a red circle", "--size", "16x24", "--score"], "needs square"),
+             ("text", ["a cat", "--resume"], "--resume: for a folder"),
              ("text", ["a cat", "--init", at("gone.png")], "--init"),
-             ("text", ["a cat", "--at", 3], "--at: steps must be 1..2"),
+             ("text", ["a cat", "--at", 3, "--trajectory", at("t.png")], "--at: steps must be"),
              ("uncond", ["--attention", at("a.png")], "--attention: is of words")]
     for task, flags, say in cases:
         said = draw(task, *flags, code=2)

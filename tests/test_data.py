@@ -1,4 +1,5 @@
 """data.py: the folder contract, the order of batches, strangers' folders."""
+import io
 import json
 import shutil
 import struct
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_AE
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.testing import assert_close
 
 from tinyldm import BadInput
@@ -199,6 +200,29 @@ def bomb() -> bytes:
 def test_a_decompression_bomb_is_refused(load):
     with pytest.raises((Image.DecompressionBombError, Image.DecompressionBombWarning)):
         load(bomb())
+
+
+@pytest.mark.parametrize("load", [load_rgb, load_map])
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "ICO", "PPM"])
+def test_other_formats_are_not_opened_whatever_their_names_say(load, kind, monkeypatch):
+    """Pillow gives an EPS to GhostScript, a program for programs."""
+    monkeypatch.setattr("subprocess.Popen", None)
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, kind)
+    with pytest.raises(UnidentifiedImageError):
+        load(file.getvalue())
+
+
+def test_a_zip_whose_member_unpacks_to_more_than_memory_is_not_unpacked(tmp_path):
+    """It says 256 MiB; of what is longer than it says, no more would be read."""
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr("metadata.jsonl", "{}")
+    data = path.read_bytes()
+    i = data.index(b"PK\1\2") + 24
+    path.write_bytes(data[:i] + struct.pack("<I", 2 ** 28) + data[i + 4:])
+    with pytest.raises(BadInput, match="metadata.jsonl' has 268,435,456 bytes; unpack it"):
+        Folder(str(path), 32)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -298,12 +298,12 @@ def test_one_step_is_enough_for_a_net_that_knows_the_picture(sampler):
 def classes(**flags):
     """-> the calls of a class model's U-Net, and the table of its classes."""
     torch.manual_seed(0)
-    tau, ticks = ClassEmbedder(4, 5).requires_grad_(False), []
+    tau = ClassEmbedder(4, 5).requires_grad_(False)
     net = Spy(lambda z, t, ctx: z * ctx.mean((1, 2)).view(-1, 1, 1, 1) / 9)
     m, kept = model(net, task="class", tau=tau), []
     draw(m, [{"label": 2}, {"label": None}], defaults(size=(8, 8), steps=3, **flags),
-         tick=lambda: ticks.append(0), wrap=lambda eps: record(eps, m.abar, kept))
-    assert len(ticks) == len(net.calls) == len(kept) == 3
+         wrap=lambda eps: record(eps, m.abar, kept))
+    assert len(net.calls) == len(kept) == 3
     return net.calls, kept, tau.embedding.weight
 
 

@@ -100,12 +100,12 @@ def test_ema_is_lit_ema():
     for i in range(5):
         load(i + 1)
         ema.update()
-        for k, shadow in ema.state()["unet"].items():
+        for k, shadow in ema.nets["unet"].state_dict().items():
             close(shadow, g[f"out/ema/{k}"][i])
     assert ema.n == g["out/ema/num_updates"]
     torch.nn.init.ones_(net.bias)
     for n, decay in zip(g["in/ema/n"], g["out/ema/effective_decay"]):
-        ema.n, shadow = int(n) - 1, ema.state()["unet"]["bias"].zero_()
+        ema.n, shadow = int(n) - 1, ema.nets["unet"].bias.zero_()
         ema.update()
         close(1 - shadow, np.full(2, decay))
         close(shadow, np.full(2, 1 - decay), 1e-3)          # decay is stored in float32

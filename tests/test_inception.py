@@ -4,6 +4,7 @@ import io
 import json
 import os
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from torch.testing import assert_close
 
 from tinyldm import BadInput
 from tinyldm.degrade import to_image
-from tinyldm.inception import URL, Inception, load_inception, tf_resize
+from tinyldm.features import open_features
+from tinyldm.inception import URL, Inception, tf_resize
 
 def pseudo_random(net):
     """Weights by goldens.py's recipe, under which activations neither vanish nor explode."""
@@ -27,6 +29,10 @@ def pseudo_random(net):
             rows.append({"key": key, "seed": key, "shape": list(v.shape), "std": std, "grid": 4096,
                          "kind": "uniform" if gain else "normal"})
     return weights(json.dumps(rows))
+
+
+def load_inception(path):
+    return open_features(SimpleNamespace(features="inception", inception=path), "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""latents.py: the cache on disk holds what E says, is resumed, shared, made anew if need be."""
+"""data.py: the latent cache holds what E says, is resumed, shared, made anew if need be."""
 import json
 import os
 
@@ -8,16 +8,15 @@ from conftest import TINY_AE, TINY_LDM
 from PIL import Image
 from torch.testing import assert_close
 
-from tinyldm import BadInput, latents
+from tinyldm import BadInput
 from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, Posterior
-from tinyldm.data import Folder
+from tinyldm.data import Folder, Latents, encode, fingerprint
 from tinyldm.degrade import Degraded
-from tinyldm.latents import Latents, encode, fingerprint
 from tinyldm.shapes import Shapes
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(latents, "SHARD", 16)
+    monkeypatch.setattr("tinyldm.data.SHARD", 16)
 
 
 def stage_one(seed=0, **kw):

@@ -71,7 +71,7 @@ def test_every_key_of_a_released_layout_is_used_and_every_tensor_of_ours_is_fill
         state["scale_factor"] = torch.tensor(0.5)
     monkeypatch.setattr("tinyldm.official.read_state", lambda path: state)
     m = load_model("x.ckpt")
-    assert m.preset == preset and all(filled(net) for net in (m.ae, m.unet, m.tau))
+    assert m.flags["preset"] == preset and all(filled(net) for net in (m.ae, m.unet, m.tau))
     assert m.ae.z_std == {"churches256": 2.0, "sd-v1": 1 / 0.18215}.get(preset, 1.0)
     for odd in ("model.diffusion_model.extra", "other.weight"):
         state[odd] = torch.zeros(1)
@@ -152,7 +152,7 @@ def test_official_small_model_end_to_end(tiny):
     """z, ctx, loss, EMA, 5 DDIM steps with guidance, the picture: from a file to numbers."""
     m = load_model(tiny)
     raw = load_model(tiny, "tiny", ema=False)
-    assert m.preset == "tiny" and tiny.exists()
+    assert m.flags["preset"] == "tiny" and tiny.exists()
     z = m.ae.encode(ref("in/image_bhwc").movedim(3, 1)).mean
     close(z, REF["out/z"])
     close(m.ae.decode(z), REF["out/reconstruction"])
@@ -367,7 +367,7 @@ m = load_model(sys.argv[1])
 seconds = time.perf_counter() - start
 for net in filter(None, (m.ae, m.unet, m.tau)):     # touch every weight, so that it is in memory
     assert all(p.dtype == torch.float16 and p.isfinite().all() for p in net.parameters())
-print(json.dumps([m.preset, seconds, before, peak()]))
+print(json.dumps([m.flags["preset"], seconds, before, peak()]))
 """
 
 

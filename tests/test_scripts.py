@@ -13,7 +13,9 @@ from conftest import ROOT, TINY_AE, TINY_LDM, TINY_VQ
 from PIL import Image
 
 import sample
+from tinyldm import shapes
 from tinyldm.checkpoint import load_checkpoint
+from tinyldm.generate import defaults, draw, load_model
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, cli):
@@ -163,6 +165,46 @@ def test_same_seed_same_picture_whatever_the_batch(trained, tmp_path, cli):
         assert max(abs(x - y) for x, y in zip(a, c)) > 8
 
 
+def test_two_processes_write_the_bytes_of_one_and_resume_what_is_missing(tmp_path, cli):
+    """Each its own batches; only one tells. --resume draws batches again that lack a picture."""
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a red circle\na blue square\na big green cross above a small cyan circle\n")
+    flags = ["--prompts", prompts, "--n", "3", "--batch", "2", "--steps", "3", "--eta", "1"]
+    cli("sample.py", *flags, "--out", tmp_path / "one")
+
+    def torchrun(*more):
+        return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                               "--nproc-per-node", "2", "--", ROOT / "sample.py", *flags, *more],
+                              env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                              capture_output=True, text=True)
+    p = torchrun("--out", tmp_path / "two")
+    assert p.returncode == 0 and p.stdout.count("9 picture(s)") == 1, p.stderr
+
+    def files(name):
+        return {f.name: f.read_bytes() for f in (tmp_path / name).iterdir()}
+    one = files("one")
+    assert sorted(one) == [f"{i:06d}.png" for i in range(9)] and len(set(one.values())) == 9
+    assert files("two") == one
+    (tmp_path / "two/000005.png").unlink()
+    for i in (1, 4):
+        (tmp_path / f"two/{i:06d}.png").write_bytes(b"as it was")
+    assert torchrun("--out", tmp_path / "two", "--resume").returncode == 0
+    assert files("two") == one | {"000001.png": b"as it was"}       # batch 4, 5 is drawn anew
+    assert "error: torchrun and --resume" in torchrun("--out", tmp_path / "x.png").stderr
+
+
+def test_a_picture_alone_and_in_batches():
+    """The same bits in one batch after another; to float's last digits in a batch of 1 or 3."""
+    m = load_model(sample.BUNDLED, True, torch.device("cpu"))
+    items = [{"caption": p} for p in shapes.prompts(6)]
+    how = defaults(size=(32, 32), steps=5, eta=1)
+    whole = draw(m, items, how)
+    assert torch.equal(draw(m, items, how), whole)
+    for k in (1, 3):
+        parts = [draw(m, items[i:i + k], how, i) for i in range(0, 6, k)]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-4)
+
+
 def test_each_sampler_draws_its_own_picture_and_the_bar_counts_its_calls(tmp_path, cli):
     pictures, cases = set(), [
         (7, []), (7, ["--eta", 0.5]), (8, ["--timesteps", "official"]),
@@ -254,6 +296,23 @@ def test_a_checkpoint_whose_parts_do_not_fit_is_bad_input(trained, tmp_path, cli
     for name, broken in (("config", {}), ("tokenizer", "{"), ("ema", {"unet": {}, "tau": {}})):
         torch.save(ckpt | {name: broken}, tmp_path / "x.pt")
         assert "do not fit together" in cli("sample.py", "--ckpt", tmp_path / "x.pt", "a", code=2)
+
+
+def test_a_checkpoint_of_absurd_sizes_is_not_built(tmp_path, cli):
+    """Neither by more layers than time allows, nor by wider ones than memory does."""
+    ckpt = torch.load(sample.BUNDLED, weights_only=True)
+    for part, k, v, say in (("unet", "n_res", 10 ** 6, "absurd"), ("tau", "depth", 100, "absurd"),
+                            ("unet", "ch_mult", [1] * 1000, "absurd"),
+                            ("schedule", "T", 10 ** 9, "absurd"),
+                            ("unet", "ch", 48 * 10 ** 4, "do not fit together"),
+                            ("autoencoder", "ch", 32 * 10 ** 4, "do not fit together")):
+        config = ckpt["config"] | {part: ckpt["config"][part] | {k: v}}
+        torch.save(ckpt | {"config": config}, tmp_path / "x.pt")
+        assert say in cli("sample.py", "--ckpt", tmp_path / "x.pt", "a", code=2)
+    torch.save(ckpt | {"args": ckpt["args"] | {"p_drop": 0.0}}, tmp_path / "x.pt")
+    flags = ["--ckpt", tmp_path / "x.pt", "--steps", 1, "--n", 1, "--out", tmp_path / "x", "a"]
+    assert "no null condition" in cli("sample.py", *flags, "--scale", 2, code=2)
+    cli("sample.py", *flags)
 
 
 def test_the_bundled_model_is_small_and_draws(tmp_path, cli):

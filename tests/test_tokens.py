@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tinyldm import BadInput
-from tinyldm.tokens import encode, open_vocab, train_tokenizer
+from tinyldm.tokens import checked, encode, open_vocab, train_tokenizer, word_piece
 
 CAPTIONS = ["a small red circle", "a big blue square left of a red circle", "a red square"]
 
@@ -90,6 +90,24 @@ def test_bert_vocabulary(tmp_path):
     assert encode(t, ["A red circle!", ""], 8).tolist() == [[2, 4, 5, 6, 7, 8, 3, 0],
                                                             [2, 3, 0, 0, 0, 0, 0, 0]]
     assert encode(open_vocab(tmp_path, 9, 8), ["red"], 8).tolist()[0][:3] == [2, 5, 3]
+
+
+def test_odd_captions_are_read_all_the_same():
+    """Lone surrogates, which are no text; a million letters, named in short."""
+    t = train_tokenizer([*CAPTIONS, "a \ud800 b"])
+    with pytest.warns(UserWarning) as w:
+        y = encode(t, ["a \udcff circle", "x" * 10 ** 6, "a " * 10 ** 5], 4)
+    assert words(t, y[0]) == ["a", "?", "circle", "[PAD]"] and words(t, y[2]) == ["a"] * 4
+    assert len(w) == 2 and all(len(str(v.message)) < 300 for v in w)
+
+
+@pytest.mark.parametrize("pieces,say", [
+    ({"[PAD]": 0, "[UNK]": 1, "a": 12}, "13 tokens, where the model's embedding has 3"),
+    ({"[PAD]": 0, "a": 1, "b": 2}, "no tokenizer: WordPiece error: Missing")])
+def test_a_tokenizer_with_ids_beyond_the_embedding_or_none_for_the_unknown_is_refused(pieces, say):
+    with pytest.raises(BadInput, match=say):
+        checked(word_piece(pieces), 3, "--ckpt x")
+    checked(word_piece({"[PAD]": 0, "[UNK]": 1, "a": 2}), 3, "--ckpt x")
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path):

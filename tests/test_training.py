@@ -17,7 +17,7 @@ def test_ema_is_the_weighted_sum_and_warms_up():
         ema.update()
         decay = min(0.99, (1 + n) / (10 + n))
         want = decay * want + (1 - decay) * (n % 7)
-    assert_close(ema.state()["net"]["weight"].item(), want, rtol=1e-4, atol=0)
+    assert_close(ema.nets["net"].weight.item(), want, rtol=1e-4, atol=0)
     assert net.weight.item() == 2000 % 7
 
 
@@ -34,11 +34,9 @@ def test_step_seeds_differ_by_step_and_seed_and_repeat():
     assert (torch.randn(3, generator=tr.generator(1, 2)) == draws[5]).all()
 
 
-def test_non_finite_values_stop_the_run(tmp_path):
-    tr.check_finite(torch.tensor(1.0), 7, tmp_path)
-    for v in ("nan", "inf"):
-        with pytest.raises(BadInput, match="step 7.*last good"):
-            tr.check_finite(torch.tensor(float(v)), 7, tmp_path)
+def flags(**changed):
+    least = dict(batch=4, micro_batch=None, save_every=1, eval_every=1, log_every=1, size=16)
+    return argparse.Namespace(**least | changed)
 
 
 @pytest.mark.parametrize("batch,micro,world,say", [
@@ -46,13 +44,15 @@ def test_non_finite_values_stop_the_run(tmp_path):
     (8, 3, 2, "--micro-batch 3"), (8, 8, 2, "--micro-batch 8")])
 def test_batches_that_cannot_be_split_are_bad_input(batch, micro, world, say):
     with pytest.raises(BadInput, match=say):
-        tr.check_batch(argparse.Namespace(batch=batch, micro_batch=micro), world)
+        tr.check(flags(batch=batch, micro_batch=micro), world)
 
 
-@pytest.mark.parametrize("flag", ["save_every", "eval_every", "log_every"])
-def test_intervals_of_0_are_bad_input(flag):
+@pytest.mark.parametrize("flag,value", [
+    ("save_every", 0), ("eval_every", 0), ("log_every", 0), ("size", 15)])
+def test_intervals_of_0_and_tiny_pictures_are_bad_input(flag, value):
+    assert tr.check(flags(micro_batch=2), 1) == 2
     with pytest.raises(BadInput, match="--" + flag.replace("_", "-")):
-        tr.check_batch(argparse.Namespace(batch=4, micro_batch=None, **{flag: 0}), 1)
+        tr.check(flags(**{flag: value}), 1)
 
 
 def test_flags_win_over_the_preset():

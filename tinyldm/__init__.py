@@ -3,10 +3,9 @@
 Reading order (README has a line on each)
     layers, attention; quantize, autoencoder, perceptual, patchgan      stage one: Sec. 3.1, App. G
     diffusion, samplers, guidance; unet             the process, eps_theta: Eq. (1)-(3), Sec. 3.2
-    tokens, conditioning, tasks; shapes, degrade, files, data, latents      data: Sec. 3.3, 4.3-4.5
+    tokens, conditioning, tasks; shapes, degrade, files, data   conditions, data: Sec. 3.3, 4.3-4.5
     inception, features, metrics, score, pictures           how good it is: Sec. 4, App. E.3
-    presets, training, checkpoint, official, inside, generate; ../train_*.py, ../sample.py
-
+    presets, training, checkpoint, official, inside, generate, bench; ../train_*.py, ../sample.py
 Symbols (ASCII for the paper's)
     x, x_rec          image, reconstruction, in [-1, 1]   f, c_z      downsampling, latent channels
     z, z_t, z_0, z_T  latent, noised, its end and start   z_std       sigma-hat, the latents' std

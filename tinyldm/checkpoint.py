@@ -2,28 +2,46 @@
 Released models' files, too: Lightning's pickles (.ckpt) and .safetensors.
 
 Reads:   nothing of ours."""
+import contextlib
 import json
 import math
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tinyldm import BadInput, require, trying
 
-def save_checkpoint(ckpt: dict, path: Path) -> None:
-    """Write under a temporary name, then rename: a crash leaves the old file. Raises BadInput."""
+@contextlib.contextmanager
+def written(path: Path, keep: bool = False):
+    """A file to write, which takes path's place when it is whole: a crash leaves the one before.
+    keep: that stays, as NAME.old.pt, unless it is truncated. Raises BadInput."""
     part = path.with_name(path.name + ".part")
     with trying(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
-            torch.save(ckpt, f)
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(path)
+        try:
+            with open(part, "wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            if keep and zipfile.is_zipfile(path):
+                path.replace(path.with_suffix(".old.pt"))
+            part.replace(path)
+        except RuntimeError as e:               # torch's, which hides what the disk said
+            raise e.__context__ or e from None
+        finally:
+            part.unlink(missing_ok=True)
+
+def save_checkpoint(ckpt: dict, path: Path, keep: bool = False) -> None:
+    """Of tensors and plain values; keep: as written(). Raises BadInput."""
+    with written(path, keep) as f:
+        torch.save(ckpt, f)
 
 def unpickle(path: str | Path, where: str, mmap: bool, allowed=()) -> object:
     """What torch.save wrote: tensors and plain values, for code in a file never runs.
@@ -41,20 +59,71 @@ def unpickle(path: str | Path, where: str, mmap: bool, allowed=()) -> object:
         raise BadInput(f"{where}: truncated, or not a checkpoint ({type(e).__name__})") from e
 
 def load_checkpoint(path: str | Path, kind: str | None, flag: str) -> dict:
-    """One of our files, of a kind ("autoencoder", "ldm", None: either). Raises BadInput."""
-    ckpt = unpickle(path, f"{flag} {path}", mmap=False)
+    """One of our files, of a kind ("autoencoder", "ldm", None: either); where it cannot be read,
+    the one before it, with a warning. Raises BadInput."""
+    old = Path(path).with_suffix(".old.pt")
+    try:
+        ckpt = unpickle(path, f"{flag} {path}", mmap=False)
+    except BadInput as e:
+        if not old.exists():
+            raise
+        warnings.warn(f"{e}; {old} is used, the one before", stacklevel=2)
+        ckpt = unpickle(old, f"{flag} {old}", mmap=False)
     found = str(ckpt.get("kind", "")) if isinstance(ckpt, dict) else ""
     require(found.startswith("tinyldm "), f"{flag} {path}: not a checkpoint of tinyldm")
     require(kind in (None, found[8:]), f"{flag} {path}: holds a {found}; give one of kind {kind}")
+    with trying(f"{flag} {path}: its config cannot be read"):
+        for part in ckpt.get("config", {}).values():        # or it takes for ever to build
+            n = max(part.get("n_res", 1), part.get("depth", 1), len(part.get("ch_mult", ())))
+            require(n < 100 and part.get("T", 1) < 10 ** 5, f"{flag} {path}: it has absurd sizes")
     return ckpt
 
-def same_config(old: dict, new: dict, path: Path) -> None:
-    """Resuming needs the architecture that was saved. Raises BadInput naming what differs."""
-    for part in new:
-        for k, v in new[part].items():
-            was = old[part].get(k)
-            require(was == v, f"{path} was made with {part} {k} = {was}, now it is {v}; use the "
-                    "same flags, or another --out to start anew")
+def resume(path: Path, kind: str, config: dict, parts: dict) -> dict:
+    """Fill parts, a nested dict of modules and optimisers, from the checkpoint of a run with the
+    same config. -> the checkpoint; where none is, its step: 0. Raises BadInput for another's."""
+    if not path.exists() and not path.with_suffix(".old.pt").exists():
+        return {"step": 0}
+    ckpt = load_checkpoint(path, kind, "--out")
+    old = {"task": {"name": "text"}} | ckpt["config"]
+    changed = [f"{part} {k} = {old[part].get(k)}, now it is {v}" for part, new in config.items()
+               for k, v in new.items() if v != old[part].get(k)]
+    require(not changed, f"{path} was made with {'; '.join(changed)}; use the same flags, or "
+            "another --out to start anew")
+    def fill(parts, saved):
+        for k, part in parts.items():
+            if isinstance(part, dict):
+                fill(part, saved[k])
+            elif isinstance(part, torch.optim.Optimizer):
+                params = part.param_groups[0]["params"]
+                state = {i: {n: fitting(v, params[i]) if v.ndim else v for n, v in of.items()}
+                         for i, of in saved[k]["state"].items()}
+                part.load_state_dict(saved[k] | {"state": state})
+            else:
+                own = part.state_dict()
+                part.load_state_dict({n: fitting(v, own[n]) for n, v in saved[k].items()})
+    fill(parts, ckpt)
+    return ckpt
+
+def states(tree):
+    """The state_dicts of a nested dict of modules and optimisers; with FSDP all processes must ask,
+    and the first gets them."""
+    tree = tree.state_dict() if hasattr(tree, "state_dict") else tree
+    if isinstance(tree, dict):
+        return {k: states(v) for k, v in tree.items()}
+    if not isinstance(tree, DTensor):
+        return tree
+    return whole(tree).cpu() if torch.distributed.get_rank() == 0 else whole(tree)[:0]
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor, gathered from all processes where FSDP holds it in parts."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+def fitting(x: Tensor, like: Tensor) -> Tensor:
+    """x, laid out in memory as like is; this process's part of it where FSDP has like in parts."""
+    if isinstance(like, DTensor):
+        x = x.to(like.device).contiguous()
+        return distribute_tensor(x, like.device_mesh, like.placements)
+    return torch.empty_like(like).copy_(x)
 
 def half(tree: dict) -> dict:
     """A nested dict of tensors, in fp16."""
@@ -117,8 +186,7 @@ def write_state(state: dict[str, torch.Tensor], path: Path) -> None:
         header[k] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as f:
+    with written(path) as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for v in state.values():
             f.write(v.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -1,39 +1,47 @@
-"""Sets of pictures, and batches of them in a fixed order.
+"""Sets of pictures, and batches of them in a fixed order; the latent cache: E sees each once.
 
 Shapes:  an item is a dict: image float (3, H, W) in [-1, 1], and what is known of caption str,
          label int, boxes (K, 5) [class, x0, y0, x1, y1 in 0..1], segmentation int (H, W), and of
-         what degrade.py makes: small, mask.
-Reads:   files.py, shapes.py, degrade.py"""
+         what degrade.py makes: small, mask. A cache's shard: mean, std (512, c_z, h, w) in fp16,
+         unscaled; y (512, ...); in float64 sums (4,): how many values, of mean, mean^2, std^2.
+Paper: Sec. 3.1, App. E.2. Reads: files.py, shapes.py, degrade.py, autoencoder.py, checkpoint.py"""
+import hashlib
 import io
+import json
 import os
 import warnings
 import zlib
 from argparse import BooleanOptionalAction
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain, count, islice
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from tinyldm import BadInput, require, trying
+from tinyldm.autoencoder import Posterior
+from tinyldm.checkpoint import save_checkpoint, unpickle
 from tinyldm.degrade import Degraded, to_tensor
 from tinyldm.files import COLUMNS, PICTURES, Files
 from tinyldm.shapes import Shapes
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")         # an EPS would start GhostScript
 NEAREST, LANCZOS = Image.Resampling.NEAREST, Image.Resampling.LANCZOS
 Image.MAX_IMAGE_PIXELS = 64_000_000                     # more is refused as a decompression bomb
 BUFFER = 5_000                  # pictures among which those that lie one behind another are mixed
+SHARD = 512                     # latents in a file of the cache: never is more than one in memory
 
 class Folder(Dataset):
     """The pictures of a folder, .zip or .tar as items of `size` px; one in 20 is held out.
-    split: `train`, `held-out` or `all`. resize: the shorter side is scaled to `size` before the
-    centre crop; without, the crop is cut as it is. flip: every second epoch is mirrored, maps and
-    boxes, too (picture k in epoch e is item e * len + k). tars: which each picture is in, if any.
+    split: `train`, `held-out`, `all`. resize: the shorter side is scaled to `size` before the crop
+    of the centre. flip: every second epoch is mirrored, maps and boxes, too (picture k in epoch e
+    is item e * len + k). label: a column of metadata.jsonl. tars: which each picture is in, if any.
     Raises BadInput for an empty folder, bad metadata, or a picture smaller than the crop."""
-    def __init__(self, path: str, size: int, split: str = "train", resize: bool = True,
-                 flip: bool = False, label: str = "label"):
+    def __init__(self, path: str, size: int, split="train", resize=True, flip=False, label="label"):
         self.path, self.size, self.resize, self.flip = path, size, resize, flip
         self.files, self.bad = Files(path, label), set()
         rows = self.files.rows()
@@ -45,26 +53,20 @@ class Folder(Dataset):
                 f"--data {path}: no pictures in it ({', '.join(PICTURES)}, or plain .tar)")
         tars = [self.files.source(r["file_name"]) for r in self.rows]
         self.tars = tars if self.files.places else None
-
     def __len__(self):
         return len(self.rows)
-
     def need(self, field: str) -> None:
         """Raises BadInput naming a picture without this field, and what to do."""
         column, cure = COLUMNS.get(field, ("file_name", ""))
         lacks = next((row["file_name"] for row in self.rows if column not in row), None)
         require(lacks is None, f"--data {self.path}: {lacks} has no {field}; {cure}")
-
     def captions(self) -> list[str]:
         return [str(row["text"]) for row in self.rows]
-
     def told(self) -> list:
         """All that decides the items, with the state of each file that they are read from."""
-        used = {self.files.source(row[k]) for row in self.rows for k in ("file_name", "mask")
-                if k in row}
+        used = {self.files.source(r[k]) for r in self.rows for k in ("file_name", "mask") if k in r}
         return [self.size, self.resize, self.flip, self.labels, self.classes, self.rows,
                 [self.files.state(name) for name in sorted(used)]]
-
     def __getitem__(self, i: int) -> dict:
         epoch, k = divmod(i, len(self))
         row, whole = self.readable(k)
@@ -94,10 +96,9 @@ class Folder(Dataset):
             if "boxes" in item:
                 item["boxes"][:, [1, 3]] = 1 - item["boxes"][:, [3, 1]]
         return item
-
     def readable(self, k: int) -> tuple[dict, Image.Image]:
         """Row k and its picture; instead of an unreadable picture, the next readable one.
-        It may be smaller than its file's (see load) but where boxes are in the file's pixels."""
+        It may be smaller than its file's, but not where boxes are in that one's pixels."""
         for j in range(k, k + len(self)):
             row = self.rows[j % len(self)]
             least = 2 * self.size if self.resize and "boxes" not in row else None
@@ -111,11 +112,10 @@ class Folder(Dataset):
 
 def load(data: bytes, least: int | None = None) -> Image.Image:
     """A picture file's bytes, decoded and upright as its EXIF says; a bomb is an error before.
-    least: a JPEG is decoded at 1/2, 1/4 or 1/8, much faster, if no side becomes less than this:
-    twice the target's side leaves it to what shrinks it further how good it looks."""
+    least: a JPEG is decoded at 1/2, 1/4 or 1/8, much faster, if no side becomes less than this."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if least:
             image.draft(None, (least, least))
         return ImageOps.exif_transpose(image)
@@ -147,9 +147,8 @@ def shuffled(n: int, rng: np.random.Generator, tars: list[str] | None) -> np.nda
     return lie[np.argsort(np.arange(n) + rng.uniform(0, BUFFER, n))]
 
 def batch_order(n: int, batch: int, done: int, steps: int, seed: int, rank=0, world=1, tars=None):
-    """The items of each training step: a new shuffle each epoch, a function of (seed, epoch).
-    Yields a list of items for the steps after `done`, up to `steps`: this process's slice of the
-    batch. Picture k in epoch e is item e * n + k, so that a set may show it another way round."""
+    """This process's items in each of the steps after `done`, up to `steps`: picture k in epoch e
+    is item e * n + k, so that a set may show it another way round. The order: by (seed, epoch)."""
     epoch, k = divmod(done * batch, n)
     epochs = (e * n + shuffled(n, np.random.default_rng([seed, e]), tars) for e in count(epoch))
     items = islice(chain.from_iterable(epochs), k, None)
@@ -183,8 +182,7 @@ def data_flags(parser) -> None:
 
 def open_data(args, split: str = "train", fields: tuple[str, ...] = ()) -> Dataset:
     """The data set of the flags, with these fields in its items. Raises BadInput."""
-    if args.data is None:
-        raise BadInput(f"--data: preset {args.preset} has none of its own; give a folder of some")
+    require(args.data, f"--data: preset {args.preset} has none of its own; give a folder of some")
     if args.data == "shapes":
         data = Shapes(args.n_shapes if split == "train" else 256, args.size, args.seed, split)
     else:
@@ -195,3 +193,53 @@ def open_data(args, split: str = "train", fields: tuple[str, ...] = ()) -> Datas
     for field in {"small", "mask"} & set(fields):
         data = Degraded(data, field, args.seed, args.degrade == "chain")
     return data
+
+# ---- the latent cache; z is still sampled anew at each step
+@torch.no_grad()
+def encode(ae, data, parts: list[range], workers: int, device, to_y: Callable, show=False):
+    """Yields E's Posterior, on the CPU, and y of each part's items; from len(data) on: mirrored."""
+    order = [list(part[i:i + 64]) for part in parts for i in range(0, len(part), 64)]
+    bar = tqdm(order, "encoding", disable=not (show and order), dynamic_ncols=True)
+    rows, ends = [], {part[-1] for part in parts}
+    for b, items in zip(loader(data, bar, workers), order):
+        q = ae.encode(b["image"].to(device))
+        rows.append((q.mean.float().cpu(), q.logvar.float().cpu(), to_y(b)))
+        if items[-1] in ends:
+            mean, logvar, y = map(torch.cat, zip(*rows))
+            yield Posterior(mean, logvar), y
+            rows = []
+
+def fingerprint(ae: torch.nn.Module, *what) -> str:
+    """A hash of E's weights and of all else, a data set, too, that decides what a cache holds."""
+    told = json.dumps(what, default=lambda v: v.told() if hasattr(v, "told") else vars(v))
+    h = hashlib.sha256(told.encode())
+    for name, v in ae.state_dict().items():
+        h.update(v.cpu().contiguous().numpy() if name != "z_std" else b"")
+    return h.hexdigest()[:16]
+
+class Latents:
+    """The latents and y of items 0..n-1 of a set, mapped from the shards in `folder`; the missing
+    are made, by all processes together. Raises BadInput where one is damaged, or not writable."""
+    def __init__(self, folder: Path, ae, data, n: int, workers, device, to_y, rank=0, world=1):
+        paths = [folder / f"{i:06}.pt" for i in range(-(-n // SHARD))]
+        todo = [i for i in range(rank, len(paths), world) if not paths[i].exists()]
+        parts = [range(i * SHARD, min((i + 1) * SHARD, n)) for i in todo]
+        for (q, y), i in zip(encode(ae, data, parts, workers, device, to_y, rank == 0), todo):
+            q = q.scaled(1 / ae.z_std.cpu())
+            m, v = q.mean.double(), q.logvar.double().exp()
+            sums = torch.stack([torch.tensor(m.numel()), m.sum(), m.square().sum(), v.sum()])
+            part = paths[i].with_suffix(f".{os.getpid()}")      # another run may be making it, too
+            save_checkpoint({"mean": m.half(), "std": v.sqrt().half(), "y": y, "sums": sums}, part)
+            part.replace(paths[i])
+        if world > 1:
+            torch.distributed.barrier()
+        self.shards = [unpickle(path, f"{path}", mmap=True) for path in paths]
+    def __getitem__(self, items: list[int]) -> tuple[Posterior, torch.Tensor]:
+        """q(z | x), unscaled, and y of some items."""
+        mean, std, y = (torch.stack([self.shards[i // SHARD][k][i % SHARD] for i in items])
+                        for k in ("mean", "std", "y"))
+        return Posterior(mean.float(), 2 * std.float().log()), y
+    def std(self) -> torch.Tensor:
+        """Posterior.std() of all of them: the paper's sigma-hat."""
+        n, m, m2, v = sum(shard["sums"] for shard in self.shards)
+        return ((m2 - m * m / n) / (n - 1) + v / n).sqrt()

@@ -1,15 +1,12 @@
 """What a picture loses, for tasks that give it back: resolution (superres) and regions (inpaint).
 
-Paper:   Sec. 4.4, 4.5, App. E.3 (bicubic, and LDM-BSR's chain, here in short; masks after LaMa).
-Shapes:  image (3, H, W) in [-1, 1] -> small (3, H / 4, W / 4); mask (1, H, W), 1 where it is lost.
-Reads:   nothing of ours; all is a function of the random generator that is given."""
+Paper:   Sec. 4.4, 4.5, App. E.3 (LDM-BSR's chain, in short; LaMa's masks). Reads: nothing of ours.
+Shapes:  image (3, H, W) in [-1, 1] -> small (3, H / 4, W / 4); mask (1, H, W), 1 where lost."""
 import io
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
-
-BICUBIC = Image.Resampling.BICUBIC
 
 def to_image(x: torch.Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> 8 bits a channel, rounded to nearest."""
@@ -22,7 +19,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 def bicubic(x: torch.Tensor, w: int, h: int) -> torch.Tensor:
     """Pillow's bicubic, which averages where it shrinks; (3, H, W) -> (3, h, w)."""
-    return to_tensor(to_image(x).resize((w, h), BICUBIC))
+    return to_tensor(to_image(x).resize((w, h), Image.BICUBIC))
 
 def shrink(x: torch.Tensor, rng: np.random.Generator, chain: bool) -> torch.Tensor:
     """A quarter of each side: bicubic or, with `chain`, blur, a shrink of any kind, noise, JPEG."""
@@ -30,7 +27,7 @@ def shrink(x: torch.Tensor, rng: np.random.Generator, chain: bool) -> torch.Tens
     if not chain:
         return bicubic(x, w, h)
     image = to_image(x).filter(ImageFilter.GaussianBlur(2 * rng.random()))
-    how = (BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.BOX)[rng.integers(3)]
+    how = (Image.BICUBIC, Image.BILINEAR, Image.BOX)[rng.integers(3)]
     pixels = np.asarray(image.resize((w, h), how)) + rng.normal(0, 8 * rng.random(), (h, w, 3))
     file = io.BytesIO()
     image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
@@ -63,10 +60,8 @@ class Degraded(torch.utils.data.Dataset):
     def __init__(self, data: torch.utils.data.Dataset, field: str, seed: int, chain: bool = False):
         self.data, self.field, self.seed, self.chain = data, field, seed, chain
         self.classes, self.labels, self.tars = data.classes, data.labels, data.tars
-
     def __len__(self):
         return len(self.data)
-
     def __getitem__(self, i: int) -> dict:
         item, rng = self.data[i], np.random.default_rng([self.seed, i])
         x = item["image"]

@@ -3,8 +3,7 @@
 Paper:   Eq. (1)-(3) and App. B; DDPM (Ho et al. 2020) Eq. (4), (7), (14). t runs from 0 to T-1.
 Symbols: beta_t the step's noise variance, alpha_t = 1 - beta_t, abar_t = prod alpha (always DDPM's
          meaning; the LDM appendix writes alpha_t for sqrt(abar_t)); eps ~ N(0, 1).
-Shapes:  betas, abar (T,) float64; z, z_t, z_0, eps (B, c, h, w); t (B,) integers.
-Reads:   nothing of ours."""
+Shapes:  betas, abar (T,) float64; z, z_t, z_0, eps (B, c, h, w); t (B,). Reads: nothing of ours."""
 import math
 from collections.abc import Callable
 
@@ -55,25 +54,23 @@ def draw_t(B: int, T: int, g: torch.Generator) -> torch.Tensor:
 
 def ldm_loss(eps_theta: Callable, z: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
              abar: torch.Tensor, ctx: torch.Tensor | None = None, norm: str = "l2") -> torch.Tensor:
-    """LDM Eq. (2), with ctx Eq. (3): |eps - eps_theta(z_t, t, ctx)|^2, mean over c, h, w -> (B,).
-    Eq. (1) is the same with z = x, the pixels. A net that knows nothing (0) has loss 1.
+    """LDM Eq. (2), with ctx (3), of pixels (1): |eps - eps_theta(z_t, t, ctx)|^2, mean over c, h, w
+    -> (B,). A net that knows nothing (0) has loss 1.
     NB: the paper writes L2; the configs of churches, inpainting, layout and maps have "l1"."""
     d = eps - eps_theta(q_sample(z, t, eps, abar), t, ctx).float()
     return (d.abs() if norm == "l1" else d ** 2).flatten(1).mean(1)
 
 def as_eps_theta(net: Callable, abar: torch.Tensor, predict: str) -> Callable:
     """eps_theta(z_t, t, ctx) from a net that says "eps" (the paper) or "v" (Salimans and Ho 2022):
-    eps = sqrt(1 - abar_t) z_t + sqrt(abar_t) v. Where noise is high, eps is almost z_t; a small net
-    that must first learn to repeat its input is slow to learn the rest. The loss stays Eq. (2)."""
+    eps = sqrt(1 - abar_t) z_t + sqrt(abar_t) v: no need to repeat z_t. The loss stays Eq. (2)."""
     def eps_theta(z_t: torch.Tensor, t: torch.Tensor, ctx: torch.Tensor | None) -> torch.Tensor:
         a = at(abar, t, z_t)
         return (1 - a).sqrt() * z_t + a.sqrt() * net(z_t, t, ctx).float()
     return net if predict == "eps" else eps_theta
 
 def snr_weight(t: torch.Tensor, abar: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """Factors (B,) on ldm_loss that clamp the weight of an error of z_0 to low..high.
-    In terms of z_0, Eq. (2) weighs timestep t by its signal-to-noise ratio SNR = abar / (1 - abar):
-    next to nothing where noise is high and a picture's layout is decided, hundreds where only
-    invisible detail is left. 0..inf is Eq. (2) itself, 0..high min-SNR (Hang et al. 2023)."""
+    """Factors (B,) on ldm_loss that clamp to low..high the weight of an error of z_0. In Eq. (2) it
+    is SNR = abar / (1 - abar), next to nothing where noise is high and a picture's layout decided.
+    0..inf is Eq. (2) itself, 0..high min-SNR (Hang et al. 2023)."""
     snr = abar[t] / (1 - abar[t])
     return (snr.clamp(low, high) / snr).float()

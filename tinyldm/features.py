@@ -1,22 +1,19 @@
 """Networks whose features say how alike two sets of pictures are: x -> (features, probabilities).
 
-Paper:   App. E.3 (FID by torch-fidelity's Inception).
 Shapes:  x (B, 3, H, W) in [-1, 1] -> features (B, d), and p(y | x) (B, K) or None.
-Reads:   inception.py, perceptual.py, shapes.py"""
-from itertools import product
+Paper:   App. E.3 (FID by torch-fidelity's). Reads: inception.py, perceptual.py, shapes.py"""
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from tinyldm.checkpoint import unpickle
-from tinyldm.inception import load_inception
-from tinyldm.perceptual import Perceptual
+from tinyldm.inception import URL, Inception
+from tinyldm.perceptual import Perceptual, load_public
 from tinyldm.shapes import COLOURS, SHAPES, SIZES
 
 SHAPESNET = Path(__file__).with_name("shapesnet.pt")
-KINDS = list(product(COLOURS, SHAPES, SIZES))
+KINDS = [(c, s, z) for c in COLOURS for s in SHAPES for z in SIZES]
 
 class ShapesNet(nn.Module):
     """A small classifier of the built-in world; p: the share of each (colour, shape, size).
@@ -25,25 +22,19 @@ class ShapesNet(nn.Module):
     name = "shapes"
     def __init__(self):
         super().__init__()
-        widths = (3, 16, 32, 64)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(widths, widths[1:]))
-        self.out = nn.Linear(sum(widths[1:]), len(KINDS))
-        self.register_buffer("std", torch.ones(sum(widths[1:])))
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.convs = nn.ModuleList(nn.Conv2d(*c, 4, 2, 1) for c in ((3, 16), (16, 32), (32, 64)))
+        self.out = nn.Linear(112, len(KINDS))
+        self.register_buffer("std", torch.ones(112))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """features (B, 112): each channel's mean over places, three layers, of std 1 in the set."""
-        means = []
-        for conv in self.convs:
-            x = F.gelu(conv(x))
-            means.append(x.mean((2, 3)))
-        f = torch.cat(means, dim=1)
+        f = torch.cat([(x := nn.functional.gelu(conv(x))).mean((2, 3)) for conv in self.convs], 1)
         return f / self.std, self.out(f).softmax(1)
 
 class VGG16(Perceptual):
     """torchvision's: the mean over places of the last convolution, relu5_3 (B, 512); no p.
     NB: Kynkaanniemi et al. take its second fully connected layer, of pictures of 224 px."""
     name = "vgg16"
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return self.features((x - self.mean) / self.std).mean((2, 3)), None
 
 def feature_flags(parser) -> None:
@@ -56,7 +47,7 @@ def feature_flags(parser) -> None:
 def open_features(args, device: torch.device) -> nn.Module:
     """The network of --features, frozen, with its name in .name. Raises BadInput."""
     if args.features == "inception":
-        net = load_inception(args.inception)
+        net = load_public(Inception(), URL, args.inception, "--inception")
     elif args.features == "vgg16":
         net = VGG16("vgg16", args.vgg_weights)
     else:

@@ -34,11 +34,6 @@ def open_zip(path: Path, changed: int, process: int) -> zipfile.ZipFile:
     """Opened once in each process, as an inherited file shares its position; anew when changed."""
     return zipfile.ZipFile(path)
 
-def is_box(b) -> bool:
-    """Is it [class, x0, y0, x1, y1] with finite sides?"""
-    return isinstance(b, list) and len(b) > 4 and all(
-        isinstance(v, int | float) and abs(v) < 1e9 for v in b[1:5])
-
 class Files:
     """The files of a path. label: which column of metadata.jsonl is the label.
     places: {name: [tar, offset, size]} of members of tars; seen: what the list depends on."""
@@ -46,32 +41,28 @@ class Files:
         self.path, self.label, self.places, self.seen = Path(path), label, {}, {}
         self.root = str(self.path if self.path.is_dir() else self.path.parent)
         self.zipped = self.path.suffix == ".zip"
-
     def source(self, name: str) -> str:
         """The file that a file is in: itself, or a .zip or .tar."""
         return self.path.name if self.zipped else self.places.get(name, [name])[0]
-
     def state(self, name: str) -> list[int]:
         """Size and time of change, ns, of the file that it is in."""
         s = os.stat(os.path.join(self.root, self.source(name)))
         return [s.st_size, s.st_mtime_ns]
-
     def read(self, name: str) -> bytes:
         if self.zipped:
-            return self._zip().read(name)
+            f = open_zip(self.path, self.state(name)[1], os.getpid())
+            size = f.getinfo(name).file_size                    # read() gives no more than this
+            require(size < 2 ** 28,
+                    f"--data {self.path}: {name!r:.99} has {size:,} bytes; unpack it")
+            return f.read(name)
         _, start, size = self.places.get(name, (name, 0, -1))
         with open(os.path.join(self.root, self.source(name)), "rb") as f:
             f.seek(start)
             return f.read(size)
-
-    def _zip(self) -> zipfile.ZipFile:
-        return open_zip(self.path, self.state("")[1], os.getpid())
-
     def rows(self) -> list[dict]:
         """What is known of each picture: file_name, and what it has of COLUMNS' columns.
-        A list of MANY is kept (JSON, in LISTS) until a folder in it, its metadata.jsonl, its .zip
-        or a .tar changes. NB: a file rewritten in place changes no folder, so what is new in a
-        .txt is not noticed until its folder is touched. Raises BadInput."""
+        A list of MANY is kept (JSON, in LISTS) until a folder, metadata.jsonl, .zip or .tar of it
+        changes. NB: a .txt rewritten in place changes no folder: touch that. Raises BadInput."""
         key = repr((1, str(self.path.resolve()), self.label))
         kept = LISTS / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
         with contextlib.suppress(Exception):                # there is none, or none of any use
@@ -81,14 +72,13 @@ class Files:
                 return rows
         with trying(f"--data {self.path}: cannot be read"):
             rows = self._list()
-        used = {row[k] for row in rows for k in ("file_name", "mask") if k in row}
+        used = {row.get(k) for row in rows for k in ("file_name", "mask")}
         self.places = {name: at for name, at in self.places.items() if name in used}
         if len(rows) >= MANY:
             with contextlib.suppress(OSError):              # nowhere to write is no error
                 LISTS.mkdir(parents=True, exist_ok=True)
                 kept.write_text(json.dumps([self.seen, self.places, rows]))
         return rows
-
     def _list(self) -> list[dict]:
         names, rows = self._names(), []
         if "metadata.jsonl" in (have := set(names)):
@@ -109,42 +99,36 @@ class Files:
                     row = self._row(row, self.read(key + "json"), where, have)
                 rows.append(({"label": folder} if folder else {}) | row)
         return rows
-
     def _row(self, known: dict, text: str | bytes, where: str, have: set[str]) -> dict:
         """What is known of a picture, and what JSON adds to it, checked, without nulls."""
         with trying(f"{where} not JSON"):
             row = json.loads(text)
         row = row | known if isinstance(row, dict) else {}
-        require(isinstance(row.get("file_name"), str),
-                f'{where} needs an object with a "file_name"')
-        row = {k: v for k, v in row.items() if v is not None}
-        row = {"text": row.get("caption")} | row | {"label": row.get(self.label, row.get("label"))}
-        row = {k: row[k] for k in ("file_name", "text", "label", "boxes", "mask")
-               if row.get(k) is not None}
+        require(isinstance(row.get("file_name"), str), f'{where} needs an object with "file_name"')
+        named = (("text", "caption"), ("label", "label"), ("label", self.label),
+                 *((k, k) for k in ("file_name", "text", "boxes", "mask")))
+        row = {k: row[name] for k, name in named if row.get(name) is not None}
         for key in {"file_name", "mask"} & row.keys():
             require(isinstance(row[key], str) and row[key] in have,
-                    f"{where} {key} {row[key]!r} is not in the folder")
-        boxes = row.get("boxes", [])
-        require(isinstance(boxes, list) and all(map(is_box, boxes)),
-                f'{where} "boxes" must be [[class, x0, y0, x1, y1], ...] in pixels')
+                    f"{where} {key} {row[key]!r:.99} is not in the folder")
+        with trying(say := f'{where} "boxes" must be [[class, x0, y0, x1, y1], ...] in pixels'):
+            for _, *box in row.get("boxes", []):
+                require(len(box) > 3 and all(abs(v) < 1e9 for v in box[:4]), say)
         return row
-
     def _names(self) -> list[str]:
         """All files, sorted, and members of tars, as they lie."""
         names = [] if self.path.is_dir() else [self.path.name]
         self.seen = {name: self.state(name) for name in names}
         if self.zipped:
-            return sorted(n for n in self._zip().namelist() if not n.endswith("/"))
+            return sorted(n for n in zipfile.ZipFile(self.path).namelist() if n[-1:] != "/")
         for folder, _, files in os.walk(self.path):
             at = folder.replace(os.sep, "/")[len(self.root):].strip("/")
             self.seen[at] = self.state(at)
             names += [f"{at}/{f}".strip("/") for f in files if os.path.isfile(f"{folder}/{f}")]
         if not any(name.lower().endswith(PICTURES) for name in names):
-            for name in sorted(names):
-                if name.endswith(".tar") or self.path.is_file():
-                    self._index(name)
+            for name in sorted(n for n in names if n.endswith(".tar") or self.path.is_file()):
+                self._index(name)
         return sorted(names) + [*self.places]
-
     def _index(self, tar: str) -> None:
         """Notes where a tar's plain files with names within it lie; nothing else in it is used.
         Raises BadInput for one that is cut off, damaged or compressed: no random access."""

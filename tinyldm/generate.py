@@ -2,7 +2,7 @@
 
 Paper:   Sec. 3.3, 4.3-4.5; SDEdit (Meng et al. 2022) for --init.
 Shapes:  pictures (n, 3, H, W) in [-1, 1]; an item is a dict as in data.py, here of conditions.
-Reads:   samplers.py, guidance.py, tasks.py, official.py"""
+Reads:   samplers.py, guidance.py, tasks.py, checkpoint.py"""
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +10,16 @@ from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 from torch.nn import functional as F
 
-from tinyldm import BadInput, official, presets, require, samplers, trying
+from tinyldm import BadInput, require, samplers, trying
 from tinyldm.autoencoder import Autoencoder, Pixels, build_autoencoder
 from tinyldm.checkpoint import load_checkpoint
 from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, q_sample
 from tinyldm.guidance import guided
 from tinyldm.tasks import TASKS, build_tau
-from tinyldm.tokens import open_vocab
+from tinyldm.tokens import checked
 from tinyldm.training import generator
 from tinyldm.unet import UNet, UNetConfig
 
@@ -32,16 +33,11 @@ class Model(NamedTuple):
     unet: UNet
     tau: torch.nn.Module | None
     tokenizer: Tokenizer | None
-    abar: torch.Tensor          # (T,) float64
+    abar: Tensor                # (T,) float64
     predict: str                # what unet says: "eps" or "v"
     task: str
     classes: tuple[str, ...]    # their names, by number
     flags: dict                 # that it was trained with
-
-    @property
-    def factor(self) -> int:
-        """A picture's sides must be multiples of it."""
-        return self.ae.cfg.f * self.unet.cfg.factor
 
 def load_model(path: Path, ema: bool, device: torch.device) -> Model:
     """The model in a checkpoint of stage two. Raises BadInput."""
@@ -50,33 +46,18 @@ def load_model(path: Path, ema: bool, device: torch.device) -> Model:
     with trying(f"--ckpt {path}: its parts do not fit together"):
         config, nets = ckpt["config"], ckpt["ema" if ema else "nets"]
         task = config.get("task", {"name": "text"})["name"]
-        built = (build_autoencoder(config["autoencoder"]), UNet(UNetConfig(**config["unet"])),
-                 build_tau(task, config["tau"]))
+        with torch.device("meta"):                          # memory is the file's, whatever it says
+            built = (build_autoencoder(config["autoencoder"]), UNet(UNetConfig(**config["unet"])),
+                     build_tau(task, config["tau"]))
         for net, state in zip(filter(None, built), (ckpt["ae"], nets["unet"], nets.get("tau"))):
-            net.load_state_dict(state)
-            net.to(device).eval().requires_grad_(False)
-        schedule, tokenizer = config["schedule"], ckpt["tokenizer"]
+            net.load_state_dict(state, assign=True)
+            net.to(device, torch.float32).eval().requires_grad_(False)
+        schedule = config["schedule"]
+        tokenizer = checked(Tokenizer.from_str(ckpt["tokenizer"]), built[2].cfg.n_vocab,
+                            f"--ckpt {path}") if task == "text" else None
         betas = SCHEDULES[schedule["name"]](schedule["T"], *schedule.get("beta_range", ()))
-        return Model(*built, Tokenizer.from_str(tokenizer) if tokenizer else None,
-                     cumulative(betas).to(device), schedule["predict"], task,
+        return Model(*built, tokenizer, cumulative(betas).to(device), schedule["predict"], task,
                      tuple(ckpt.get("classes", ())), ckpt["args"] | {"size": ckpt["size"]})
-
-def load_official(args, device: torch.device) -> Model:
-    """The model in a released file. Raises BadInput."""
-    m = official.load_model(args.official, args.preset, args.ema)
-    row, tokenizer = dict(presets.LDM[m.preset]), None
-    if row["task"] == "text":
-        require(args.vocab, f"--vocab: {m.preset} needs a tokenizer's vocabulary, CLIP's or BERT's")
-        tokenizer = open_vocab(args.vocab, m.tau.cfg.n_vocab, m.tau.cfg.n_token)
-    if row["p_drop"] == 0:
-        require(not m.tau or args.scale in (None, 1), f"--scale {args.scale}: {m.preset} has "
-                "learned no null condition to guide away from; use --scale 1")
-        args.scale = 1.0
-    wide = device.type == "cpu" or args.dtype == "fp32"         # a CPU is slow in fp16
-    for net in filter(None, (m.ae, m.unet, m.tau)):
-        net.to(device, torch.float32 if wide else None)
-    print(f"{args.official}: {m.preset}")
-    return Model(m.ae, m.unet, m.tau, tokenizer, m.abar.to(device), "eps", row["task"], (), row)
 
 def timesteps(args, T: int) -> list[int]:
     """The timesteps to visit, and the end. Raises BadInput."""
@@ -84,9 +65,9 @@ def timesteps(args, T: int) -> list[int]:
         ts = TIMESTEPS[args.timesteps](T, min(50, T) if args.steps is None else args.steps)
     except ValueError as e:
         raise BadInput(f"--{e}") from e
-    return samplers.later(ts, args.strength) if args.init else ts
+    return samplers.later(ts, args.strength or 0.5) if args.init else ts
 
-def draw_noise(n: int, args, first: int, shape: tuple, device) -> tuple[torch.Tensor, Callable]:
+def draw_noise(n: int, args, first: int, shape: tuple, device) -> tuple[Tensor, Callable]:
     """z_T, and randn() for the steps: picture j of n has the noise of (args.seed, first + j).
     With args.to_seed, pictures 0..n-1 walk from picture 0 of args.seed to that of args.to_seed."""
     generators = [generator(args.seed, first + j) for j in range(n)]
@@ -100,22 +81,21 @@ def draw_noise(n: int, args, first: int, shape: tuple, device) -> tuple[torch.Te
     return z, randn
 
 @torch.no_grad()
-def draw(m: Model, items: list[dict], args, first: int = 0, tick: Callable = lambda: None,
-         wrap: Callable = lambda eps: eps) -> torch.Tensor:
+def draw(m: Model, items: list[dict], args, first: int = 0,
+         wrap: Callable | None = None) -> Tensor:
     """A picture an item, on the CPU; args as sample.py's parse_args makes them, size (H, W).
     An item has what m's task asks for; with `init`, drawing begins at that picture, noised; with
-    `image` and `mask`, all but the mask's 1s is kept. tick() is called with each of the U-Net."""
+    `image` and `mask`, all but the mask's 1s is kept. wrap(eps_theta): what the sampler calls."""
     task, device, f, (H, W) = TASKS[m.task], m.abar.device, m.ae.cfg.f, args.size
     batch = {k: [item.get(k) for item in items] for k in ("image", *task.fields)}
     y, null = (task.y(b, m.tau, m.tokenizer).to(device) for b in (batch, task.null))
     ctx, ctx_null = (task.ctx(v, m.tau, m.ae) for v in (y, null.expand(1, *y.shape[1:])))
-    def net(z_t, t, ctx):
-        tick()
-        return m.unet(z_t, t, ctx).float()
     def fields(name):
         return torch.stack([item[name] for item in items]).to(device)
     s = task.s if args.scale is None else args.scale
-    eps = wrap(guided(as_eps_theta(net, m.abar, m.predict), ctx_null, 1 if ctx is None else s))
+    eps = as_eps_theta(lambda *inputs: m.unet(*inputs).float(), m.abar, m.predict)
+    eps = guided(eps, ctx_null, 1 if ctx is None else s)
+    eps = wrap(eps) if wrap else eps
     z, randn = draw_noise(len(items), args, first, (m.ae.cfg.c_z, H // f, W // f), device)
     ts = timesteps(args, len(m.abar))
     def sampler(z_t, ts):

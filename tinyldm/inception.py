@@ -1,19 +1,16 @@
 """The network in whose features the literature measures FID, and by whose classes it computes IS.
 
 Paper:   App. E.3 (torch-fidelity). FID: Heusel et al. 2017. The net: Szegedy et al. 2016, Tab. 1.
-Shapes:  x (B, 3, H, W) in [-1, 1] -> features (B, 2048), probabilities (B, 1008).
-Reads:   perceptual.py
+Shapes:  x (B, 3, H, W) in [-1, 1] -> features (B, 2048), p (B, 1008). Reads: nothing of ours.
 NB: a figure is comparable only if every step is that of the TensorFlow graph of 2015-12-05: pixels
-of 8 bits, TensorFlow 1's resize to 299 x 299, (v - 128) / 128, average pools that leave their
-padding out, a max pool in the last block, 1008 classes. torchvision's inception_v3 differs in all
-of these, pytorch-fid in the resize and the scale; torch-fidelity follows the graph, as we do."""
+of 8 bits, TensorFlow 1's resize to 299 x 299, (v - 128) / 128, average pools without their padding,
+a max pool in the last block, 1008 classes. torchvision's net differs in all of these, pytorch-fid
+in the resize and the scale; torch-fidelity follows the graph, as we do."""
 import re
 from collections import OrderedDict
 
 import torch
-from torch import nn
-
-from tinyldm.perceptual import load_public
+from torch import Tensor, nn
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
@@ -21,9 +18,9 @@ MEAN = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 MAX, HALVE = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
 
 def conv(c_in: int, width: int, kernel, stride: int = 1, padding="same") -> nn.Sequential:
-    return nn.Sequential(OrderedDict(
-        conv=nn.Conv2d(c_in, width, kernel, stride, padding, bias=False),
-        bn=nn.BatchNorm2d(width, eps=1e-3), relu=nn.ReLU(inplace=True)))
+    layer = nn.Conv2d(c_in, width, kernel, stride, padding, bias=False)
+    norm = nn.BatchNorm2d(width, eps=1e-3)
+    return nn.Sequential(OrderedDict(conv=layer, bn=norm, relu=nn.ReLU(inplace=True)))
 
 class Block(nn.ModuleDict):
     """rows: name -> a pool, or conv's arguments. (B, C, H, W) -> all branches, side by side.
@@ -31,8 +28,7 @@ class Block(nn.ModuleDict):
     def __init__(self, rows: dict):
         super().__init__({f"branch{name}": conv(*row) if isinstance(row, tuple) else row
                           for name, row in rows.items()})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         out = []
         for name, layer in self.items():
             h = out.pop() if re.search("_[2-5p]", name) else x
@@ -57,7 +53,7 @@ def e(c_in, pool, fork=((384, 384, (1, 3)), (384, 384, (3, 1)))):        # Fig. 
         "3x3dbl_1": (c_in, 448, 1), "3x3dbl_2": (448, 384, 3), "3x3dbl_3a": fork[0],
         "3x3dbl_3b": fork[1], "pool": pool, "_pool": (c_in, 192, 1)})
 
-def tf_resize(x: torch.Tensor, n: int) -> torch.Tensor:
+def tf_resize(x: Tensor, n: int) -> Tensor:
     """TensorFlow 1's bilinear resize of the last axis, (..., in) -> (..., n): output i lies at
     i * in / n, between two pixels; no half pixel is added, and nothing is averaged in shrinking."""
     at = torch.arange(n, device=x.device) * (x.shape[-1] / n)
@@ -68,7 +64,6 @@ def tf_resize(x: torch.Tensor, n: int) -> torch.Tensor:
 class Inception(nn.Sequential):
     """Frozen, in eval mode; the state dict's keys are pytorch-fid's, which are torchvision's."""
     name = "inception"
-
     def __init__(self):
         super().__init__(OrderedDict(
             Conv2d_1a_3x3=conv(3, 32, 3, 2, 0), Conv2d_2a_3x3=conv(32, 32, 3, 1, 0),
@@ -84,21 +79,12 @@ class Inception(nn.Sequential):
                             "pool": HALVE}),
             Mixed_7b=e(1280, MEAN), Mixed_7c=e(2048, MAX), fc=nn.Linear(2048, 1008)))
         self.requires_grad_(False).eval()
-
     @torch.no_grad()
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, H, W) in [-1, 1] -> the last block's mean over places (B, 2048), and softmax of
         the logits (B, 1008). NB: without fc's bias, as torch-fidelity and Salimans et al.'s IS."""
         h = ((x.float() + 1) * 127.5).round().clamp(0, 255)             # the pixels of a png
         h = (tf_resize(tf_resize(h, 299).mT, 299).mT - 128) / 128
         *layers, fc = self
-        for layer in layers:
-            h = layer(h)
-        h = h.mean((2, 3))
+        h = nn.Sequential(*layers)(h).mean((2, 3))
         return h, (h @ fc.weight.T).softmax(1)
-
-def load_inception(path: str | None) -> Inception:
-    """With pytorch-fid's public state dict, from a file or fetched. Raises BadInput."""
-    net = Inception()
-    load_public(net, URL, path, "--inception")
-    return net

@@ -2,8 +2,7 @@
 
 Paper:   Sec. 3.3 (the softmax of cross-attention, Q from places, K from tokens); DDIM Eq. (9).
 Shapes:  maps (B, M, h, w), each place's attention over tokens sums to 1.
-Reads:   attention.py, diffusion.py, degrade.py
-Both watch from outside, by a hook and a wrapper; the networks know nothing of it."""
+Reads:   attention.py, diffusion.py, degrade.py. Networks do not know that they are watched."""
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,6 @@ def attention_maps(unet: torch.nn.Module, n: int, h: int, w: int, calls: set[int
     (numbered from 0; None: all): cross-attention, the mean over heads, resized to the latent grid.
     n: the last n of the batch, which under guidance are those with the condition."""
     maps, seen = [], []
-
     def look(attn, args, output):
         if calls is None or len(seen) - 1 in calls:
             q, k = (v[-n:].unflatten(2, (attn.n_head, -1)).transpose(1, 2)
@@ -32,9 +30,8 @@ def attention_maps(unet: torch.nn.Module, n: int, h: int, w: int, calls: set[int
             maps.append(F.interpolate(a.unflatten(2, (rows, -1)).float(), (h, w), mode="bilinear"))
     with contextlib.ExitStack() as hooks:
         hooks.enter_context(unet.register_forward_pre_hook(lambda *_: seen.append(1)))
-        for m in unet.modules():
-            if isinstance(m, TransformerBlock):
-                hooks.enter_context(m.cross_attn.register_forward_hook(look))
+        for attn in (m.cross_attn for m in unet.modules() if isinstance(m, TransformerBlock)):
+            hooks.enter_context(attn.register_forward_hook(look))
         yield maps
 
 def record(eps_theta: Callable, abar: torch.Tensor, kept: list) -> Callable:
@@ -48,17 +45,16 @@ def record(eps_theta: Callable, abar: torch.Tensor, kept: list) -> Callable:
 def save_attention(images: torch.Tensor, maps: torch.Tensor, encodings: list, path: Path) -> None:
     """A row a picture: the picture, then one tile a word, bright where it was looked at most.
     maps (n, M, h, w); encodings: the tokenizer's, of each prompt; pieces of a word are averaged."""
-    side, head, words = 128, 16, []
-    for e in encodings:
-        ids = e.word_ids[:maps.shape[1]]
-        words.append([[j for j, k in enumerate(ids) if k == i] for i in sorted({*ids} - {None})])
+    side, head = 128, 16
+    words = [sorted({*e.word_ids[:maps.shape[1]]} - {None}) for e in encodings]
     width, height = (1 + max(map(len, words))) * side, len(images) * (side + head)
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     for row, (x, a, e, of_row) in enumerate(zip(images, maps, encodings, words)):
         picture, y = to_image(x).resize((side, side), Image.Resampling.NEAREST), row * (side + head)
         sheet.paste(picture, (0, y + head))
-        for column, pieces in enumerate(of_row, 1):
+        for column, i in enumerate(of_row, 1):
+            pieces = [j for j, k in enumerate(e.word_ids[:len(a)]) if k == i]
             m = a[pieces].mean(0)
             m = (m - m.min()) / (m.max() - m.min() + 1e-8)
             light = Image.fromarray((255 * (.15 + .85 * m)).byte().cpu().numpy())

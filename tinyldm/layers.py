@@ -1,8 +1,7 @@
 """The bricks of E, D and eps_theta: normalisation, ResBlock, down-/upsampling, timestep embedding.
 
 Paper:   Sec. 3.1, App. E.2.1; the released code's model.py (E, D) and openaimodel.py (eps_theta).
-Symbols: h features (B, C, H, W); emb the timestep's features (B, D).
-Reads:   nothing of ours."""
+Symbols: h features (B, C, H, W); emb the timestep's features (B, D). Reads: nothing of ours."""
 import math
 from collections import OrderedDict
 
@@ -25,17 +24,15 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, dim % 2))
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, twice, plus the input; between the two the timestep's features, if any.
+    """norm, SiLU, conv, twice, plus x: x (B, c_in, H, W), emb (B, d_emb) -> (B, c_out, H, W).
     d_emb is None in E and D; in eps_theta it is emb's width, conv2 begins at zero and eps is 1e-5.
-    The paper's nets have 32 groups, a narrow net wants fewer: with c_out groups, of one channel
-    each, norm2 would wipe out emb's offset.
+    groups: well below c_out, since norm2 of single channels would wipe out emb's offset.
     scale_shift: emb becomes norm2's scale and shift instead of an offset before it. resample: a
-    parameterless layer that halves or doubles H and W, of the input too, before the first conv.
-    x (B, c_in, H, W), emb (B, d_emb) -> (B, c_out, H, W), or H/2, W/2 or 2H, 2W"""
+    parameterless layer that halves or doubles H and W, of the input too, before the first conv."""
     def __init__(self, c_in: int, c_out: int, d_emb: int | None = None, groups: int = 32,
                  scale_shift: bool = False, resample: nn.Module | None = None):
         super().__init__()
-        eps = 1e-6 if d_emb is None else 1e-5
+        eps = 1e-5 if d_emb else 1e-6
         self.scale_shift, self.resample = scale_shift, resample or nn.Identity()
         self.norm1 = nn.GroupNorm(groups, c_in, eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -45,7 +42,6 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         if d_emb:
             zero_(self.conv2)
-
     def forward(self, x: torch.Tensor, emb: torch.Tensor | None = None) -> torch.Tensor:
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
         e = 0 if self.emb is None else self.emb(F.silu(emb))[:, :, None, None]

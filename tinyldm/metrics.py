@@ -3,17 +3,14 @@
 Paper:   Sec. 4, App. E.3, Tables 1-11. SSIM: Wang et al. 2004. FID: Heusel et al. 2017. IS:
          Salimans et al. 2016. Improved precision and recall: Kynkaanniemi et al. 2019.
 Shapes:  x, x_rec (B, 3, H, W) in [-1, 1] -> (B,); features (n, d).
-Reads:   features.py, data.py, perceptual.py
+Reads:   features.py, data.py, perceptual.py. Only sums are kept, and 10,000 features for precision
+and recall. FID in the literature is of 50,000 samples and the whole training set.
 
     python -m tinyldm.metrics --real photos/ --fake out/samples/ --features inception   # FID
-    python -m tinyldm.metrics --real a/ --fake b/ --pairs       # and equally named pictures
-
-Only sums are kept, and 10,000 features for precision and recall: 50,000 pictures need no more
-memory than 10,000. FID in the literature is of 50,000 samples and the whole training set."""
+    python -m tinyldm.metrics --real a/ --fake b/ --pairs       # and equally named pictures"""
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from tinyldm import require, training as tr
@@ -22,25 +19,21 @@ from tinyldm.features import feature_flags, open_features
 from tinyldm.perceptual import Perceptual
 from tinyldm.shapes import Shapes
 
-# ---- of one picture and its reconstruction
 def psnr(x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of each picture, x_rec clamped to [-1, 1]; the peak is 2."""
     mse = (x - x_rec.clamp(-1, 1)).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / mse)
 
 def ssim(x: torch.Tensor, x_rec: torch.Tensor) -> torch.Tensor:
-    """Structural similarity, Wang et al. 2004 Eq. (13): a Gaussian window of 11 x 11 and std 1.5,
-    wherever it fits in; K_1 = 0.01, K_2 = 0.03; the mean over places and channels. Its means are of
-    pixels that begin at 0, so 1 is added to x and to x_rec, clamped to [-1, 1]; L = 2."""
+    """Wang et al. 2004 Eq. (13), the mean over places and channels: a Gaussian window of 11 x 11,
+    std 1.5, where it fits in; K_1 = 0.01, K_2 = 0.03; pixels from 0 to L = 2, x_rec clamped."""
     x, y = x.double() + 1, x_rec.double().clamp(-1, 1) + 1
     n = min(11, *x.shape[2:])
-    i = torch.arange(n, dtype=x.dtype, device=x.device) - (n - 1) / 2
-    g = (-i ** 2 / (2 * 1.5 ** 2)).exp()
+    g = torch.signal.windows.gaussian(n, std=1.5, dtype=x.dtype, device=x.device)
     window = (g[:, None] * g / g.sum() ** 2).expand(x.shape[1], 1, n, n)
-    def mean(v):
-        return F.conv2d(v, window, groups=x.shape[1])
-    mx, my = mean(x), mean(y)
-    vx, vy, cov = mean(x * x) - mx ** 2, mean(y * y) - my ** 2, mean(x * y) - mx * my
+    mx, my, mxx, myy, mxy = (torch.conv2d(v, window, groups=x.shape[1])
+                             for v in (x, y, x * x, y * y, x * y))
+    vx, vy, cov = mxx - mx ** 2, myy - my ** 2, mxy - mx * my
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
     out = (2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))
     return out.flatten(1).mean(1).float()
@@ -49,12 +42,10 @@ def gradient(x: torch.Tensor) -> torch.Tensor:
     """Length of each pixel's gradient (differences to the right and down) -> (B, 3, H-1, W-1)."""
     return torch.hypot(x[..., :-1, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, :-1])
 
-# ---- of two sets
 class Moments:
     """Mean and covariance of the rows of what is added, part by part, in float64."""
     def __init__(self):
         self.n, self.mean, self.scatter = 0, 0.0, 0.0
-
     def add(self, f: torch.Tensor) -> None:
         """f (n, d). Parts are joined as in Chan et al. 1983: no difference of large sums."""
         f = f.double()
@@ -62,15 +53,13 @@ class Moments:
         d, rest = mean - self.mean, f - mean
         self.scatter = self.scatter + rest.T @ rest + torch.outer(d, d) * (self.n * len(f) / n)
         self.mean, self.n = self.mean + d * (len(f) / n), n
-
     @property
     def cov(self) -> torch.Tensor:
         return self.scatter / max(1, self.n - 1)
 
 def frechet(a: Moments, b: Moments) -> float:
-    """Heusel et al. Eq. (6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
-    The last trace is the sum of the singular values of C_a^(1/2) C_b^(1/2): symmetric roots, by
-    eigenvalues, are stable also where there are fewer pictures than features."""
+    """Heusel et al. Eq. (6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), whose last trace is
+    the sum of C_a^(1/2) C_b^(1/2)'s singular values, also of fewer pictures than features."""
     def root(c):
         values, vectors = torch.linalg.eigh(c)
         return vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -80,18 +69,16 @@ def frechet(a: Moments, b: Moments) -> float:
 def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tuple[float, float]:
     """Kynkaanniemi et al. Eq. (1), (2): the share of fakes within reach of a real one, and of real
     ones within reach of a fake; a picture reaches as far as its k-th nearest neighbour."""
-    def reach(f):
-        return torch.cat([torch.cdist(part, f).kthvalue(min(k + 1, len(f))).values
-                          for part in f.split(1024)])
     def share(f, of):
-        r = reach(of)                           # one for each column of the table of distances
-        return torch.cat([(torch.cdist(part, of) <= r).any(1) for part in f.split(1024)])
-    return tuple(float(v.double().mean()) for v in (share(fake, real), share(real, fake)))
+        reach = torch.cat([torch.cdist(part, of).kthvalue(min(k + 1, len(of))).values
+                           for part in of.split(1024)])     # one a column of the table below
+        near = [(torch.cdist(part, of) <= reach).any(1) for part in f.split(1024)]
+        return float(torch.cat(near).double().mean())
+    return share(fake, real), share(real, fake)
 
 class Statistics:
-    """What comparing needs to know of a set of pictures, by a network of features.py."""
+    """What comparing needs of batches (B, 3, H, W) in [-1, 1], and every stride-th's features."""
     def __init__(self, net: Callable, batches: Iterable[torch.Tensor], stride: int = 1):
-        """batches of (B, 3, H, W) in [-1, 1]; every stride-th picture's features are kept."""
         self.name, self.moments, self.kept = net.name, Moments(), []
         self.p, self.p_log_p, self.count = 0.0, 0.0, torch.zeros(10, 1, dtype=torch.float64)
         for x in batches:
@@ -101,13 +88,12 @@ class Statistics:
             self.moments.add(f.cpu())
             self.kept.append(f.cpu()[k % stride == 0])
             if p is not None:
-                k = (k.double() * (5 ** 0.5 - 1) / 2 % 1 * 10).long()   # not k % 10: classes may
-                tenth = F.one_hot(k, 10).double().T                     # come in turn
                 p = p.double().cpu()
+                k = (k.double() * (5 ** 0.5 - 1) / 2 % 1 * 10).long()   # not k % 10: classes may
+                tenth = torch.eye(10, dtype=p.dtype)[:, k]              # come in turn
                 self.p = self.p + tenth @ p
                 self.p_log_p = self.p_log_p + tenth @ torch.xlogy(p, p).sum(1, keepdim=True)
                 self.count += tenth.sum(1, keepdim=True)
-
     def inception_score(self) -> float:
         """exp of the mean of KL(p(y | x), p(y)): 1 .. number of classes; the mean of ten tenths."""
         p, p_log_p = ((v / self.count)[self.count[:, 0] > 0] for v in (self.p, self.p_log_p))
@@ -116,11 +102,9 @@ class Statistics:
 def compare(real: Statistics, fake: Statistics) -> dict[str, float]:
     """Frechet distance (named fid for Inception only), inception score, precision and recall."""
     p, r = precision_recall(torch.cat(real.kept), torch.cat(fake.kept))
-    out = {"fid" if real.name == "inception" else f"fd_{real.name}":
-           frechet(real.moments, fake.moments), "precision": p, "recall": r}
-    if fake.count.any():
-        out["is" if real.name == "inception" else f"is_{real.name}"] = fake.inception_score()
-    return out
+    fd, is_ = ("fid", "is") if real.name == "inception" else (f"fd_{real.name}", f"is_{real.name}")
+    out = {fd: frechet(real.moments, fake.moments), "precision": p, "recall": r}
+    return out | ({is_: fake.inception_score()} if fake.count.any() else {})
 
 # ---- the program
 def parse_args(argv=None):
@@ -168,11 +152,8 @@ def main(args):
     require(min(n) > 3, "--real, --fake, --n: there must be four pictures of each, or more")
     told = [Statistics(net, read(data, [i * len(data) // k for i in range(k)], args.workers,
                                  args.device), -(-k // 10_000)) for data, k in zip(sets, n)]
-    figures = compare(*told)
-    if args.pairs:
-        figures |= compare_pairs(*sets, args)
-    figures = " | ".join(f"{k} {v:.4g}" for k, v in figures.items())
-    print(f"{n[0]:,} real, {n[1]:,} fake: {figures}")
+    figures = compare(*told) | (compare_pairs(*sets, args) if args.pairs else {})
+    print(f"{n[0]:,} real, {n[1]:,} fake:", " | ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
 if __name__ == "__main__":
     tr.run(main, parse_args)

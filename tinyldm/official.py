@@ -4,12 +4,11 @@
 
 Paper:   the released model zoo; the names are those of its code's modules.
 Symbols: state is an official state dict {key: tensor}; prefix what its keys begin with in a file.
-Reads:   autoencoder.py, unet.py, conditioning.py, patchgan.py, presets.py, checkpoint.py
+Reads:   generate.py, presets.py, checkpoint.py, tokens.py, and the networks' modules
 Our modules take the file's own tensors, mapped into memory; q, k and v alone may be copied."""
 import argparse
 import re
 import warnings
-from collections import namedtuple
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,9 +22,11 @@ from tinyldm.autoencoder import Autoencoder, Decoder, Pixels, build_autoencoder
 from tinyldm.checkpoint import load_checkpoint, read_state, write_state
 from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextTransformer
 from tinyldm.diffusion import SCHEDULES, cumulative
+from tinyldm.generate import Model
 from tinyldm.layers import ResBlock
 from tinyldm.patchgan import Discriminator
 from tinyldm.tasks import build_tau
+from tinyldm.tokens import open_vocab
 from tinyldm.unet import UNet, UNetConfig
 
 UNET, EMA, AE, TAU = ("model.diffusion_model.", "model_ema.diffusion_model", "first_stage_model.",
@@ -141,8 +142,6 @@ def official_state(net: nn.Module, prefix: str = "", state: dict | None = None) 
     return out
 
 # ---- whole models
-Loaded = namedtuple("Loaded", "preset ae unet tau abar")
-
 def detect(state: dict) -> str:
     """The first row of presets.LDM whose networks have the shapes of state. Raises BadInput."""
     ch = len(state.get(UNET + "input_blocks.0.0.weight", ()))
@@ -166,28 +165,31 @@ def averaged(state: dict, unet: UNet) -> dict:
         raise BadInput(f"{odd} is {'unexpected' if odd in found else 'missing'} among the EMA's")
     return state | {names[k]: state[k] for k in found}
 
-def load_model(path: Path, preset: str | None = None, ema: bool = True) -> Loaded:
-    """The model in a released .ckpt or .safetensors; preset: which, else it is found out. The nets
-    are in its precision, not trainable; tau may be None; abar (T,) float64.
+def load_model(path: Path, preset: str | None = None, ema: bool = True, vocab: Path | None = None,
+               device=None, dtype: torch.dtype | None = None) -> Model:
+    """The model in a released .ckpt or .safetensors, its row of presets.LDM as flags; preset: the
+    row's name, else it is found out; vocab: as open_vocab's path; dtype: default as in the file.
     Raises BadInput naming a tensor of the file that is unknown, or one of ours that it lacks."""
     state = read_state(path)
     try:
         preset = preset or detect(state)
-        row = presets.LDM[preset]
+        row = presets.LDM[preset] | {"preset": preset}
         ae, unet, tau = nets = presets.networks(row)
         # inpaint256's condition encoder is stage one, whose weights its file has twice
         known = (UNET, AE, "model_ema.", *[TAU] * bool(tau or row["task"] == "inpaint"))
         refuse(k for k in state if not k.startswith(known))
         weights = averaged(state, unet) if ema else state
+        z_std = 1 / state.get("scale_factor", torch.tensor(1 / (row["z_std"] or 1.0))).float()
+        ae.z_std = z_std.reshape(())
         for net, prefix in zip(nets, (AE, UNET, TAU)):
             if net:
-                load_into(net, weights, prefix).eval().requires_grad_(False)
+                load_into(net, weights, prefix).to(device, dtype).eval().requires_grad_(False)
     except BadInput as e:
         raise BadInput(f"{path}: {e}") from e
-    z_std = 1 / state["scale_factor"].float() if "scale_factor" in state else row["z_std"] or 1.0
-    ae.z_std = torch.as_tensor(z_std, dtype=torch.float32).reshape(())
-    abar = cumulative(SCHEDULES[row["schedule"]](1000, *row["beta_range"]))
-    return Loaded(preset, ae, unet, tau, abar)
+    text = vocab and row["task"] == "text"
+    tokenizer = open_vocab(vocab, tau.cfg.n_vocab, tau.cfg.n_token) if text else None
+    abar = cumulative(SCHEDULES[row["schedule"]](1000, *row["beta_range"])).to(device)
+    return Model(*nets, tokenizer, abar, "eps", row["task"], (), row)
 
 def export(path: Path, out: Path) -> None:
     """Write one of our checkpoints in the official layout, .safetensors or .ckpt. Raises BadInput.

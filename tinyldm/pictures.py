@@ -1,22 +1,21 @@
 """What the programs show: png grids, a condition as a picture, the curves of a log.
 
-Shapes:  images (n, 3, H, W) in [-1, 1].
-Reads:   degrade.py"""
+Shapes:  images (n, 3, H, W) in [-1, 1]. Reads: degrade.py"""
 import colorsys
 import json
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageColor, ImageDraw
+from torch import Tensor
 
 from tinyldm.degrade import to_image, to_tensor
 
-def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
+def save_grid(images: Tensor, path: Path, columns: int) -> None:
     """One png, `columns` a row; each picture enlarged to at least 96 px."""
     k, gap = -(-96 // images.shape[-1]), 4
     h, w = (v * k + gap for v in images.shape[2:])
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * w + gap, rows * h + gap), "white")
+    sheet = Image.new("RGB", (columns * w + gap, -(-len(images) // columns) * h + gap), "white")
     for i, x in enumerate(images):
         tile = to_image(x).resize((w - gap, h - gap), Image.Resampling.NEAREST)
         sheet.paste(tile, (gap + i % columns * w, gap + i // columns * h))
@@ -29,7 +28,7 @@ def colour(k: int, names: tuple[str, ...]) -> tuple[int, ...]:
     except (ValueError, IndexError):
         return tuple(int(255 * v) for v in colorsys.hsv_to_rgb(k * .618 % 1, .7, .5 + k % 3 / 4))
 
-def condition(task: str, item: dict, names: tuple[str, ...], h: int, w: int) -> torch.Tensor | None:
+def condition(task: str, item: dict, names: tuple[str, ...], h: int, w: int) -> Tensor | None:
     """What a spatial task was given, (3, h, w): map, boxes, small or masked picture; or None."""
     sheet = Image.new("RGB", (w, h), "gainsboro")
     if task == "semantic":
@@ -47,8 +46,7 @@ def condition(task: str, item: dict, names: tuple[str, ...], h: int, w: int) -> 
         return to_tensor(to_image(item["small"]).resize((w, h), Image.Resampling.NEAREST))
     return item["image"] * (1 - item["mask"]) - item["mask"] if task == "inpaint" else None
 
-def save_drawn(images: torch.Tensor, items: list[dict], task: str, names: tuple[str, ...],
-               path: Path, columns: int) -> None:
+def save_drawn(images: Tensor, items: list[dict], task: str, names, path: Path, columns: int):
     """A grid of pictures, each row below the row of their conditions, where those can be seen."""
     seen = [condition(task, item, names, *images.shape[2:]) for item in items]
     if seen and seen[0] is not None:
@@ -72,13 +70,11 @@ def save_curves(log: Path, path: Path) -> None:
     plots = [(k, v) for k, v in plots.items() if k not in ("step", "ms", "gb", "eta_min")]
     rows = -(-len(plots) // 4)
     figure = Figure((14, 2.4 * rows), layout="constrained")
-    for (name, curves), axes in zip(plots, figure.subplots(rows, 4, squeeze=False).flat):
+    for i, (name, curves) in enumerate(plots, 1):
+        scale = "log" if name in ("loss", "gnorm", "rec", "held_out_loss") else "linear"
+        axes = figure.add_subplot(rows, 4, i, title=name, xlabel="step", yscale=scale)
         for at, curve in curves.items():
             axes.plot(*zip(*curve), "." if len(curve) == 1 else "-", label=at and f"t from {at}")
-        axes.set(title=name, xlabel="step")
-        axes.set_yscale("log" if name in ("loss", "gnorm", "rec", "held_out_loss") else "linear")
         if len(curves) > 1:
             axes.legend()
-    for axes in figure.axes[len(plots):]:
-        axes.remove()
     figure.savefig(path)

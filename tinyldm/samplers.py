@@ -4,8 +4,7 @@ Paper:   Sec. 4.1, App. B; DDPM (Ho et al. 2020) Alg. 2; DDIM (Song et al. 2021)
          PNDM (Liu et al. 2022) Sec. 3; DPM-Solver++ (Lu et al. 2022) Alg. 2.
 Symbols: ts the timesteps to visit, falling, then the end: -1 is z_0 itself. A step goes from t to
          s, the next of ts, and calls eps_theta once; sigma is DDIM's noise in it, eta its share.
-Shapes:  z (B, c, h, w); ctx (B, ...) tokens, maps, or None; abar (T,) float64.
-Reads:   diffusion.py
+Shapes:  z (B, c, h, w); ctx (B, ...) tokens, maps, or None; abar (T,) float64. Reads: diffusion.py
 `randn()` gives fresh noise of z's shape, once a step, never in one that lands on z_0."""
 import math
 from collections.abc import Callable
@@ -23,9 +22,8 @@ def timesteps(T: int, S: int) -> list[int]:
 
 def official_timesteps(T: int, S: int) -> list[int]:
     """The released rule, range(0, T, T // S) + 1 read backwards, then 0: for published samples.
-    NB: it takes another number of steps for most S, has an index out of range for 599 of 1000 (here
-    a ValueError) and never starts at T-1. It ends at abar_0 < 1, which leaves noise of std 0.04
-    (SD: 0.03) in the latent; with eta > 0 the last step still adds noise."""
+    NB: it never starts at T-1, takes other than S steps for most S, for 599 of 1000 would leave the
+    schedule (ValueError). It ends at abar_0 < 1: noise of std 0.04 (SD: 0.03), and eta's, stays."""
     timesteps(T, S)                                     # for its ValueError
     ts = [t + 1 for t in range(0, T, T // S)]
     if ts[-1] == T:
@@ -59,9 +57,8 @@ def ddim_step(z: Tensor, eps: Tensor, abar_t, abar_s, sigma=0.0) -> Tensor:
 
 @torch.no_grad()
 def ddim(eps_theta: Callable, z_T: Tensor, ctx, abar: Tensor, ts: list[int], randn=None, eta=0.0):
-    """DDIM Eq. (12): z_s = sqrt(abar_s) z_0 + sqrt(1 - abar_s - sigma^2) eps + sigma noise.
-    sigma = eta sqrt((1 - abar_s) / (1 - abar_t)) sqrt(1 - abar_t / abar_s). eta = 0 is
-    deterministic, eta = 1 has DDPM's variance. randn is needed only when eta > 0."""
+    """DDIM Eq. (12): z_s = sqrt(abar_s) z_0 + sqrt(1 - abar_s - sigma^2) eps + sigma noise; sigma:
+    Eq. (16). eta = 0 is deterministic and needs no randn, eta = 1 has DDPM's variance."""
     z = z_T
     for t, abar_t, abar_s in pairs(ts, abar):
         eps = eps_theta(z, each(t, z), ctx)
@@ -73,11 +70,10 @@ def ddim(eps_theta: Callable, z_T: Tensor, ctx, abar: Tensor, ts: list[int], ran
 
 @torch.no_grad()
 def plms(eps_theta: Callable, z_T: Tensor, ctx, abar: Tensor, ts: list[int], randn=None) -> Tensor:
-    """Pseudo linear multistep, PNDM Sec. 3: a DDIM step with the mean of eps over the step.
-    The mean is extrapolated from the last 2, 3, then 4 eps, by Adams and Bashforth's weights for
-    even steps. The first step has no past and calls eps_theta twice, at both of its ends.
+    """Pseudo linear multistep, PNDM Sec. 3: a DDIM step with the mean of eps over it, from the last
+    2, 3, then 4 by Adams and Bashforth's weights. The first step calls eps_theta at both its ends.
     NB: PNDM begins with three Runge-Kutta steps of four calls; this is the released code's way."""
-    weights = (1,), (3, -1), (23, -16, 5), (55, -59, 37, -9)            # of the newest eps first
+    weights = (1,), (3, -1), (23, -16, 5), (55, -59, 37, -9)    # for even steps; newest eps first
     z, past = z_T, []
     for (t, abar_t, abar_s), s in zip(pairs(ts, abar), ts[1:]):
         past = [eps_theta(z, each(t, z), ctx), *past[:3]]
@@ -91,9 +87,8 @@ def plms(eps_theta: Callable, z_T: Tensor, ctx, abar: Tensor, ts: list[int], ran
 
 @torch.no_grad()
 def dpm_solver_pp(eps_theta: Callable, z_T: Tensor, ctx, abar: Tensor, ts: list[int], randn=None):
-    """DPM-Solver++(2M), Alg. 2: a DDIM step with z_0 extrapolated to the middle of the step, mid.
-    In lambda = log sqrt(abar / (1 - abar)) this step is h long, the last one was h_last. The first
-    step, and one onto z_0 (infinite h), are DDIM's own."""
+    """DPM-Solver++(2M), Alg. 2: a DDIM step with z_0 extrapolated to its middle, mid, but for the
+    first step and one onto z_0. h, h_last: lengths in lambda = log sqrt(abar / (1 - abar))."""
     z, z_0_last, h_last = z_T, 0.0, math.inf
     for t, abar_t, abar_s in pairs(ts, abar):
         z_0 = predict_z_0(z, eps_theta(z, each(t, z), ctx), abar_t)
@@ -105,8 +100,8 @@ def dpm_solver_pp(eps_theta: Callable, z_T: Tensor, ctx, abar: Tensor, ts: list[
 
 @torch.no_grad()
 def masked(sampler: Callable, z_T: Tensor, z: Tensor, mask: Tensor, abar: Tensor, ts, randn):
-    """Fill in z where mask is 0: before each step, z_t is drawn from q(z_t | z) where mask is 1.
-    mask (B, 1, h, w). sampler(z_t, ts) takes z_t along ts, one step a call: none has a past."""
+    """Fill in z where mask (B, 1, h, w) is 0: before each step, z_t is drawn from q(z_t | z) where
+    it is 1. sampler(z_t, ts) takes z_t along ts, one step a call: none has a past."""
     z_t = z_T
     for t, s in zip(ts, ts[1:]):
         z_t = mask * q_sample(z, each(t, z), randn(), abar) + (1 - mask) * z_t
@@ -114,14 +109,12 @@ def masked(sampler: Callable, z_T: Tensor, z: Tensor, mask: Tensor, abar: Tensor
     return z_t
 
 def later(ts: list[int], strength: float) -> list[int]:
-    """The last `strength` (0..1] of the steps, for SDEdit (Meng et al. 2022): begin at later(ts)[0]
-    with a picture's z noised to that very timestep.
+    """The last `strength` (0..1] of the steps, for SDEdit (Meng et al. 2022): noise z to the first.
     NB: the released img2img.py adds noise of one step and begins denoising at the step below."""
     return ts[-(max(1, round(strength * (len(ts) - 1))) + 1):]
 
 def slerp(a: Tensor, b: Tensor, w: float) -> Tensor:
     """From noise a (w = 0) to b (1) along the great circle, where all between is as likely."""
     angle = torch.acos((a.flatten() @ b.flatten() / (a.norm() * b.norm())).clamp(-1, 1))
-    if angle < 1e-4:
-        return a
-    return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
+    ab = (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
+    return a if angle < 1e-4 else ab

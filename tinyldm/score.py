@@ -60,8 +60,8 @@ def parse_prompt(prompt: str) -> tuple[list[Thing], str | None]:
     """A sentence of this world -> its things (size "" if unsaid) and relation, or BadInput."""
     thing = rf"(?:a )?(?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
     m = re.fullmatch(rf"{thing}(?: ({'|'.join(RELATIONS)}) {thing})?", prompt.strip().lower())
-    require(m, f"prompt {prompt!r} is no sentence of the built-in world, so it has no score; say "
-            'it like "a small red circle left of a big blue square"')
+    require(m, f"prompt {prompt!r:.99} is no sentence of the built-in world, so it has no score; "
+            'say it like "a small red circle left of a big blue square"')
     g = m.groups()
     return [Thing(s, c, z or "") for z, c, s in ((g[0:3], g[4:7]) if g[3] else (g[0:3],))], g[3]
 

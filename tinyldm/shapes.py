@@ -1,15 +1,12 @@
 """The built-in world: tiny pictures of coloured shapes with exact captions and an exact scorer.
 
+Shapes: image (3, H, W) in [-1, 1]; boxes (K, 5) [class, x0, y0, x1, y1 in 0..1]; segmentation
+        (H, W), 0 = ground, 1 + class, a colour-shape pair. Unit: side / 32. Reads: nothing of ours.
 A picture has one or two objects (4 shapes, 7 colours, 2 sizes) on a plain ground with faint grain;
 its caption names colour, shape, size and relation ("a small red circle left of a big blue square").
 Everything follows from (seed, index) by + - * / and sqrt, so it is the same on every machine.
-
-Shapes: image (3, H, W) in [-1, 1]; boxes (K, 5) [class, x0, y0, x1, y1 in 0..1]; segmentation
-        (H, W), 0 = ground, 1 + class. A class is a colour-shape pair. World unit: side / 32.
-Reads:  nothing of ours.
-
-    python -m tinyldm.shapes held-out 256 > prompts.txt    # prompts that no training caption says
-    python -m tinyldm.shapes unseen 256                    # ... with unseen colour-shape pairs"""
+    python -m tinyldm.shapes held-out 256      # prints prompts that no training caption says
+    python -m tinyldm.shapes unseen 256        # ... with unseen colour-shape pairs"""
 import itertools
 import sys
 import zlib
@@ -18,8 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-# Left, up, right and down of the centroid, in radii. All shapes of a size have the same area and
-# their centroid in the middle, so the scorer gets size and place from sums over pixels alone.
+# Left, up, right, down of the centroid, in radii: of the disc of the same area, for all shapes.
 EXTENT = {"circle": (-1., -1., 1., 1.), "square": (-.8862, -.8862, .8862, .8862),
           "triangle": (-1.3468, -1.5551, 1.3468, .7776), "cross": (-1.189, -1.189, 1.189, 1.189)}
 SHAPES = tuple(EXTENT)
@@ -47,14 +43,9 @@ def coverage(shape: str, r: float, x: float, y: float, h: int, w: int) -> np.nda
     dx, dy = np.arange(w) + .5 - x, np.arange(h)[:, None] + .5 - y
     ax, ay = np.abs(dx), np.abs(dy)
     near, far = np.minimum(ax, ay), np.maximum(ax, ay)
-    if shape == "circle":
-        d = np.sqrt(dx * dx + dy * dy) - r
-    elif shape == "square":
-        d = far - .8862 * r
-    elif shape == "triangle":
-        d = np.maximum(dy, ax * .8660 - dy * .5) - .7776 * r
-    else:
-        d = np.maximum(far - 1.189 * r, near - .3963 * r)
+    d = {"circle": lambda: np.sqrt(dx * dx + dy * dy) - r, "square": lambda: far - .8862 * r,
+         "triangle": lambda: np.maximum(dy, ax * .8660 - dy * .5) - .7776 * r,
+         "cross": lambda: np.maximum(far - 1.189 * r, near - .3963 * r)}[shape]()
     return np.clip(.5 - d, 0, 1)
 
 def name(t: Thing) -> str:
@@ -76,17 +67,15 @@ def caption(things: list[Thing], relation: str | None, sizes: bool = True) -> st
     return f" {relation} ".join(f"a {t.size + ' ' if sizes else ''}{name(t)}" for t in things)
 
 def _specs(split: str) -> tuple[list, list]:
-    """All (things, relation) of one and of two objects that belong to a split.
-    `train`: no pair of UNSEEN, not held out. `held-out`: every eighth scene of two objects, by a
-    hash that ignores which object is named first. `unseen`: scenes with a pair of UNSEEN."""
+    """All (things, relation) of one and of two objects of a split. `unseen`: with a pair of UNSEEN;
+    `held-out`: an eighth of the scenes of two, by hash, in both orders; `train`: the rest."""
     kinds = [Thing(s, c, z) for z in SIZES for c in COLOURS for s in SHAPES]
-    def new(things):
-        return any((t.colour, t.shape) in UNSEEN for t in things)
-    singles = [([a], None) for a in kinds if new([a]) == (split == "unseen")]
+    new = {t for t in kinds if (t.colour, t.shape) in UNSEEN}
+    singles = [([a], None) for a in kinds if (a in new) == (split == "unseen")]
     pairs, ways = [], (("left of", "right of"), ("above", "below"))
     for a, b, (there, back) in itertools.product(kinds, kinds, ways):
         held = zlib.crc32(caption([a, b], there).encode()) % 8 == 0
-        if ("unseen" if new([a, b]) else "held-out" if held else "train") == split:
+        if ("unseen" if {a, b} & new else "held-out" if held else "train") == split:
             pairs += [([a, b], there), ([b, a], back)]
     return singles if split != "held-out" else [], pairs
 
@@ -100,8 +89,7 @@ def _place(things: list[Thing], relation: str | None, rng: np.random.Generator) 
     else:
         k = 0 if RELATIONS[relation][0] else 1                             # axis of the relation
         a, b = (0, 1) if sum(RELATIONS[relation]) < 0 else (1, 0)          # a before b on the axis
-        need = ext[a, 2 + k] - ext[b, k] + GAP                             # centre to centre
-        slack = high[b, k] - need - low[a, k]                              # room along the axis
+        slack = high[b, k] - (ext[a, 2 + k] - ext[b, k] + GAP) - low[a, k]     # room along the axis
         at = (16 + 4 * (rng.random((2, 2)) - .5)).clip(low, high)          # the other axis: middle
         at[a, k] = low[a, k] + slack * .25 * rng.random()
         at[b, k] = high[b, k] - slack * .25 * rng.random()
@@ -113,24 +101,19 @@ class Shapes(torch.utils.data.Dataset):
     def __init__(self, n: int = 20_000, size: int = 32, seed: int = 0, split: str = "train"):
         self.n, self.size, self.key = n, size, [seed, zlib.crc32(split.encode())]
         self.singles, self.pairs = _specs(split)
-
     def __len__(self):
         return self.n
-
     def scene(self, i: int) -> tuple[list[Thing], str, np.random.Generator]:
         """Item i's placed things and caption. One in four has one object, one in five no sizes.
-        Three of four relations are "left of" or "above": were all four as frequent, who is named
-        first would tell who is where only by an exclusive or, which a toy run never learned."""
+        Three of four relations are "left of" or "above": all four alike are hard to learn."""
         rng = np.random.default_rng([*self.key, i])
         few, terse, plain = rng.random() < .25, rng.random() < .2, rng.random() < .5
         specs = self.singles if few and self.singles else self.pairs
         k = int(rng.random() * len(specs))
         things, relation = specs[k - k % 2 if plain and specs is self.pairs else k]
         return _place(things, relation, rng), caption(things, relation, sizes=not terse), rng
-
     def captions(self) -> list[str]:
         return [self.scene(i)[1] for i in range(self.n)]
-
     def __getitem__(self, i: int) -> dict:
         things, text, rng = self.scene(i)
         side, unit = self.size, self.size / 32

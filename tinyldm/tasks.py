@@ -3,17 +3,16 @@
 Paper:   Sec. 3.3 and 4.3-4.5, Table 15. Two ports: tokens (B, M, D) that the U-Net attends to
          (class, text, layout), and maps (B, c, h, w) beside z_t (semantic, superres, inpaint).
 Symbols: y (B, ...), one condition a picture; null the condition that says nothing, for guidance.
-Reads:   conditioning.py, tokens.py
-A new task is one row of TASKS, what that row names and, where something is learned, a tau."""
+Reads:   conditioning.py, tokens.py. A new task is a row of TASKS and what it names."""
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
-from tinyldm import BadInput, require
+from tinyldm import require
 from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextConfig, TextTransformer
 from tinyldm.tokens import encode, train_tokenizer
 
@@ -39,60 +38,58 @@ def fit_layout(args, data, *_) -> None:
 
 def fit_semantic(args, *sets) -> None:
     """As many classes as the largest label of the sets asks for; looks at all their maps."""
-    if args.n_classes is None:
-        args.n_classes = 1 + max(int(data[i]["segmentation"].max())
-                                 for data in sets for i in range(len(data)))
+    args.n_classes = args.n_classes or 1 + max(
+        int(data[i]["segmentation"].max()) for data in sets for i in range(len(data)))
 
 # ---- from a batch of items to y
-def class_y(batch: dict, tau: ClassEmbedder, tokenizer) -> torch.Tensor:
+def class_y(batch: dict, tau: ClassEmbedder, tokenizer) -> Tensor:
     """labels, or None for the last class, the null one -> (B,)."""
     null = tau.embedding.num_embeddings - 1
     return torch.tensor([null if v is None else v for v in batch["label"]])
 
-def text_y(batch: dict, tau: TextTransformer, tokenizer) -> torch.Tensor:
+def text_y(batch: dict, tau: TextTransformer, tokenizer) -> Tensor:
     """captions -> token ids (B, M); the empty one is M times [PAD]."""
     return encode(tokenizer, batch["caption"], tau.cfg.n_token)
 
-def layout_y(batch: dict, tau: TextTransformer, tokenizer) -> torch.Tensor:
+def layout_y(batch: dict, tau: TextTransformer, tokenizer) -> Tensor:
     """boxes (K, 5) [class, x0, y0, x1, y1 in 0..1] -> token ids (B, M), the largest boxes first.
-    Three tokens a box: its class, and its corners as places of a grid, numbered row by row; the
-    last token of the vocabulary stands for none (paper's code: taming's objects_bbox.py).
-    NB: there, too, classes and places share their numbers; where a token stands tells which."""
+    Three tokens a box: class, two corners as places of a grid, row by row; the last id is none.
+    NB: as in taming's objects_bbox.py classes and places share numbers; order tells which."""
     none, M = tau.cfg.n_vocab - 1, tau.cfg.n_token
     side = math.isqrt(none)
     y = torch.full((len(batch["boxes"]), M), none)
     for row, b in zip(y, batch["boxes"]):
-        area = (b[:, 3] - b[:, 1]) * (b[:, 4] - b[:, 2])
+        area = (b[:, 3:] - b[:, 1:3]).prod(1)
         b = b[area.argsort(descending=True, stable=True)][:M // 3]
         x0, y0, x1, y1 = (b[:, 1:] * (side - 1)).round().long().unbind(1)
         ids = torch.stack([b[:, 0].long(), y0 * side + x0, y1 * side + x1], dim=1)
         row[:ids.numel()] = ids.flatten()
     return y
 
-def semantic_y(batch: dict, tau: SpatialRescaler, tokenizer) -> torch.Tensor:
+def semantic_y(batch: dict, tau: SpatialRescaler, tokenizer) -> Tensor:
     """Label maps -> (B, H, W) int32. Raises BadInput for a label that the model has not."""
     y, n = torch.stack(batch["segmentation"]), tau.conv.in_channels
-    if y.max() >= n or y.min() < -1:
-        has = f"{y.min()}..{y.max()}"
-        raise BadInput(f"label maps: there are labels {has}, but the model's are 0..{n - 1}")
-    return y.to(torch.int32)
+    low, high = y.aminmax()
+    require(-1 <= low and high < n,
+            f"label maps: there are labels {low}..{high}, but the model's are 0..{n - 1}")
+    return y.int()
 
-def inpaint_y(batch: dict, tau, tokenizer) -> torch.Tensor:
+def inpaint_y(batch: dict, tau, tokenizer) -> Tensor:
     """Pictures, grey (0) where their mask is 1, and that mask -> (B, 4, H, W)."""
     image, hole = torch.stack(list(batch["image"])), torch.stack(batch["mask"])
     return torch.cat([image * (1 - hole), hole], dim=1)
 
 # ---- from y to ctx
-def superres_ctx(y: torch.Tensor, tau, ae) -> torch.Tensor:
+def superres_ctx(y: Tensor, tau, ae) -> Tensor:
     """The picture of a quarter of the side, on the latents' grid: as it is where f = 4."""
     f = ae.cfg.f
-    return y if f == 4 else F.interpolate(y, scale_factor=4 / f, mode="bicubic", antialias=f > 4)
+    return y if f == 4 else interpolate(y, scale_factor=4 / f, mode="bicubic", antialias=f > 4)
 
 @torch.no_grad()
-def inpaint_ctx(y: torch.Tensor, tau, ae) -> torch.Tensor:
+def inpaint_ctx(y: Tensor, tau, ae) -> Tensor:
     """Latents of the masked picture, and the mask: 1 in holes, -1 elsewhere; (B, c_z + 1, h, w)."""
     z = ae.encode(y[:, :3]).mean
-    return torch.cat([z, 2 * F.interpolate(y[:, 3:], z.shape[2:]) - 1], dim=1)
+    return torch.cat([z, 2 * interpolate(y[:, 3:], z.shape[2:]) - 1], dim=1)
 
 class Task(NamedTuple):
     """A kind of condition. A batch has a list, or a tensor, of each field of its items."""
@@ -107,12 +104,10 @@ class Task(NamedTuple):
     s: float = 1.0                  # guidance scale to sample with, unless a flag says otherwise
     takes: tuple[str, ...] = ()     # flags of sample.py that say the condition
 
-def text_shape(row: dict, f: int) -> dict:
-    return dict(n_vocab=row["vocab_size"], n_token=row["n_token"], d=row["d_ctx"],
-                depth=row["text_depth"], n_head=row["text_heads"], d_head=row["text_d_head"],
-                clip=row["text_clip"])
-
-TEXT = dict(net=lambda **shape: TextTransformer(TextConfig(**shape)), shape=text_shape, s=2.0)
+FLAGS = dict(n_vocab="vocab_size", n_token="n_token", d="d_ctx", depth="text_depth",
+             n_head="text_heads", d_head="text_d_head", clip="text_clip")      # of TextConfig
+TEXT = dict(net=lambda **shape: TextTransformer(TextConfig(**shape)), s=2.0,
+            shape=lambda row, f: {k: row[flag] for k, flag in FLAGS.items()})
 BLANK, ALL, PROMPTS = torch.zeros(3, 1, 1), torch.ones(1, 1, 1), ("prompt", "prompts")
 TASKS = {
     "uncond": Task((), lambda batch, *_: torch.zeros(len(batch["image"])), {"image": [None]},

@@ -20,11 +20,16 @@ def word_piece(pieces: dict[str, int]) -> Tokenizer:
     t.normalizer, t.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     return t
 
+def plain(caption: str) -> str:
+    """Without lone surrogates, and no longer than M tokens can say."""
+    return caption[:9_999].encode("utf8", "replace").decode()
+
 def train_tokenizer(captions: list[str], vocab_size: int = 8192) -> Tokenizer:
     """Learn at most vocab_size pieces from the captions, lower-cased; keep those that they use.
     Of very many captions it learns from some 100,000, evenly spaced, but looks at each word.
     Dropping the unused pieces makes every word that training cannot teach an [UNK], which `encode`
     reports, where letters would spell it silently with embeddings that stay random."""
+    captions = [*map(plain, captions)]
     full = word_piece({UNK: 0})
     full.train_from_iterator(captions[::-(-len(captions) // 100_000)], trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=[PAD, UNK], show_progress=False))
@@ -35,6 +40,7 @@ def train_tokenizer(captions: list[str], vocab_size: int = 8192) -> Tokenizer:
 def encode(tokenizer: Tokenizer, captions: list[str], M: int) -> torch.Tensor:
     """ids (n, M), padded with 0. Warns of words cut off at M tokens and of unknown words."""
     rows = torch.zeros(len(captions), M, dtype=torch.int64)
+    captions = [*map(plain, captions)]
     cut, unknown = {}, {}
     for row, text, e in zip(rows, captions, tokenizer.encode_batch(captions)):
         row[:len(e.ids[:M])] = torch.tensor(e.ids[:M], dtype=torch.int64)
@@ -47,7 +53,7 @@ def encode(tokenizer: Tokenizer, captions: list[str], M: int) -> torch.Tensor:
                        (unknown, "words that no training caption has are read as [UNK]: ")):
         if words:
             more = f" and {len(words) - 8} more" if len(words) > 8 else ""
-            warnings.warn(say + ", ".join(map(repr, [*words][:8])) + more, stacklevel=2)
+            warnings.warn(say + ", ".join(repr(w[:80]) for w in [*words][:8]) + more, stacklevel=2)
     return rows
 
 def bert(vocab: Path) -> Tokenizer:
@@ -70,6 +76,14 @@ def clip(folder: Path) -> Tokenizer:
     t.post_processor = processors.BertProcessing(*((s, t.token_to_id(s)) for s in (EOS, BOS)))
     return t
 
+def checked(t: Tokenizer, n_vocab: int, where: str) -> Tokenizer:
+    """t, if its ids are 0..n_vocab-1, as the embedding's, with one for all else. Or BadInput."""
+    with trying(f"{where}: no tokenizer"):
+        t.encode("\U0002a700")                          # a rare ideograph
+        n = 1 + max(t.get_vocab().values())
+    require(n == n_vocab, f"{where}: {n} tokens, where the model's embedding has {n_vocab}")
+    return t
+
 def open_vocab(path: Path, n_vocab: int, M: int) -> Tokenizer:
     """A released text encoder's tokenizer; it cuts, and pads to M: CLIP's with EOS, BERT's with 0.
     path: vocab.txt, tokenizer.json, or a folder with one of them or with vocab.json and merges.txt.
@@ -81,8 +95,7 @@ def open_vocab(path: Path, n_vocab: int, M: int) -> Tokenizer:
             t = clip(file.parent)
         else:
             t = bert(file) if file.suffix == ".txt" else Tokenizer.from_file(str(file))
-    n = t.get_vocab_size()
-    require(n == n_vocab, f"--vocab {file}: {n} tokens, where the model's embedding has {n_vocab}")
+    t = checked(t, n_vocab, f"--vocab {file}")
     pad = EOS if t.token_to_id(EOS) is not None else PAD
     t.enable_truncation(M)
     t.enable_padding(length=M, pad_id=t.token_to_id(pad) or 0, pad_token=pad)

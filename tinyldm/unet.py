@@ -1,15 +1,12 @@
 """eps_theta: the time-conditional U-Net, with a transformer at chosen resolutions.
 
-Paper:   Sec. 3.2 and 3.3, App. E.2.1, Tables 12-15; the released openaimodel.py.
-Symbols: z_t (B, c_in, h, w); t (B,) in 0..T-1; ctx = tau(y) (B, M, d_ctx); emb (B, 4 ch).
-Reads:   layers.py, attention.py
-The topology is two lists, `down` and `up`, of stages; each stage is a short list of layers."""
+Paper:   Sec. 3.2, 3.3, App. E.2.1, Tables 12-15, openaimodel.py. Reads: layers.py, attention.py
+Symbols: z_t (B, c_in, h, w); t (B,) in 0..T-1; ctx = tau(y) (B, M, d_ctx); emb (B, 4 ch)."""
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tinyldm.attention import SelfAttention2d, SpatialTransformer
@@ -32,80 +29,71 @@ class UNetConfig:
     groups: int = 32                    # of GroupNorm
     scale_shift: bool = False           # the timestep scales and shifts; churches only
     res_updown: bool = False            # ResBlocks resample, not convs; churches and inpainting
-
     @property
     def factor(self) -> int:
         """The latent's sides must be multiples of it."""
         return 2 ** (len(self.ch_mult) - 1)
 
 class UNet(nn.Module):
-    """eps_theta(z_t, t, ctx): z_t (B, c_out, h, w), t (B,) -> (B, c_out, h, w).
-    ctx: tokens (B, M, d_ctx) to attend to, or ValueError; without d_ctx, maps (B, c_in - c_out, h,
-    w) that are concatenated to z_t, or None. h and w must be divisible by 2^(levels - 1)."""
+    """eps_theta(z_t, t, ctx): z_t (B, c_out, h, w), t (B,) -> (B, c_out, h, w); cfg.factor divides
+    h and w. ctx: tokens (B, M, d_ctx) to attend to, or ValueError; without d_ctx, maps (B, c_in -
+    c_out, h, w) beside z_t, or None. `down` and `up` are lists of stages, these of a few layers."""
     def __init__(self, cfg: UNetConfig):
         super().__init__()
         self.cfg, self.ckpt_grad = cfg, False
         d_emb, g = 4 * cfg.ch, cfg.groups
-
-        def res(c_in, c_out, resample=None):
-            return ResBlock(c_in, c_out, d_emb, g, cfg.scale_shift, resample)
-
+        res = partial(ResBlock, d_emb=d_emb, groups=g, scale_shift=cfg.scale_shift)
         def attn(c):
             n_head = cfg.n_head or c // cfg.d_head
-            if cfg.d_ctx is None:
-                block = SelfAttention2d(c, n_head, g, eps=1e-5)
-                zero_(block.proj_out)
-                return block
-            return SpatialTransformer(c, cfg.d_ctx, n_head, c // n_head, cfg.depth, g)
-
+            if cfg.d_ctx:
+                return SpatialTransformer(c, cfg.d_ctx, n_head, c // n_head, cfg.depth, g)
+            block = SelfAttention2d(c, n_head, g, eps=1e-5)
+            zero_(block.proj_out)
+            return block
+        def stage(c_in, c_out, level):
+            attends = cfg.side >> level in cfg.attn_res
+            return [res(c_in, c_out), *([attn(c_out)] if attends else [])]
         self.time = nn.Sequential(nn.Linear(cfg.ch, d_emb), nn.SiLU(), nn.Linear(d_emb, d_emb))
-        c, side = cfg.ch, cfg.side
+        c, levels = cfg.ch, list(enumerate(cfg.ch_mult))
+        halve, double = nn.AvgPool2d(2), nn.Upsample(scale_factor=2)
         down, skips = [[nn.Conv2d(cfg.c_in, c, 3, padding=1)]], [c]
-        for level, mult in enumerate(cfg.ch_mult):
+        for level, mult in levels:
+            if level > 0:
+                down.append([res(c, c, resample=halve) if cfg.res_updown else Downsample(c)])
+                skips.append(c)
             for _ in range(cfg.n_res):
-                down.append([res(c, cfg.ch * mult)])
+                down.append(stage(c, cfg.ch * mult, level))
                 c = cfg.ch * mult
-                if side in cfg.attn_res:
-                    down[-1].append(attn(c))
                 skips.append(c)
-            if level < len(cfg.ch_mult) - 1:
-                down.append([res(c, c, nn.AvgPool2d(2)) if cfg.res_updown else Downsample(c)])
-                skips.append(c)
-                side //= 2
         self.down, up = nn.ModuleList(map(nn.ModuleList, down)), []
         self.middle = nn.ModuleList([res(c, c), attn(c), res(c, c)])
-        for level, mult in reversed(list(enumerate(cfg.ch_mult))):
+        for level, mult in reversed(levels):
             for _ in range(cfg.n_res + 1):
-                up.append([res(c + skips.pop(), cfg.ch * mult)])
+                up.append(stage(c + skips.pop(), cfg.ch * mult, level))
                 c = cfg.ch * mult
-                if side in cfg.attn_res:
-                    up[-1].append(attn(c))
             if level > 0:
-                double = nn.Upsample(scale_factor=2)
-                up[-1].append(res(c, c, double) if cfg.res_updown else Upsample(c))
-                side *= 2
+                up[-1].append(res(c, c, resample=double) if cfg.res_updown else Upsample(c))
         self.up = nn.ModuleList(map(nn.ModuleList, up))
         self.norm_out = nn.GroupNorm(g, c, 1e-5)
         self.conv_out = zero_(nn.Conv2d(c, cfg.c_out, 3, padding=1))
-
     def forward(self, z_t: torch.Tensor, t: torch.Tensor, ctx: torch.Tensor | None = None):
         emb = self.time(timestep_embedding(t, self.cfg.ch).to(z_t.dtype))       # (B, 4 ch)
         if ctx is not None and self.cfg.d_ctx is None:
             z_t, ctx = torch.cat([z_t, ctx], dim=1), None                       # (B, c_in, h, w)
-        h, skips = z_t, []
-        lean = self.ckpt_grad and torch.is_grad_enabled()   # backward computes stages anew
-        run = partial(checkpoint, run_stage, use_reentrant=False) if lean else run_stage
+        h, skips, run = z_t, [], run_stage
+        if self.ckpt_grad and torch.is_grad_enabled():      # backward computes stages anew
+            run = partial(checkpoint, run_stage, use_reentrant=False)
         for stage in self.down:
             h = run(stage, h, emb, ctx)
             skips.append(h)
         h = run(self.middle, h, emb, ctx)
         for stage in self.up:
             h = run(stage, torch.cat([h, skips.pop()], dim=1), emb, ctx)
-        return self.conv_out(F.silu(self.norm_out(h)))                          # (B, c_out, h, w)
+        return self.conv_out(nn.functional.silu(self.norm_out(h)))              # (B, c_out, h, w)
 
 def run_stage(stage: nn.ModuleList, h: torch.Tensor, emb: torch.Tensor, ctx: torch.Tensor | None):
-    """Apply a stage's layers in turn, giving each what it takes."""
-    takes = {ResBlock: [emb], SpatialTransformer: [ctx]}
+    """Apply a stage's layers in turn, giving each what it takes; FSDP makes subclasses of them."""
+    takes = {ResBlock: emb, SpatialTransformer: ctx}
     for layer in stage:
-        h = layer(h, *takes.get(type(layer), []))
+        h = layer(h, *[v for kind, v in takes.items() if isinstance(layer, kind)])
     return h
