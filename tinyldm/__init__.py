@@ -16,7 +16,7 @@ Symbols (ASCII for the paper's)
 Dims: B batch; C, H, W image or features; c, h, w latent; N places; M tokens; D width."""
 import contextlib
 
-class BadInput(Exception):
+class BadInput(ValueError):
     """Something that the user gave is wrong. The message is one line that names the file or flag
     and what to do; the scripts print it and leave with exit code 2."""
 

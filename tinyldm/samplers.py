@@ -12,22 +12,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tinyldm import require
 from tinyldm.diffusion import posterior, predict_z_0, q_sample
 
 def timesteps(T: int, S: int) -> list[int]:
-    """S timesteps from T-1 down, evenly spaced, then -1. Raises ValueError unless 1 <= S <= T."""
-    if not 1 <= S <= T:
-        raise ValueError(f"steps {S}: must be 1..{T}")
+    """S timesteps from T-1 down, evenly spaced, then -1. Raises BadInput unless 1 <= S <= T."""
+    require(1 <= S <= T, f"--steps {S}: must be 1..{T}")
     return [T - 1 - i * T // S for i in range(S)] + [-1]
 
 def official_timesteps(T: int, S: int) -> list[int]:
     """The released rule, range(0, T, T // S) + 1 read backwards, then 0: for published samples.
     NB: it never starts at T-1, takes other than S steps for most S, for 599 of 1000 would leave the
-    schedule (ValueError). It ends at abar_0 < 1: noise of std 0.04 (SD: 0.03), and eta's, stays."""
-    timesteps(T, S)                                     # for its ValueError
+    schedule (BadInput). It ends at abar_0 < 1: noise of std 0.04 (SD: 0.03), and eta's, stays."""
+    timesteps(T, S)                                     # for its BadInput
     ts = [t + 1 for t in range(0, T, T // S)]
-    if ts[-1] == T:
-        raise ValueError(f"steps {S}: the official rule would visit timestep {T} of 0..{T - 1}")
+    require(ts[-1] < T, f"--steps {S}: the official rule would visit timestep {T} of 0..{T - 1}")
     return ts[::-1] + [0]
 
 def pairs(ts: list[int], abar: Tensor) -> list[tuple]:

@@ -1,7 +1,6 @@
 """The exact scorer of the built-in world: was the condition followed? It looks at pixels alone.
 
-Shapes:  images (B, 3, H, W) in [-1, 1], one an item; an item is what was asked for, and the truth.
-Reads:   shapes.py, metrics.py, degrade.py"""
+Shapes: images (B, 3, H, W) in [-1, 1], one an item. Reads: shapes.py, metrics.py, degrade.py"""
 import itertools
 import re
 
@@ -13,42 +12,33 @@ from tinyldm.degrade import bicubic
 from tinyldm.metrics import psnr, ssim
 from tinyldm.shapes import COLOURS, PALETTE, RELATIONS, SHAPES, SIZES, Thing, coverage, name
 
-def _components(mask: np.ndarray) -> np.ndarray:
-    """(H, W) bool -> (H, W) int: 0, or one number for all pixels that touch, corners included."""
-    label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while (label != (label := _spread(label, 1) * mask)).any():
-        pass                                # until no number spreads any further
-    return label
-
-def _spread(a: np.ndarray, k: int) -> np.ndarray:
+def spread(a: np.ndarray, k: int) -> np.ndarray:
     """The largest value within k pixels of each pixel; (H, W) -> (H, W)."""
-    p = np.pad(a, k)
-    p = np.max([p[i:i + a.shape[0]] for i in range(2 * k + 1)], axis=0)
-    return np.max([p[:, j:j + a.shape[1]] for j in range(2 * k + 1)], axis=0)
+    return torch.max_pool2d(torch.from_numpy(a)[None].double(), 2 * k + 1, 1, k)[0].numpy()
 
 def find(image, unit: float | None = None) -> list[Thing]:
     """The things in one picture (3, H, W) in [-1, 1], from its pixels alone; places in pixels.
     Each connected patch that differs from the ground (the median colour) is explained by the
     palette's nearest colour and the shape whose drawing, with the patch's own area and centroid,
-    errs least. A patch that no shape explains (more than 40 % of its area wrong) has shape "blob".
-    unit: pixels a world unit; by default the picture's side / 32."""
+    errs least; if that is 40 % of its area, by a "blob". unit: px a world unit (side / 32)."""
     image = np.asarray(image, np.float64)
     h, w = image.shape[1:]
     unit = unit or min(h, w) / 32
     delta = image - np.median(image.reshape(3, -1), axis=1)[:, None, None]
     away = np.sqrt((delta ** 2).sum(0))
-    label, found = _components(away > .5), []
+    label, found = (away > .5) * (1. + np.arange(h * w).reshape(h, w)), []
+    while (label != (label := spread(label, 1) * (away > .5))).any():
+        pass                                # until pixels that touch, corners too, have one number
     for k in np.unique(label)[1:]:
         core = (label == k) & (away > .8 * away[label == k].max())
         ink = np.median(delta[:, core], axis=1)                            # the object's own colour
-        near = _spread(label == k, 2) & ((label == k) | (label == 0))
+        near = (spread(label == k, 2) > 0) & ((label == k) | (label == 0))
         alpha = near * (np.tensordot(ink, delta, 1) / (ink @ ink)).clip(0, 1)
         alpha[alpha < .1] = 0
         area = alpha.sum()
         if area < 4 * unit ** 2:
             continue                                                       # dust
-        x = (alpha * (np.arange(w) + .5)).sum() / area
-        y = (alpha.T * (np.arange(h) + .5)).sum() / area
+        x, y = ((a * (np.arange(a.shape[1]) + .5)).sum() / area for a in (alpha, alpha.T))
         r = np.sqrt(area / np.pi)
         error = [np.abs(alpha - coverage(s, r, x, y, h, w)).sum() / area for s in SHAPES]
         shape = SHAPES[int(np.argmin(error))] if min(error) < .4 else "blob"
@@ -75,23 +65,16 @@ def follows(things: list[Thing], prompt: str) -> bool:
                 and (relation is None or dx * rx + dy * ry > abs(dx * ry + dy * rx)))
     return len(asked) == len(things) and any(map(said, itertools.permutations(things)))
 
-# ---- one function a task: the pictures and the items that were asked for -> figures
+# ---- one function a task: pictures, items (what was asked for, and the truth), things -> figures
 def whole(things: list[Thing]) -> list[Thing]:
     return [t for t in things if t.shape != "blob"]
 
-def uncond_score(images, items, found) -> dict:
-    """Well-formed: something is in the picture, and all of it has one of the four shapes."""
-    found = list(found)
-    return {"well_formed": np.mean([f != [] and whole(f) == f for f in found]),
-            "things": np.mean([len(f) for f in found])}
-
 def iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Intersection over union of boxes (K, 4) and (L, 4), [x0, y0, x1, y1] -> (K, L)."""
-    a, b = a[:, None], b[None]
-    sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
-    area, area_a, area_b = (s.clamp(min=0).prod(-1) for s in
-                            (sides, a[..., 2:] - a[..., :2], b[..., 2:] - b[..., :2]))
-    return area / (area_a + area_b - area)
+    (a0, a1), (b0, b1) = a[:, None].split(2, -1), b[None].split(2, -1)
+    sides = torch.minimum(a1, b1) - torch.maximum(a0, b0), a1 - a0, b1 - b0
+    both, area_a, area_b = (s.clamp(min=0).prod(-1) for s in sides)
+    return both / (area_a + area_b - both)
 
 def layout_score(images, items, found) -> dict:
     """Asked and found boxes are paired for the largest IoU; one that is left over counts as 0."""
@@ -99,13 +82,11 @@ def layout_score(images, items, found) -> dict:
     for x, item, things in zip(images, items, found):
         a, b = item["boxes"], shapes.boxes(whole(things)[:6], x.shape[-1])
         n = max(len(a), len(b), len(things))
-        table = torch.zeros(n, n)
-        table[:len(a), :len(b)] = iou(a[:, 1:], b[:, 1:])
+        table = torch.nn.functional.pad(iou(a[:, 1:], b[:, 1:]), (0, n - len(b), 0, n - len(a)))
         best = max(itertools.permutations(range(n)) if n <= 7 else [range(n)],
                    key=lambda p: sum(table[i, j] for i, j in enumerate(p)))
         ious += [float(table[i, j]) for i, j in enumerate(best)]
-        right += [j < len(b) and bool(table[i, j] > 0 and a[i, 0] == b[j, 0])
-                  for i, j in enumerate(best[:len(a)])]
+        right += [bool(table[i, j] > 0 and a[i, 0] == b[j, 0]) for i, j in enumerate(best[:len(a)])]
     return {"mean_iou": np.mean(ious), "classes_right": np.mean(right)}
 
 def semantic_score(images, items, found) -> dict:
@@ -135,9 +116,10 @@ def inpaint_score(images, items, found) -> dict:
         known.append(((x - item["image"]) * kept).abs().max())
     return {"holes_sensible": np.mean(sense), "known_error": max(known)}
 
-SCORES = {
-    "uncond": uncond_score, "layout": layout_score, "semantic": semantic_score,
-    "superres": superres_score, "inpaint": inpaint_score,
+SCORES = {"layout": layout_score, "semantic": semantic_score, "superres": superres_score,
+    "inpaint": inpaint_score, "uncond": lambda images, items, found: {  # something, all of a shape
+        "well_formed": np.mean([f != [] and whole(f) == f for f in found]),
+        "things": np.mean([*map(len, found)])},
     "class": lambda images, items, found: {"classes_right": np.mean(
         [[*shapes.CLASSES, ""][i["label"]] in map(name, f) for i, f in zip(items, found)])},
     "text": lambda images, items, found: {"prompts_followed": np.mean(
@@ -145,5 +127,5 @@ SCORES = {
 
 def score(task: str, images: torch.Tensor, items: list[dict], unit=None) -> dict[str, float]:
     """Figures by name: shares in 0..1, IoU, dB, SSIM, or numbers of things. unit: as find's."""
-    found = (find(x, unit) for x in images)                     # only where it is looked at
+    found = [find(x, unit) for x in images if task != "superres"]
     return {k: float(v) for k, v in SCORES[task](images, items, found).items()}
