@@ -137,7 +137,7 @@ def test_a_perfect_reconstruction_and_a_blurred_one():
 def test_figures_are_written_where_due_and_at_the_end(tmp_path, cli, monkeypatch):
     """With a row of pictures and the plot of all that the log then holds."""
     drawn = []
-    monkeypatch.setattr("train_ae.save_curves", lambda log, path: drawn.append(
+    monkeypatch.setattr("tinyldm.pictures.save_curves", lambda log, path: drawn.append(
         (path.name, log.read_text().count("fd_shapes"))))
     cli("train_ae.py", *TINY_AE, "--size", 16, "--steps", 5, "--eval-every", 2, "--disc-weight", 0,
         "--out", tmp_path)

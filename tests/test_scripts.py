@@ -217,6 +217,23 @@ def test_each_sampler_draws_its_own_picture_and_the_bar_counts_its_calls(tmp_pat
     assert len(pictures) == 6
 
 
+@pytest.mark.parametrize("attention", [False, True])
+def test_the_u_net_is_compiled_on_request(tmp_path, cli, monkeypatch, attention):
+    """Once, by a backend that needs no compiler, for the same picture; not where hooks look on."""
+    real, calls = torch.compile, []
+    def compiled(f, **how):
+        calls.append(f.__self__)
+        return real(f, **how | {"backend": "eager"})
+    monkeypatch.setattr(torch, "compile", compiled)
+    more = ["--attention", tmp_path / "words.png"] if attention else []
+    for name, flags in (("a", []), ("b", ["--compile"])):
+        cli("sample.py", "--n", 1, "--steps", 3, "--out", tmp_path / f"{name}.png", *flags, *more,
+            "a red circle above a blue square")
+    assert [type(net).__name__ for net in calls] == ([] if attention else ["UNet"])
+    a, b = (np.asarray(Image.open(tmp_path / f"{k}.png")).astype(int) for k in "ab")
+    assert abs(a - b).max() <= 1
+
+
 @pytest.mark.parametrize("flags", [["--sampler", "ddpm"], ["--no-ema"],
                                    ["--size", "32", "--scale", "1"]])
 def test_sampling_flags(trained, tmp_path, cli, flags):

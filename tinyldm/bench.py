@@ -31,7 +31,7 @@ def parse_args(argv=None):
     p.add_argument("--only", default="", help="rows with this in their name")
     p.add_argument("--against", help="diffusers, or a FILE.py like tests/against_diffusers.py")
     p.add_argument("--ckpt-grad", action="store_true", help="less memory: compute twice")
-    tr.system_flags(p)
+    tr.group(p, "system", **tr.SYSTEM)
     return tr.parse(p, presets.LDM, argv)
 
 def prepare(nets: list[nn.Module | None], device: torch.device) -> list[nn.Module]:

@@ -1,7 +1,6 @@
 """Checkpoints: one plain dict a file, written whole or not at all, read without executing code.
-Released models' files, too: Lightning's pickles (.ckpt) and .safetensors.
 
-Reads:   nothing of ours."""
+Of released models, too: Lightning's pickles (.ckpt) and .safetensors. Reads: nothing of ours."""
 import contextlib
 import json
 import math
@@ -44,8 +43,8 @@ def save_checkpoint(ckpt: dict, path: Path, keep: bool = False) -> None:
         torch.save(ckpt, f)
 
 def unpickle(path: str | Path, where: str, mmap: bool, allowed=()) -> object:
-    """What torch.save wrote: tensors and plain values, for code in a file never runs.
-    A pickle that asks for anything else, but for what is `allowed`, is refused. Raises BadInput."""
+    """What torch.save wrote: tensors, plain values, what is `allowed`; code in a file never runs: a
+    pickle that asks for anything else is refused. Raises BadInput."""
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -143,18 +142,17 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
 
-def read_state(path: str | Path) -> dict[str, torch.Tensor]:
+def read_state(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors, or a pickle of torch with or without Lightning's wrapping,
     mapped into memory, not read, where the format allows. Raises BadInput."""
-    path = Path(path)
     with trying(f"{path}: not a checkpoint"):
-        if path.suffix == ".safetensors":
-            return read_safetensors(path)
+        if Path(path).suffix == ".safetensors":
+            return read_safetensors(Path(path))
         state = unpickle(path, path, zipfile.is_zipfile(path), ALLOWED)
         state = state.get("state_dict", state)
-        return {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        return {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
 
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     """8 bytes: n, little-endian; n bytes of JSON {name: {dtype, shape, data_offsets}}; the data.
     Nothing is believed: n and offsets must lie in the file, extents fit shapes. Raises BadInput."""
     size, out = path.stat().st_size, {}
@@ -176,7 +174,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
             out[name] = (raw if aligned else raw.clone()).view(dtype).reshape(shape)
     return out
 
-def write_state(state: dict[str, torch.Tensor], path: Path) -> None:
+def write_state(state: dict[str, Tensor], path: Path) -> None:
     """Write tensors as .safetensors or, for another suffix, as {"state_dict": ...}; or BadInput."""
     if path.suffix != ".safetensors":
         return save_checkpoint({"state_dict": {k: v.contiguous() for k, v in state.items()}}, path)
@@ -188,5 +186,4 @@ def write_state(state: dict[str, torch.Tensor], path: Path) -> None:
     text += b" " * (-len(text) % 8)
     with written(path) as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for v in state.values():
-            f.write(v.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        f.writelines(v.contiguous().reshape(-1).view(torch.uint8).numpy() for v in state.values())

@@ -114,8 +114,7 @@ def parse_args(argv=None):
     p.add_argument("--size", type=int, help="scaled and cropped to it; default: the first fake's")
     p.add_argument("--n", type=int, default=50_000, help="at most so many of each")
     p.add_argument("--pairs", action="store_true", help="compare pictures of equal names, too")
-    p.add_argument("--workers", type=int, default=0, help="processes that load pictures")
-    p.add_argument("--device", default="auto")
+    tr.group(p, "system", **{k: tr.SYSTEM[k] for k in ("device", "workers")})
     feature_flags(p)
     return p.parse_args(argv)
 

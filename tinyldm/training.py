@@ -1,9 +1,7 @@
 """What both training scripts share: flags, device, processes, gradients, EMA, steps, log.
 
-Paper:   App. E.2 (EMA, learning rates); the method itself is elsewhere.
-Reads:   checkpoint.py"""
+Paper: App. E.2 (EMA, learning rates); the method itself is elsewhere. Reads: checkpoint.py"""
 import argparse
-import contextlib
 import copy
 import json
 import math
@@ -12,7 +10,6 @@ import signal
 import sys
 import time
 import warnings
-from argparse import BooleanOptionalAction
 from collections import Counter
 from pathlib import Path
 
@@ -21,51 +18,47 @@ import torch
 from torch import Tensor, distributed as dist, nn
 from tqdm import tqdm
 
-from tinyldm import BadInput, require, trying
-from tinyldm.checkpoint import whole, written
+from tinyldm import BadInput, checkpoint, require, trying
 
 # ---- flags
 def flags(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
+def group(parser, title: str, **flags) -> None:
+    """A group of flags, each NAME=(type or choices, help, default, nargs); bool: --[no-]NAME."""
+    g = parser.add_argument_group(title)
+    for name, (kind, told, *more) in flags.items():
+        default, nargs, *_ = *more, None, None
+        how = {"type": kind, "nargs": nargs} if callable(kind) else {"choices": kind}
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
+        g.add_argument("--" + name.replace("_", "-"), help=told, default=default, **how)
+
 def parse(parser: argparse.ArgumentParser, presets: dict, argv: list[str] | None):
     """-> args, parsed with the preset's row as defaults, so that a flag always wins."""
     parser.add_argument("--preset", default="toy", choices=presets, help="row of presets.py")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="toy")
-    parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].preset, {}))
+    parser.set_defaults(**presets[parser.parse_args(argv).preset])
     return parser.parse_args(argv)
+
+SYSTEM = dict(device=(str, "auto (CUDA if there is any), cpu, cuda", "auto"),
+              dtype=(["auto", "fp32", "bf16"], "auto: bf16 on CUDA", "auto"),
+              compile=(bool, "torch.compile", False), seed=(int, "of all randomness", 0),
+              workers=(int, "processes that load pictures", 0))
 
 def training_flags(doc: str, out: str, every: int, n: int) -> argparse.ArgumentParser:
     parser = flags(doc)
-    g = parser.add_argument_group("run")
-    g.add_argument("--out", default=out, type=Path, help="folder of what is written")
-    g.add_argument("--steps", type=int)
-    g.add_argument("--save-every", type=int, default=every, help="steps between checkpoints")
-    g.add_argument("--eval-every", type=int, default=every, help="steps between figures, pictures")
-    g.add_argument("--eval-n", type=int, default=n, help="how many pictures they are of; 0: none")
-    g.add_argument("--log-every", type=int, default=50, help="steps between log lines")
-    g.add_argument("--dry-run", action="store_true", help="print sizes and memory, then exit")
-    g = parser.add_argument_group("optimisation")
-    g.add_argument("--batch", type=int, help="pictures a step, of all processes together")
-    g.add_argument("--micro-batch", type=int, help="pictures at a time in a process; default: all")
-    g.add_argument("--lr", type=float, help="of the whole batch, whatever its size")
-    g.add_argument("--betas", type=float, nargs=2, help="Adam's")
-    g.add_argument("--warmup", type=int, help="steps of linear warm-up")
-    g.add_argument("--cosine", action=BooleanOptionalAction, help="let the lr fall to 0 at the end")
-    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    g.add_argument("--skip-nan", type=int, default=0, help="steps to skip at most, if not finite")
-    system_flags(parser)
+    group(parser, "run", out=(Path, "folder of what is written", out), steps=(int, "in all"),
+          save_every=(int, "steps a checkpoint", every), log_every=(int, "steps a log line", 50),
+          eval_every=(int, "steps between figures and pictures", every),
+          eval_n=(int, "how many pictures they are of; 0: none", n),
+          dry_run=(bool, "print sizes and memory, then exit", False))
+    group(parser, "optimisation", batch=(int, "pictures a step, of all processes together"),
+          micro_batch=(int, "pictures at a time in a process; default: all"),
+          lr=(float, "of the whole batch, whatever its size"), betas=(float, "Adam's", None, 2),
+          clip=(float, "largest gradient norm", 1.0), cosine=(bool, "let lr fall to 0 at the end"),
+          warmup=(int, "its steps"), skip_nan=(int, "steps to skip at most, if not finite", 0))
+    group(parser, "system", **SYSTEM)
     return parser
-
-def system_flags(parser: argparse.ArgumentParser) -> None:
-    g = parser.add_argument_group("system")
-    g.add_argument("--device", default="auto", help="auto (CUDA if there is any), cpu, cuda")
-    g.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="bf16 on CUDA")
-    g.add_argument("--compile", action=BooleanOptionalAction, default=False, help="torch.compile")
-    g.add_argument("--workers", type=int, default=0, help="processes that load pictures")
-    g.add_argument("--seed", type=int, default=0)
 
 def plain(args: argparse.Namespace) -> dict:
     """The flags as plain values, for checkpoints and printing."""
@@ -82,15 +75,15 @@ def check(args, world: int) -> int:
             f"--micro-batch {micro} does not divide the {each} pictures of each process")
     return each // micro
 
-def dry_run(args, *nets: nn.Module) -> None:
+def dry_run(args, *nets: nn.Module | None) -> None:
     """Print the configuration, and the memory of weights, gradients, Adam's two moments and EMA."""
     n = sum(map(n_params, nets))
     print(json.dumps(plain(args), indent=1))
     print(f"{n:,} parameters in training: {20 * n / 2 ** 30:.2f} GiB with gradients, Adam and EMA; "
           "activations come on top")
 
-def n_params(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def n_params(module: nn.Module | None) -> int:
+    return sum(p.numel() for p in module.parameters()) if module else 0
 
 # ---- processes
 def run(main, parse_args) -> None:
@@ -145,9 +138,8 @@ def accumulate(loss_of, batch, n: int, autocast, nets, **more) -> tuple[Tensor, 
     return means.pop(""), dict(means), [torch.cat(v) for v in zip(*kept)]
 
 def generator(seed: int, i: int) -> torch.Generator:
-    """All randomness of training step i, or of picture i, is a function of (seed, i): a resumed run
-    equals an unbroken one, and a picture does not depend on the batch that it is drawn in. Training
-    draws for the whole batch, then takes this process's rows: the world size changes nothing.
+    """All randomness of training step i, or of picture i, is a function of (seed, i): whatever was
+    resumed, whatever the batch. Training draws for the whole batch, then takes its process's rows.
     (The numbers are mixed first: torch's CPU generator looks at 32 bits of its seed.)"""
     mixed = np.random.SeedSequence([seed, i]).generate_state(1)[0]
     return torch.Generator().manual_seed(int(mixed))
@@ -159,34 +151,31 @@ def lr_at(step: int, args) -> float:
 
 class EMA:
     """Exponential moving average of the weights of some modules, {name: module}: .nets.
-    Update n's decay is min(decay, (1 + n) / (10 + n)), the released code's warm-up. The paper's
-    0.9999 needs 100k steps; a toy run of 2,000 wants 0.99.
+    Update n's decay is min(decay, (1 + n) / (10 + n)), the released code's warm-up.
     NB: the released code averages the U-Net only; here tau is averaged with it."""
     def __init__(self, nets: dict[str, nn.Module], decay: float):
         self.source, self.decay, self.n = nets, decay, 0
         self.nets = {k: copy.deepcopy(net).requires_grad_(False) for k, net in nets.items()}
-
     @torch.no_grad()
     def update(self) -> None:
         self.n += 1
         w = 1 - min(self.decay, (1 + self.n) / (10 + self.n))
-        for k, net in self.nets.items():
-            mean, now = (list(v.state_dict().values()) for v in (net, self.source[k]))
-            torch._foreach_lerp_(mean, now, w)
+        mean, now = (list(nn.ModuleDict(v).state_dict().values()) for v in (self.nets, self.source))
+        torch._foreach_lerp_(mean, now, w)
 
 # ---- steps
 class Run:
     """A run's steps, its progress bar, log lines, and log.jsonl in args.out. Only rank 0 prints and
     writes. A resumed run keeps the lines up to its first step, so the file has no step twice."""
     def __init__(self, args, done: int, device: torch.device, rank: int):
-        self.args, self.done, self.device, self.main = args, done, device, rank == 0
+        self.args, self.done, self.main = args, done, rank == 0
         self.note = tqdm.write if self.main else lambda text: None
         self.asked, self.stopping = torch.zeros((), device=device), False
         self.path, self.judged, self.skipped, self.sums = args.out / "log.jsonl", 0, 0, Counter()
         if self.main:
             old = self.path.read_text().split("\n")[:-1] if done and self.path.exists() else []
             old = [x for x in map(json.loads, old) if x["step"] <= done]    # half a line is dropped
-            with written(self.path) as f:
+            with checkpoint.written(self.path) as f:
                 f.writelines(f"{json.dumps(x)}\n".encode() for x in old)
             self.judged = max((x["step"] for x in old if "ms" not in x), default=0)
         if dist.is_initialized():
@@ -196,15 +185,13 @@ class Run:
         if done:
             self.note(f"{args.out}: {done} of {args.steps} steps are done")
         self.bar = tqdm(total=args.steps, initial=done, disable=not self.main, dynamic_ncols=True)
-
     def steps(self, save, judge):
-        """The steps that are not done: 1, 2, ... Between them log lines, and save(step) and
-        judge(step) where they are due, in the main process. At SIGINT or SIGTERM, of any process,
-        saves and leaves; at a second one ends at once. (zip the batches behind it: it must be the
-        first to be asked for more.) Raises BadInput after more than --skip-nan skipped steps."""
+        """The steps that are not done: 1, 2, ... (ask for one before its batch), between them log
+        lines, save(step), judge(step) where they are due. At SIGINT or SIGTERM, of any process,
+        saves and leaves; at a second one ends at once. Raises BadInput after too many skips."""
         args, last, seconds, asked = self.args, self.done, 0.0, self.asked
         def ask(number, _frame):
-            asked.fill_(1)
+            asked.fill_(1)                  # not self's: the handler would keep the bar alive
             signal.signal(number, signal.SIG_DFL)
             tqdm.write("stopping after this step; the same command then goes on", file=sys.stderr)
         for s in (signal.SIGINT, signal.SIGTERM):
@@ -223,9 +210,13 @@ class Run:
                                    "try a lower --lr, more --warmup, --dtype fp32, --skip-nan 10")
                 self.bar.update()
                 if step % args.log_every == 0 or end:                   # means since the last line
-                    dt = seconds / (step - last)
-                    self.write(step, **self.means(), ms=dt * 1e3,
-                               img_per_s=args.batch / dt, gb=peak_memory(self.device) / 2 ** 30,
+                    dt, n = seconds / (step - last), self.sums.pop("", 0)
+                    means = asked.new_tensor([float(v) / n for v in self.sums.values()])
+                    if dist.is_initialized():
+                        dist.all_reduce(means)
+                        means /= dist.get_world_size()
+                    self.write(step, **dict(zip(self.sums, means.tolist())), ms=dt * 1e3,
+                               img_per_s=args.batch / dt, gb=peak_memory(asked.device) / 2 ** 30,
                                eta_min=dt * (args.steps - step) / 60)
                     self.sums, seconds, last = Counter(), 0.0, step
                 if step % args.save_every == 0 or end or self.stopping:
@@ -235,12 +226,11 @@ class Run:
             if self.stopping:
                 break
         self.bar.close()
-
     def update(self, step: int, loss: Tensor, clips: dict, told: dict) -> bool:
-        """A step of each optimiser of clips, {optimiser: its gradient's largest norm}; to the log
-        goes what is told. -> False, and nothing is done, if loss or gradient is not finite in some
-        process. The host waits for the device here only, and hears of signals, too."""
-        norms = [whole(nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], clip))
+        """A step of each optimiser of clips, {optimiser: largest gradient norm}; logs what is told.
+        -> False, and nothing is done, if loss or gradient is not finite in some process. The host
+        waits for the device here only, and hears of signals, too."""
+        norms = [checkpoint.whole(nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], clip))
                  for opt, clip in clips.items()]
         said = torch.stack([self.asked, 1.0 - torch.isfinite(loss + sum(norms)).float()])
         if dist.is_initialized():
@@ -257,16 +247,6 @@ class Run:
         else:
             self.sums.update(told | {"lr": lr, "gnorm": norms[0], "": 1})
         return not bad
-
-    def means(self) -> dict[str, float]:
-        """Of what update() was told since the last line, over all processes."""
-        n = self.sums.pop("", 0)
-        means = torch.tensor([float(v) / n for v in self.sums.values()], device=self.device)
-        if dist.is_initialized():
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
-        return dict(zip(self.sums, means.tolist()))
-
     def write(self, step: int, **values: float) -> None:
         """A line on the terminal and in log.jsonl."""
         values = {k: float(v) for k, v in values.items()}
@@ -279,10 +259,8 @@ class Run:
 
 def peak_memory(device: torch.device) -> int:
     """Most memory this process has held there, bytes; 0 where the system does not say."""
-    if device.type == "cuda":
+    if device.type == "cuda" or sys.platform == "win32":
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(ImportError):
-        import resource
-        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return kib * (1 if sys.platform == "darwin" else 1024)
-    return 0
+    import resource  # which Windows has not
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1 if sys.platform == "darwin" else 1024)
