@@ -176,6 +176,7 @@ def main(args):
     keep = grid or args.score or args.attention or args.trajectory
     require(not keep or world == 1 and not args.resume, "torchrun and --resume: for a folder as "
             "--out only, without --score, --attention and --trajectory")
+
     # ---- the conditions, and what they share
     check(args, m)
     items, size, more = asked(args, m), args.size[::-1], {}
@@ -201,6 +202,7 @@ def main(args):
     for out in filter(None, (args.out, args.attention, args.trajectory)):
         require(out is args.out or out.suffix == ".png", f"{out}: it must end in .png")
         (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
+
     # ---- this process's batches; what is watched
     args.n = args.n or (16 // min(len(items), 16) if args.to_seed is None else 8)
     n, n_steps = len(items) * args.n, len(generate.timesteps(args, len(m.abar))) - 1
@@ -215,7 +217,10 @@ def main(args):
     (h, w), images, z_0s = (v // m.ae.cfg.f for v in args.size), [], []
     watch = {"wrap": lambda eps: record(eps, m.abar, z_0s)} if args.trajectory else {}
     bar = tqdm(total=len(starts) * (calls[-1] + 1), unit="step", dynamic_ncols=True, disable=rank)
+    if args.compile and not args.attention:             # whose hooks it would compile at each step
+        m.unet.forward = torch.compile(m.unet.forward, dynamic=False)
     m.unet.register_forward_hook(lambda *_: bar.update() and None)
+
     # ---- draw
     with bar, autocast(), attention_maps(m.unet, min(args.batch, n), h, w, at) as maps:
         for i in starts:
@@ -225,6 +230,7 @@ def main(args):
                 to_image(x).save(path.with_suffix(".part"), "PNG")
                 path.with_suffix(".part").replace(path)         # whole, or not there
     print(f"{n} picture(s) in {bar.format_dict['elapsed']:.1f} s -> {args.out}")
+
     # ---- what else is shown
     images, whole = (torch.cat(images), part(0, n)) if keep else ((), ())
     if grid:

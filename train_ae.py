@@ -29,7 +29,7 @@ def parse_args(argv=None):
              attn_mid=(bool, "attention in the middle", True), c_z=(int, "latent channels"),
              reg=(["kl", "vq"], "of latents", "kl"), n_codes=(int, "of VQ: codes", 256))
     tr.group(p, "loss", pixel_loss=(["l1", "l2"], "the paper's code has l1"),
-             perceptual=(["vgg16", "random", "none"], "net"), perceptual_weight=(float, "of its loss"),
+             perceptual=(["vgg16", "random", "none"], "net"), perceptual_weight=(float, "of it"),
              kl_weight=(float, "of z's KL, a pixel value", 1e-6), disc_ch=(int, "width of D_psi"),
              codebook_weight=(float, "of VQ's terms", 1.0), vq_beta=(float, "of one of them", 0.25),
              vq_beta_on=(["codebook", "commitment"], "which; VQ-VAE: commitment", "codebook"),
@@ -101,9 +101,11 @@ def main(args):
               f"| f = {cfg.f}, z ({cfg.c_z}, {side}, {side}) | {device}, {world} process(es)")
     if args.dry_run:
         return tr.dry_run(args, ae, disc)
+
     # ---- data
     data, held_out = open_data(args), open_data(args, "held-out")
     val = [held_out[i]["image"] for i in range(min(len(held_out), args.eval_n) if rank == 0 else 0)]
+
     # ---- model
     ae, disc = (net.to(device, memory_format=torch.channels_last) for net in (ae, disc))
     perceptual = (None if args.perceptual == "none" else
@@ -115,6 +117,7 @@ def main(args):
     run_ae, run_disc = (torch.compile(net) if args.compile else net for net in (ae, disc))
     if world > 1:
         run_ae, run_disc = DDP(run_ae), DDP(run_disc, broadcast_buffers=False)
+
     # ---- optimisers, resume
     nets = {"ae": ae, "disc": disc}
     opts = {k: torch.optim.Adam(net.parameters(), betas=args.betas, fused=True)
@@ -143,6 +146,7 @@ def main(args):
         pictures.save_grid(torch.cat(rows), args.out / f"recon_{step:06d}.png", min(10, len(x)))
         run.write(step, **figures)
         pictures.save_curves(run.path, args.out / "curves.png")
+
     # ---- loop
     run = tr.Run(args, done, device, rank)
     run.note("healthy: rec and perceptual fall; with D_psi, lam stays below 10 and d_real a little "

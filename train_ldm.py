@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from tinyldm import guidance, layers, presets, require, score, shapes, training as tr, trying
 from tinyldm.attention import SpatialTransformer
-from tinyldm.autoencoder import Pixels, Posterior, build_autoencoder
+from tinyldm.autoencoder import Autoencoder, Pixels, Posterior, build_autoencoder
 from tinyldm.checkpoint import half, load_checkpoint, resume, save_checkpoint, states
 from tinyldm.conditioning import TextBlock
 from tinyldm.data import Latents, batch_order, data_flags, encode, fingerprint, loader, open_data
@@ -55,6 +55,16 @@ def parse_args(argv=None):
              fsdp=(bool, "each process holds a part of the weights", False))
     feature_flags(p)
     return tr.parse(p, presets.LDM, argv)
+
+def load_stage_one(path: Path) -> Autoencoder | Pixels:
+    """The frozen autoencoder of a checkpoint of stage one. Raises BadInput."""
+    if str(path) == "none":
+        return Pixels()
+    ckpt = load_checkpoint(path, "autoencoder", "--ae")
+    with trying(f"--ae {path}: its parts do not fit together"), torch.device("meta"):
+        ae = build_autoencoder(ckpt["config"]["autoencoder"])
+        ae.load_state_dict(ckpt["nets"]["ae"], assign=True)
+    return ae.eval().requires_grad_(False)
 
 @torch.no_grad()
 def held_out_loss(m: Model, q: Posterior, y: torch.Tensor) -> dict[str, float]:
@@ -108,13 +118,8 @@ def main(args):
         return tr.dry_run(args, unet, tau)
     device, autocast, rank, world = tr.setup(args.device, args.dtype)
     n_micro = tr.check(args, world)
-    ae = Pixels()
-    if str(args.ae) != "none":
-        ckpt = load_checkpoint(args.ae, "autoencoder", "--ae")
-        with trying(f"--ae {args.ae}: its parts do not fit together"), torch.device("meta"):
-            ae = build_autoencoder(ckpt["config"]["autoencoder"])
-            ae.load_state_dict(ckpt["nets"]["ae"], assign=True)
-    ae = ae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    ae = load_stage_one(args.ae).to(device, memory_format=torch.channels_last)
+
     # ---- data
     task = TASKS[args.task]
     data, held_out = (open_data(args, split, task.fields) for split in ("train", "held-out"))
@@ -122,6 +127,7 @@ def main(args):
     names = () if args.task == "semantic" and args.data != "shapes" else names  # numbers only
     tokenizer = task.fit(args, data, held_out) if task.fit else None
     words = tokenizer and tokenizer.to_str()
+
     # ---- model
     require(args.n_head or args.d_head, "--d-head or --n-head: one of them is needed")
     require(args.schedule != "cosine" or not args.beta_range, "--beta-range: cosine has no ends")
@@ -156,6 +162,7 @@ def main(args):
     if world > 1 and not args.fsdp:
         run_nets = {k: torch.nn.parallel.DistributedDataParallel(v) for k, v in run_nets.items()}
     eps_theta = as_eps_theta(run_nets["unet"], abar, args.predict)
+
     # ---- optimiser, resume
     opt = torch.optim.AdamW(torch.nn.ModuleDict(nets).parameters(), betas=args.betas, fused=True)
     config = {"task": {"name": args.task}, "autoencoder": vars(ae.cfg), "unet": vars(cfg),
@@ -163,6 +170,7 @@ def main(args):
     parts, path = {"nets": nets, "ema": ema.nets, "ae": ae, "opt": opt}, args.out / "ckpt.pt"
     ckpt = resume(path, "ldm", config, parts)
     done, ema.n = ckpt["step"], ckpt.get("ema_n", 0)
+
     # ---- latents
     m = Model(ae, shown["unet"], shown.get("tau"), tokenizer, abar, args.predict, args.task,
               tuple(names), tr.plain(args))
@@ -206,6 +214,7 @@ def main(args):
                 shown[k].load_state_dict(state)
         if rank == 0:
             judged(step)
+
     # ---- loop
     run = tr.Run(args, done, device, rank)
     run.note("healthy: loss falls fast from 1 to 0.1, then slowly; gnorm below 1; z_std 1")
