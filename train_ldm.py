@@ -12,7 +12,6 @@ import copy
 from pathlib import Path
 
 import torch
-from torch.distributed.fsdp import fully_shard
 
 from tinyldm import guidance, layers, presets, require, score, shapes, training as tr, trying
 from tinyldm.attention import SpatialTransformer
@@ -153,11 +152,13 @@ def main(args):
     abar = cumulative(SCHEDULES[args.schedule](args.T, *args.beta_range)).to(device)
     ema = tr.EMA(nets, args.ema)
     shown = copy.deepcopy(ema.nets) if args.fsdp and rank == 0 else ema.nets
-    for net in (*nets.values(), *ema.nets.values()) if args.fsdp else ():
-        for block in net.to(memory_format=torch.contiguous_format).modules():
-            if isinstance(block, layers.ResBlock | SpatialTransformer | TextBlock):
-                fully_shard(block)
-        fully_shard(net)
+    if args.fsdp:
+        from torch.distributed.fsdp import fully_shard  # to import it takes a second
+        for net in (*nets.values(), *ema.nets.values()):
+            for block in net.to(memory_format=torch.contiguous_format).modules():
+                if isinstance(block, layers.ResBlock | SpatialTransformer | TextBlock):
+                    fully_shard(block)
+            fully_shard(net)
     run_nets = {k: torch.compile(net) if args.compile else net for k, net in nets.items()}
     if world > 1 and not args.fsdp:
         run_nets = {k: torch.nn.parallel.DistributedDataParallel(v) for k, v in run_nets.items()}

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tinyldm import BadInput, require, trying
 
@@ -109,17 +108,18 @@ def states(tree):
     tree = tree.state_dict() if hasattr(tree, "state_dict") else tree
     if isinstance(tree, dict):
         return {k: states(v) for k, v in tree.items()}
-    if not isinstance(tree, DTensor):
+    if not hasattr(tree, "full_tensor"):
         return tree
     return whole(tree).cpu() if torch.distributed.get_rank() == 0 else whole(tree)[:0]
 
 def whole(x: Tensor) -> Tensor:
     """A tensor, gathered from all processes where FSDP holds it in parts."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 def fitting(x: Tensor, like: Tensor) -> Tensor:
     """x, laid out in memory as like is; this process's part of it where FSDP has like in parts."""
-    if isinstance(like, DTensor):
+    if hasattr(like, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor  # to import it takes a second
         x = x.to(like.device).contiguous()
         return distribute_tensor(x, like.device_mesh, like.placements)
     return torch.empty_like(like).copy_(x)
