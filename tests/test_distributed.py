@@ -73,9 +73,10 @@ def test_stage_two_in_parts(run, alone):
     assert abs(sizes[0] - sizes[1]) < 5000
 
 
-@pytest.mark.parametrize("first,then", [((2, "--fsdp"), (1,)), ((1,), (2, "--fsdp")),
-                                        ((2,), (1,))], ids=str)
-def test_checkpoints_are_interchangeable(run, alone, first, then):
+@pytest.mark.parametrize("first,then", [
+    pytest.param((2, "--fsdp"), (1,)), pytest.param((1,), (2, "--fsdp"), marks=pytest.mark.slow),
+    pytest.param((2,), (1,), marks=pytest.mark.slow)], ids=str)
+def test_checkpoints_are_interchangeable(run, first, then):
     """7 steps in one way, the rest in another; the lr must not know of the first --steps."""
     name = f"{first}{then}"
     out = run("train_ldm.py", name, *first, "--steps", 7, "--no-cosine")
@@ -84,6 +85,7 @@ def test_checkpoints_are_interchangeable(run, alone, first, then):
     same(straight, out)
 
 
+@pytest.mark.slow
 def test_a_model_in_parts_is_judged(run):
     """The pictures and figures that show progress come from the gathered average."""
     flags = ["--steps", 20, "--eval-n", 4, "--log-every", 20, "--eval-every", 20]
