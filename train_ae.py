@@ -27,7 +27,7 @@ def parse_args(argv=None):
              ch_mult=(int, "width of each level; f = 2^(levels - 1)", None, "+"),
              attn_res=(int, "sides of grids that attend", (), "*"), groups=(int, "of GroupNorm"),
              attn_mid=(bool, "attention in the middle", True), c_z=(int, "latent channels"),
-             reg=(["kl", "vq"], "of latents", "kl"), n_codes=(int, "of VQ: codes", 256))
+             reg=(["kl", "vq"], "of latents", "kl"), n_codes=(int, "size of VQ's codebook", 256))
     tr.group(p, "loss", pixel_loss=(["l1", "l2"], "the paper's code has l1"),
              perceptual=(["vgg16", "random", "none"], "net"), perceptual_weight=(float, "of it"),
              kl_weight=(float, "of z's KL, a pixel value", 1e-6), disc_ch=(int, "width of D_psi"),
