@@ -117,6 +117,7 @@ def main(args):
         return tr.dry_run(args, unet, tau)
     device, autocast, rank, world = tr.setup(args.device, args.dtype)
     n_micro = tr.check(args, world)
+    require(world > 1 or not args.fsdp, "--fsdp: shares the weights of several processes; torchrun")
     ae = load_stage_one(args.ae).to(device, memory_format=torch.channels_last)
 
     # ---- data

@@ -70,3 +70,12 @@ def test_cuda_without_cuda_is_bad_input():
             tr.setup("cuda", "auto")
     with pytest.raises(BadInput, match="--device dog"):
         tr.setup("dog", "auto")
+
+
+def test_memory_that_is_out_is_one_line(capsys):
+    def main(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
+    with pytest.raises(SystemExit, match="2"):
+        tr.run(main, list)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "Tried to allocate 3 GiB. Try a smaller --batch" in said[0]

@@ -95,6 +95,8 @@ def run(main, parse_args) -> None:
         error = str(e)
     except OSError as e:
         error = f"{e.filename or 'output'}: cannot be written: {e.strerror or e}"
+    except torch.OutOfMemoryError as e:
+        error = f"{str(e).splitlines()[0][:200]} Try a smaller --batch, --micro-batch, --ckpt-grad"
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
