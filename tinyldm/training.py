@@ -3,6 +3,7 @@
 Paper: App. E.2 (EMA, learning rates); the method itself is elsewhere. Reads: checkpoint.py"""
 import argparse
 import copy
+import gc
 import json
 import math
 import os
@@ -101,6 +102,7 @@ def run(main, parse_args) -> None:
         sys.exit(130)
     finally:
         if dist.is_initialized():
+            gc.collect()                # DDP first: the threads of both must end before Python
             dist.destroy_process_group()
     print(f"error: {error}", file=sys.stderr)   # main's frame is gone, and with it its progress bar
     sys.exit(2)
