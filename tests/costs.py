@@ -46,6 +46,11 @@ def stage_one(row, cfg):
     (disc(x).sum() + disc(fake).sum()).backward()
 
 
+def time(hours):
+    return f"{hours:,.0f} h" if hours >= 9.5 else f"{hours:.1f} h" if hours >= 1 else \
+        f"{60 * hours:.0f} min"
+
+
 def main(args):
     print("| preset | GFLOP a picture | batch x steps | EFLOP | V100-days | TFLOP/s of a V100 | "
           + " | ".join(f"{n} GPU" for n in (1, 8, 64)) + " |\n|" + "---|" * 9)
@@ -59,8 +64,7 @@ def main(args):
         print(f"| `{name}` | {each / 1e9:,.0f} | {row['batch']:,} x {row['steps']:,} | "
               f"{each * rounds / 1e18:,.1f} | {days or ''} | "
               + (f"{each * rounds / days / 86400 / 1e12:.1f}" if days else "") + " | "
-              + " | ".join(f"{hours / n:,.0f} h" if hours / n >= 9.5 else f"{hours / n:.1f} h"
-                           for n in (1, 8, 64)) + " |")
+              + " | ".join(time(hours / n) for n in (1, 8, 64)) + " |")
 
 
 if __name__ == "__main__":
