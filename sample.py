@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from tinyldm import generate, official, presets, require, shapes, tokens, training as tr, trying
+from tinyldm.checkpoint import written
 from tinyldm.data import LANCZOS, NEAREST, load_map, load_rgb, open_data
 from tinyldm.degrade import to_image, to_tensor
 from tinyldm.inside import attention_maps, record, save_attention
@@ -227,8 +228,8 @@ def main(args):
             drawn = generate.draw(m, part(i, args.batch), args, i, **(watch if i == 0 else {}))
             images += [drawn] if keep else []
             for x, path in zip(drawn, () if grid else files[i:]):
-                to_image(x).save(path.with_suffix(".part"), "PNG")
-                path.with_suffix(".part").replace(path)         # whole, or not there
+                with written(path) as f:
+                    to_image(x).save(f, "PNG")
     print(f"{n} picture(s) in {bar.format_dict['elapsed']:.1f} s -> {args.out}")
 
     # ---- what else is shown
