@@ -1,196 +1,371 @@
-"""Stage one: train the autoencoder (perceptual + adversarial + KL or VQ) on pictures alone.
+"""Stage one: train the autoencoder (perceptual + adversarial + KL or VQ) on images alone.
 
-    python train_ae.py                                      # toy: built-in world, CPU, a minute
-    python train_ae.py --data photos/ --size 64 --steps 5000                # a folder or .zip
+    python train_ae.py                                      # the toy: built-in world, CPU, a minute
+    python train_ae.py --data photos/ --size 64 --steps 5000            # a folder, .zip or .tar
     python train_ae.py --data photos/ --preset vq-f4        # a model of Table 8, on one GPU
     torchrun --nproc-per-node 8 train_ae.py --data photos/  # the same run, each batch shared by 8
 
-Writes OUT/ckpt.pt (all that resuming needs; ckpt.old.pt: the one before), log.jsonl, recon_*.png
-(pictures above their reconstructions), with matplotlib curves.png. The same command goes on."""
+It writes to OUT: ckpt.pt (all that resuming needs; ckpt.old.pt is the one before), log.jsonl,
+recon_*.png (images above their reconstructions) and, with matplotlib, curves.png. The same
+command continues a run where it stopped.
+"""
 import math
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 
-from tinyldm import features, patchgan, pictures, presets, quantize, require, score, training as tr
 from tinyldm.autoencoder import AEConfig, Autoencoder
-from tinyldm.checkpoint import resume, save_checkpoint, states
-from tinyldm.data import batch_order, data_flags, loader, open_data
-from tinyldm.metrics import Statistics, compare, gradient, psnr, ssim
-from tinyldm.perceptual import Perceptual
+from tinyldm.data import scorer
+from tinyldm.data.dataset import ImageDataset
+from tinyldm.data.loader import batch_order, load_batches
+from tinyldm.engine import flags, presets
+from tinyldm.engine.checkpoint import resume, save_checkpoint
+from tinyldm.engine.command import run
+from tinyldm.engine.log import Log, StopOnSignal, add_weighted
+from tinyldm.engine.optimiser import learning_rate, not_finite
+from tinyldm.engine.processes import (
+    Machine,
+    any_process,
+    clip_gradients,
+    compiled,
+    gather_rows,
+    gathered_states,
+    micro_batches,
+    setup,
+    sum_over_processes,
+    wrap_ddp,
+)
+from tinyldm.engine.weights import open_perceptual
+from tinyldm.errors import naming, require
+from tinyldm.losses import LossConfig, autoencoder_loss, discriminator_loss
+from tinyldm.metrics.features import open_features
+from tinyldm.metrics.images import gradient_length, psnr, ssim
+from tinyldm.metrics.sets import Statistics, compare
+from tinyldm.patchgan import Discriminator, DiscriminatorConfig
+from tinyldm.quantize import Quantised, count_codes, perplexity, rows_of_latents
+from tinyldm.seeds import generator
+from tinyldm.show.curves import save_curves
+from tinyldm.show.grids import save_grid
 
-def parse_args(argv=None):
-    p = tr.training_flags(__doc__, "out/ae", 500, 256)
-    data_flags(p)
-    tr.group(p, "model", ch=(int, "width at full resolution"), n_res=(int, "ResBlocks a level"),
-             ch_mult=(int, "width of each level; f = 2^(levels - 1)", None, "+"),
-             attn_res=(int, "sides of grids that attend", (), "*"), groups=(int, "of GroupNorm"),
-             attn_mid=(bool, "attention in the middle", True), c_z=(int, "latent channels"),
-             reg=(["kl", "vq"], "of latents", "kl"), n_codes=(int, "size of VQ's codebook", 256))
-    tr.group(p, "loss", pixel_loss=(["l1", "l2"], "the paper's code has l1"),
-             perceptual=(["vgg16", "random", "none"], "net"), perceptual_weight=(float, "of it"),
-             kl_weight=(float, "of z's KL, a pixel value", 1e-6), disc_ch=(int, "width of D_psi"),
-             codebook_weight=(float, "of VQ's terms", 1.0), vq_beta=(float, "of one of them", 0.25),
-             vq_beta_on=(["codebook", "commitment"], "which; VQ-VAE: commitment", "codebook"),
-             restart_codes=(int, "idle for so many steps; 0: never", 0),
-             disc_weight=(float, "of the adversarial term, times lam; 0: none"),
-             disc_start=(int, "step after which D_psi is trained and used"),
-             disc_layers=(int, "strided layers of D_psi; 3 see 70x70 pixels"),
-             disc_loss=(["hinge", "vanilla"], "of D_psi", "hinge"))
-    features.feature_flags(p)
-    return tr.parse(p, presets.AE, argv)
 
-def configure(args) -> AEConfig:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    parser = flags.new_parser(__doc__)
+    flags.add_training_flags(parser, out="out/ae", every=500, eval_n=256)
+    flags.add_data_flags(parser)
+    flags.add_config_flags(parser, AEConfig, "autoencoder")
+    group = parser.add_argument_group("regularisation of the latents")
+    group.add_argument("--reg", type=str, choices=["kl", "vq"], default="kl",
+                       help="kl keeps them near N(0, 1), vq rounds them to a codebook")
+    group.add_argument("--restart-codes", type=int, default=0,
+                       help="replace a code that was unused for this many steps; 0: never")
+    flags.add_config_flags(parser, LossConfig, "loss")
+    flags.add_config_flags(parser, DiscriminatorConfig, "discriminator D_psi")
+    flags.add_feature_flags(parser)
+    return flags.parse(parser, presets.AE, argv)
+
+
+# ---- set-up
+
+def autoencoder_config(args: Namespace) -> AEConfig:
     """The shape of E, D and the latent space. Raises BadInput."""
-    require(args.reg != "vq" or args.n_codes > 0, f"--n-codes {args.n_codes}: must be at least 1")
-    cfg = AEConfig(3, args.ch, tuple(args.ch_mult), args.n_res, args.c_z, args.groups, args.size,
-                   tuple(args.attn_res), args.attn_mid, args.n_codes if args.reg == "vq" else None)
-    require(args.size % cfg.f == 0,
-            f"--size {args.size} is not divisible by f = {cfg.f}, which --ch-mult sets")
-    require(args.size >= 3 * 2 ** args.disc_layers or args.disc_weight == 0,
-            f"--size {args.size}: --disc-layers {args.disc_layers} are too many for it")
+    values = flags.config_values(AEConfig, vars(args))
+    if args.reg == "kl":
+        values["n_codes"] = None
+    elif args.n_codes is None:
+        values["n_codes"] = 256
+    require(values["n_codes"] != 0, "--n-codes 0: a codebook has at least one code")
+    cfg = AEConfig(side=args.size, **values)
+    require(
+        args.size % cfg.f == 0,
+        f"--size {args.size} is not divisible by f = {cfg.f}, which --ch-mult sets",
+    )
     return cfg
 
-def losses(args, perceptual, x, x_rec, q) -> tuple[Tensor, Tensor, dict]:
-    """-> loss_rec, the weighted loss_reg, and what to log; q is the Autoencoder's second output.
-    NB: ours are means, as the released VQ model's; times 3HW they are the KL model's, a sum over
-    pixels, divided by B (and by exp(logvar), which reaches no optimiser and stays 1: left out)."""
-    d = x - x_rec.float()
-    loss_pixel = d.abs().mean() if args.pixel_loss == "l1" else d.square().mean()
-    loss_p = perceptual(x, x_rec).mean() if perceptual else 0 * loss_pixel
-    loss_rec = loss_pixel + args.perceptual_weight * loss_p
-    told = dict(rec=loss_pixel, perceptual=loss_p)
-    if args.reg == "kl":
-        loss_kl = q.kl().mean()                                                 # nats a picture
-        told |= dict(kl=loss_kl / q.mean[0].numel(), z_std=q.std())
-        return loss_rec, args.kl_weight * loss_kl / x[0].numel(), told
-    loss_vq = q.loss(args.vq_beta, args.vq_beta_on)
-    told |= dict(codebook=loss_vq, z_std=q.z.std())
-    return loss_rec, args.codebook_weight * loss_vq, told
 
-@torch.no_grad()
-def evaluate(ae: Autoencoder, net, x: Tensor, device) -> tuple[Tensor, dict]:
-    """x_rec of held-out pictures, at q's mean or the nearest codes, and how good they are. edges:
-    mean length of the gradients, over x's. bits of a picture's latents: KL(q, N(0, 1)), as coded
-    with bits-back; VQ's are the entropy of how often each code is chosen."""
-    q = [ae.encode(v.to(device)) for v in x.split(16)]
-    x_rec = torch.cat([ae.decode(part.mean).float().cpu() for part in q])
-    if ae.codebook:
-        k = torch.cat([ae.codebook(part.mean * ae.z_std).k for part in q])
-        bits = k[0].numel() * quantize.perplexity(torch.bincount(k.flatten())).log2()
-    else:
-        bits = (torch.cat([part.kl() for part in q]) / math.log(2)).mean()
-    real, fake = (Statistics(net, (v.to(device) for v in u.split(64))) for u in (x, x_rec))
-    return x_rec, dict(
-        held_out_psnr=psnr(x, x_rec).mean(), held_out_ssim=ssim(x, x_rec).mean(),
-        edges=gradient(x_rec).mean() / gradient(x).mean(), bits=bits, **compare(real, fake))
-
-def main(args):
-    # ---- setup
-    device, autocast, rank, world = tr.setup(args.device, args.dtype)
-    n_micro = tr.check(args, world)
-    cfg = configure(args)
+def build_networks(args: Namespace, cfg: AEConfig) -> tuple[Autoencoder, Discriminator]:
+    """Build the autoencoder and D_psi with random weights; without memory in a dry run."""
+    disc_cfg = DiscriminatorConfig(**flags.config_values(DiscriminatorConfig, vars(args)))
+    require(
+        args.size >= 3 * 2 ** disc_cfg.n_layers or args.disc_weight == 0,
+        f"--size {args.size}: --disc-layers {disc_cfg.n_layers} are too many for it",
+    )
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
-        ae, disc = Autoencoder(cfg), patchgan.Discriminator(3, args.disc_ch, args.disc_layers)
+        ae = Autoencoder(cfg)
+        disc = Discriminator(disc_cfg)
+    return ae, disc
+
+
+def print_sizes(ae: Autoencoder, disc: Discriminator, side: int, machine: Machine) -> None:
+    """Print the numbers of parameters, f, the shape of z, and the device."""
+    parts = [f"{name} {flags.n_params(net):,}" for name, net in ae.named_children()]
+    cfg = ae.cfg
+    print(
+        f"autoencoder {flags.n_params(ae):,} parameters ({', '.join(parts)}) | "
+        f"D_psi {flags.n_params(disc):,} | f = {cfg.f}, z ({cfg.c_z}, {side}, {side}) | "
+        f"{machine.device}, {machine.world} process(es)"
+    )
+
+
+def healthy_values(reg: str) -> str:
+    """What a learner should look for in the log."""
+    if reg == "kl":
+        latents = "kl 1..9 nats per latent value; z_std 0.5..4"
+    else:
+        latents = (
+            "codebook far below rec; z_std steady; codes_used and perplexity rise towards "
+            "--n-codes (if they stay at a few, try --restart-codes 50)"
+        )
+    return (
+        "healthy: rec and perceptual fall; with D_psi, lam stays below 10 and d_real a little "
+        "above d_fake; " + latents
+    )
+
+
+# ---- evaluation
+
+@torch.no_grad()
+def reconstruct(ae: Autoencoder, x: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Held-out images x -> x_rec, at q's mean or the nearest codes, and bits per image.
+
+    Bits: KL(q, N(0, 1)), which bits-back coding would need; for VQ, the number of places times
+    the entropy of how often each code is chosen.
+    """
+    posteriors = [ae.encode(part.to(device)) for part in x.split(16)]
+    x_rec = torch.cat([ae.decode(q.mean).float().cpu() for q in posteriors])
+    if ae.codebook is None:
+        nats = torch.cat([q.kl() for q in posteriors])
+        return x_rec, (nats / math.log(2)).mean()
+
+    k = torch.cat([ae.codebook(q.mean * ae.z_std).k for q in posteriors])
+    entropy = perplexity(torch.bincount(k.flatten())).log2()
+    return x_rec, k[0].numel() * entropy
+
+
+def evaluate_reconstructions(
+    ae: Autoencoder, features: nn.Module, x: Tensor, device: torch.device
+) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """Return the reconstructions of held-out images, and how good they are.
+
+    edges: the mean length of the gradients of x_rec over that of x; below 1 is blurred.
+    """
+    x_rec, bits = reconstruct(ae, x, device)
+    real = Statistics(features, (part.to(device) for part in x.split(64)))
+    fake = Statistics(features, (part.to(device) for part in x_rec.split(64)))
+    figures = {
+        "held_out_psnr": psnr(x, x_rec).mean(),
+        "held_out_ssim": ssim(x, x_rec).mean(),
+        "edges": gradient_length(x_rec).mean() / gradient_length(x).mean(),
+        "bits": bits,
+    }
+    return x_rec, figures | compare(real, fake)
+
+
+def save_reconstructions(x: Tensor, x_rec: Tensor, path: Path) -> None:
+    """Save up to 30 images, ten in a row, each row above the row of their reconstructions."""
+    rows = []
+    for i in range(0, min(len(x), 30), 10):
+        rows += [x[i:i + 10], x_rec[i:i + 10]]
+    save_grid(torch.cat(rows), path, min(10, len(x)))
+
+
+def first_images(data: ImageDataset, n: int) -> Tensor | None:
+    """Return the first n images of a data set; None if there are none."""
+    images = [data[i]["image"] for i in range(min(len(data), n))]
+    return torch.stack(images) if images else None
+
+
+def update_codebook(
+    ae: Autoencoder,
+    quantised: list[Quantised],
+    idle: Tensor,
+    restart_after: int,
+    rng: torch.Generator,
+) -> dict[str, Tensor]:
+    """Count the codes that a step chose; restart those that were idle too long.
+
+    idle (n_codes,), the steps since each code was last chosen, is updated in place. Returns the
+    number of codes in use, and their perplexity.
+    """
+    k = torch.cat([q.k for q in quantised])
+    counts = sum_over_processes(count_codes(k, len(idle)))
+    idle.add_(1).masked_fill_(counts > 0, 0)
+
+    stale = idle >= restart_after
+    if restart_after > 0 and stale.any():
+        z_rows = rows_of_latents(torch.cat([q.z for q in quantised]))
+        ae.codebook.restart(stale, gather_rows(z_rows), rng)
+        idle[stale] = 0
+    return {"codes_used": (counts > 0).sum(), "perplexity": perplexity(counts)}
+
+
+def prepare_evaluation(
+    args: Namespace, ae: Autoencoder, held_out: ImageDataset, log: Log, machine: Machine
+) -> Callable[[int], None]:
+    """Return evaluate(step): the figures of held-out images to the log, images and curves to OUT.
+
+    Only the main process evaluates.
+    """
+    device = machine.device
+    x = first_images(held_out, args.eval_n) if machine.main else None
+    if x is not None:
+        features = open_features(args.features, device, args.inception, args.vgg_weights)
+
+    def evaluate(step: int) -> None:
+        if x is None:
+            log.note("no image is held out, so none is evaluated; one in 20 of a set is")
+            return
+        with machine.autocast():
+            x_rec, figures = evaluate_reconstructions(ae, features, x, device)
+        if held_out.has_exact_scorer:
+            items = [{"caption": caption} for caption in held_out.captions()[:len(x_rec)]]
+            score = scorer.text_score(x_rec, items)
+            figures["captions_still_true"] = score["prompts_followed"]
+        save_reconstructions(x, x_rec, args.out / f"recon_{step:06d}.png")
+        log.write(step, **figures)
+        save_curves(log.path, args.out / "curves.png")
+
+    return evaluate
+
+
+def main(args: Namespace) -> None:
+    # Set-up: the processes, the networks' shapes, the data.
+    machine = setup(args.device, args.dtype)
+    device = machine.device
+    n_micro = flags.check_training_flags(args, machine.world)
+    cfg = autoencoder_config(args)
+    loss_cfg = LossConfig(**flags.config_values(LossConfig, vars(args)))
+    ae, disc = build_networks(args, cfg)
     side = args.size // cfg.f
-    if rank == 0:
-        parts = ", ".join(f"{name} {tr.n_params(m):,}" for name, m in ae.named_children())
-        print(f"autoencoder {tr.n_params(ae):,} parameters ({parts}) | D_psi {tr.n_params(disc):,} "
-              f"| f = {cfg.f}, z ({cfg.c_z}, {side}, {side}) | {device}, {world} process(es)")
+    if machine.main:
+        print_sizes(ae, disc, side, machine)
     if args.dry_run:
-        return tr.dry_run(args, ae, disc)
+        flags.print_dry_run(args, ae, disc)
+        return
+    data = flags.open_data(args, "train")
+    held_out = flags.open_data(args, "held-out")
 
-    # ---- data
-    data, held_out = open_data(args), open_data(args, "held-out")
-    val = [held_out[i]["image"] for i in range(min(len(held_out), args.eval_n) if rank == 0 else 0)]
-
-    # ---- model
-    ae, disc = (net.to(device, memory_format=torch.channels_last) for net in (ae, disc))
-    perceptual = (None if args.perceptual == "none" else
-                  Perceptual(args.perceptual, args.vgg_weights).to(device))
-    net = features.open_features(args, device) if val else None
-    gan_loss = {"hinge": patchgan.hinge_loss, "vanilla": patchgan.vanilla_loss}[args.disc_loss]
-    if world > 1 and device.type == "cuda":     # on a CPU BatchNorm sees its own process only
+    # The networks on their device, and the forms of them that run: compiled, wrapped in DDP.
+    # On a CPU, D_psi's BatchNorm sees the images of its own process only.
+    ae = ae.to(device, memory_format=torch.channels_last)
+    disc = disc.to(device, memory_format=torch.channels_last)
+    if machine.world > 1 and device.type == "cuda":
         disc = nn.SyncBatchNorm.convert_sync_batchnorm(disc)
-    run_ae, run_disc = (torch.compile(net) if args.compile else net for net in (ae, disc))
-    if world > 1:
-        run_ae, run_disc = DDP(run_ae), DDP(run_disc, broadcast_buffers=False)
+    run_ae = wrap_ddp(compiled(ae, args.compile), machine)
+    run_disc = wrap_ddp(compiled(disc, args.compile), machine, broadcast_buffers=False)
+    perceptual = open_perceptual(loss_cfg.perceptual, args.vgg_weights, device)
 
-    # ---- optimisers, resume
+    # The optimisers; then everything as an earlier run left it, if there was one.
+    opt_ae = torch.optim.Adam(ae.parameters(), betas=args.betas, fused=True)
+    opt_disc = torch.optim.Adam(disc.parameters(), betas=args.betas, fused=True)
     nets = {"ae": ae, "disc": disc}
-    opts = {k: torch.optim.Adam(net.parameters(), betas=args.betas, fused=True)
-            for k, net in nets.items()}
-    clips = {opts["ae"]: args.clip, opts["disc"]: math.inf}
-    config = {"autoencoder": vars(cfg),
-              "discriminator": {"ch": args.disc_ch, "n_layers": args.disc_layers}}
-    parts, path = {"nets": nets, "opts": opts}, args.out / "ckpt.pt"
-    ckpt = resume(path, "autoencoder", config, parts)
+    parts = {"nets": nets, "opts": {"ae": opt_ae, "disc": opt_disc}}
+    config = {"autoencoder": vars(cfg), "discriminator": vars(disc.cfg)}
+    with naming("--out"):
+        ckpt = resume(args.out / "ckpt.pt", "autoencoder", config, parts)
     done = ckpt["step"]
-    idle = ckpt.get("idle", torch.zeros(cfg.n_codes or 0).long()).to(device)
-    def save(step):
-        out = {"kind": "tinyldm autoencoder", "step": step, "config": config, "idle": idle}
-        if rank == 0:
-            save_checkpoint(out | {"args": tr.plain(args)} | states(parts), path, keep=True)
-    def judge(step):
-        if not val:
-            return run.note("no picture is held out, so nothing is judged; of 20 or more one is")
-        x = torch.stack(val)
-        with autocast():
-            x_rec, figures = evaluate(ae, net, x, device)
-        if args.data == "shapes":
-            told = [{"caption": c} for c in held_out.captions()]
-            figures["captions_still_true"] = score.score("text", x_rec, told)["prompts_followed"]
-        rows = [v[i:i + 10] for i in range(0, min(len(x), 30), 10) for v in (x, x_rec)]
-        pictures.save_grid(torch.cat(rows), args.out / f"recon_{step:06d}.png", min(10, len(x)))
-        run.write(step, **figures)
-        pictures.save_curves(run.path, args.out / "curves.png")
+    never_idle = torch.zeros(cfg.n_codes or 0, dtype=torch.long)
+    idle = ckpt.get("idle", never_idle).to(device)      # steps since each code was last chosen
 
-    # ---- loop
-    run = tr.Run(args, done, device, rank)
-    run.note("healthy: rec and perceptual fall; with D_psi, lam stays below 10 and d_real a little "
-             "above d_fake; " + (
-                 "kl 1..9 nats a latent value; z_std 0.5..4" if args.reg == "kl" else
-                 "codebook far below rec; z_std steady; codes_used and perplexity rise towards "
-                 "--n-codes (where they stay at a few, try --restart-codes 50)"))
-    def loss_ae(x, noise, gan):
-        x_rec, q = run_ae(x, noise)
-        loss_rec, loss_reg, told = losses(args, perceptual, x, x_rec, q)
-        loss = loss_rec + loss_reg
-        if gan:
-            loss_adv = patchgan.generator_loss(disc, x_rec)
-            lam = patchgan.adaptive_weight(loss_rec, loss_adv, ae.decoder.layers[-1].weight)
-            loss = loss + args.disc_weight * lam * loss_adv
-            told |= dict(adv=loss_adv, lam=lam)
-        return loss, told, (x_rec, q.k, q.z) if cfg.n_codes else (x_rec,)
-    def loss_disc(x, x_rec):
-        real, fake = run_disc(x), run_disc(x_rec)
-        loss = gan_loss(real.float(), fake.float())
-        return loss, dict(disc=loss, d_real=real.mean(), d_fake=fake.mean()), ()
-    order = batch_order(len(data), args.batch, done, args.steps, args.seed, rank, world, data.tars)
-    batches = loader(data, order, args.workers, device.type == "cuda")
-    for step, batch in zip(run.steps(save, judge), batches):
-        gan = args.disc_weight > 0 and step > args.disc_start
+    def save(step: int) -> None:
+        states = gathered_states(parts)
+        if machine.main:
+            ckpt = {"kind": "tinyldm autoencoder", "step": step, "config": config, "idle": idle}
+            ckpt |= {"args": flags.plain_values(args)} | states
+            save_checkpoint(ckpt, args.out / "ckpt.pt", keep=True)
+
+    # The log, the evaluation (again, if the run was stopped before it), and the batches.
+    log = Log(args.out, done=done, steps=args.steps, batch=args.batch, machine=machine)
+    log.note(healthy_values(args.reg))
+    evaluate = None
+    if args.eval_n > 0:
+        evaluate = prepare_evaluation(args, ae, held_out, log, machine)
+        if log.evaluation_is_missing(args.eval_every):
+            evaluate(done)
+    stop = StopOnSignal()
+    order = batch_order(
+        len(data), args.batch, done, args.steps, args.seed, machine.rank, machine.world, data.shards
+    )
+    batches = load_batches(data, order, args.workers, pin=device.type == "cuda")
+    n_skipped = 0
+
+    # The loop.
+    for step, batch in enumerate(batches, done + 1):
+        # One batch, and the noise of z ~ q(z | x). The noise is drawn for the whole batch, then
+        # each process takes its part, so that it does not depend on the number of processes.
         x = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
-        g = tr.generator(args.seed, step)
-        noise = torch.randn(args.batch, cfg.c_z, side, side, generator=g).chunk(world)[rank]
-        norms = {k: v.clone() for k, v in disc.named_buffers()}     # BatchNorm's
-        loss, told, (x_rec, *used) = tr.accumulate(
-            loss_ae, (x, noise.to(device)), n_micro, autocast, [run_ae], gan=gan)
-        if gan:
-            more, said, _ = tr.accumulate(loss_disc, (x, x_rec), n_micro, autocast, [run_disc])
-            loss, told = loss + more, told | said
-        if not run.update(step, loss, clips, told):
-            disc.load_state_dict(norms, strict=False)
-        elif used:
-            n = quantize.count(used[0], len(idle))
-            idle.add_(1).masked_fill_(n > 0, 0)         # steps since each code was last chosen
-            stale = idle >= args.restart_codes
-            if args.restart_codes > 0 and stale.any():
-                ae.codebook.restart(stale, used[1], g)
-                idle[stale] = 0
-            run.sums.update(codes_used=(n > 0).sum(), perplexity=quantize.perplexity(n))
+        rng = generator(args.seed, step)
+        noise, = machine.shard(torch.randn(args.batch, cfg.c_z, side, side, generator=rng))
+        adversarial = loss_cfg.disc_weight > 0 and step > loss_cfg.disc_start
+        disc_buffers = {name: v.clone() for name, v in disc.named_buffers()}
+
+        # The autoencoder's gradient, Eq. (25), accumulated over micro-batches.
+        figures = {}
+        outputs = []
+        for x_i, noise_i in micro_batches(n_micro, (x, noise), [run_ae]):
+            with machine.autocast():
+                x_rec_i, q_i = run_ae(x_i, noise_i)
+                loss, figures_i = autoencoder_loss(
+                    loss_cfg, perceptual, disc, ae.decoder.last_weight, x_i, x_rec_i, q_i,
+                    adversarial,
+                )
+                (loss / n_micro).backward()
+            add_weighted(figures, figures_i | {"loss": loss}, 1 / n_micro)
+            outputs.append((x_rec_i.detach(), q_i))
+        total_loss = figures.pop("loss")
+
+        # D_psi's gradient: the same images against their reconstructions.
+        if adversarial:
+            x_rec = torch.cat([x_rec_i for x_rec_i, _ in outputs])
+            for x_i, x_rec_i in micro_batches(n_micro, (x, x_rec), [run_disc]):
+                with machine.autocast():
+                    loss, figures_i = discriminator_loss(loss_cfg, run_disc, x_i, x_rec_i)
+                    (loss / n_micro).backward()
+                add_weighted(figures, figures_i | {"loss": loss}, 1 / n_micro)
+            total_loss = total_loss + figures.pop("loss")
+
+        # The update of both. A step that is not finite in some process changes nothing, D_psi's
+        # BatchNorm statistics included.
+        lr = learning_rate(step, args.lr, args.warmup, args.steps, args.cosine)
+        grad_norm = clip_gradients(ae.parameters(), args.clip)
+        disc_grad_norm = clip_gradients(disc.parameters(), math.inf)
+        is_bad = ~torch.isfinite(total_loss + grad_norm + disc_grad_norm)
+        is_bad, stopping = any_process(is_bad, stop.as_tensor(device))
+        if is_bad:
+            disc.load_state_dict(disc_buffers, strict=False)
+            n_skipped += 1
+            log.note(f"step {step} is not finite: no update, {n_skipped} of --skip-nan")
+            if n_skipped > args.skip_nan:
+                if step - 1 > done and (step - 1) % args.save_every != 0:
+                    save(step - 1)
+                raise not_finite(step, args.out)
+        else:
+            for opt in (opt_ae, opt_disc):
+                opt.param_groups[0]["lr"] = lr
+                opt.step()
+            if cfg.n_codes:
+                quantised = [q_i for _, q_i in outputs]
+                figures |= update_codebook(ae, quantised, idle, args.restart_codes, rng)
+            log.add(**figures, lr=lr, gnorm=grad_norm)
+        opt_ae.zero_grad()
+        opt_disc.zero_grad()
+
+        # Now and then: log, save, evaluate.
+        log.step_done()
+        if log.is_due(step, args.log_every):
+            log.write_means(step)
+        with log.paused():
+            if stopping or log.is_due(step, args.save_every):
+                save(step)
+            if evaluate and log.is_due(step, args.eval_every):
+                evaluate(step)
+        if stopping:
+            break
+    log.close()
+
 
 if __name__ == "__main__":
-    tr.run(main, parse_args)
+    run(main, parse_args)

@@ -1,241 +1,533 @@
 """Stage two: train the latent diffusion model, eps_theta with tau, on the frozen encoder's latents.
 
-    python train_ldm.py                                     # toy, after train_ae.py: CPU, minutes
+    python train_ldm.py                                     # the toy, after train_ae.py: minutes
     python train_ldm.py --ae out/photos-ae/ckpt.pt --data photos/ --size 64 --n-token 24
-    python train_ldm.py --task class --out out/class        # uncond, layout, semantic, ...
-    python train_ldm.py --preset sd-v1 --dry-run            # a row of the paper: only its sizes
+    python train_ldm.py --task class --out out/class        # or uncond, layout, semantic, ...
+    python train_ldm.py --preset sd-v1 --dry-run            # a model of the paper: its sizes only
     torchrun --nproc-per-node 8 train_ldm.py --data ...     # the same run, each batch shared by 8
 
-Writes OUT/ckpt.pt (all to resume or sample; ckpt.old.pt: the one before), log.jsonl, samples_*.png,
-with matplotlib curves.png, at the end model.pt (fp16, to sample). The same command goes on."""
+It writes to OUT: ckpt.pt (all that resuming or sampling needs; ckpt.old.pt is the one before),
+log.jsonl, samples_*.png, with matplotlib curves.png and, at the end, model.pt (fp16 and smaller,
+for sampling). The same command continues a run where it stopped.
+"""
 import copy
+from argparse import BooleanOptionalAction, Namespace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from tinyldm import guidance, layers, presets, require, score, shapes, training as tr, trying
-from tinyldm.attention import SpatialTransformer
-from tinyldm.autoencoder import Autoencoder, Pixels, Posterior, build_autoencoder
-from tinyldm.checkpoint import half, load_checkpoint, resume, save_checkpoint, states
-from tinyldm.conditioning import TextBlock
-from tinyldm.data import Latents, batch_order, data_flags, encode, fingerprint, loader, open_data
-from tinyldm.diffusion import SCHEDULES, as_eps_theta, cumulative, draw_t, ldm_loss, snr_weight
-from tinyldm.features import feature_flags, open_features
-from tinyldm.generate import Model, defaults, draw
-from tinyldm.metrics import Statistics, compare, read
-from tinyldm.pictures import save_curves, save_drawn
-from tinyldm.tasks import TASKS
-from tinyldm.unet import UNet
+from tinyldm.autoencoder import Autoencoder, Pixels, Posterior
+from tinyldm.conditioning import TextConfig
+from tinyldm.data.dataset import ImageDataset
+from tinyldm.data.latents import Latents, encode_dataset, fingerprint
+from tinyldm.data.loader import batch_order, load_batches
+from tinyldm.diffusion import (
+    DiffusionConfig,
+    as_eps_theta,
+    draw_timesteps,
+    ldm_loss,
+    snr_weight,
+)
+from tinyldm.engine import flags, presets
+from tinyldm.engine.checkpoint import half, resume, save_checkpoint
+from tinyldm.engine.command import run
+from tinyldm.engine.log import Log, StopOnSignal
+from tinyldm.engine.open import open_stage_one
+from tinyldm.engine.optimiser import EMA, learning_rate, not_finite
+from tinyldm.engine.processes import (
+    Machine,
+    any_process,
+    clip_gradients,
+    compiled,
+    gathered_states,
+    micro_batches,
+    setup,
+    shard_weights,
+    wrap_ddp,
+)
+from tinyldm.errors import naming, require
+from tinyldm.guidance import drop_condition
+from tinyldm.metrics.features import open_features
+from tinyldm.metrics.sets import Statistics, compare, load_images
+from tinyldm.model import LatentDiffusion, build_model
+from tinyldm.seeds import generator
+from tinyldm.show.curves import save_curves
+from tinyldm.show.grids import save_samples
+from tinyldm.tasks import TASKS, Task
+from tinyldm.unet import UNetConfig
 
-def parse_args(argv=None):
-    p = tr.training_flags(__doc__, "out/ldm", 1000, 64)
-    data_flags(p)
-    tr.group(p, "stage one and task", ae=(Path, "stage one; none: pixels", "out/ae/ckpt.pt"),
-             ae_preset=([*presets.AE, "none"], "the same, for a dry run"),
-             task=(TASKS, "what the condition is", "text"), cache_latents=(bool, "on disk", True))
-    tr.group(p, "model", ch=(int, "width of the U-Net"), n_res=(int, "ResBlocks a level"),
-             ch_mult=(int, "width of each level", None, "+"), groups=(int, "of GroupNorm"),
-             attn_res=(int, "sides of grids that attend", None, "*"), depth=(int, "blocks there"),
-             d_head=(int, "width of the U-Net's heads"), n_head=(int, "or their number"),
-             scale_shift=(bool, "the timestep scales and shifts norms", False),
-             res_updown=(bool, "ResBlocks, not convs, down- and upsample", False),
-             n_token=(int, "of a caption; or 3 a box"), text_depth=(int, "blocks of tau"),
-             d_ctx=(int, "width of tau and its context"), text_heads=(int, "heads of tau"),
-             text_d_head=(int, "and their width"), n_classes=(int, "of labels or label maps"),
-             text_clip=(bool, "tau as CLIP's: causal, with biases", False),
-             vocab_size=(int, "most pieces of words (8192), or places (1025)"))
-    tr.group(p, "diffusion", predict=(["eps", "v"], "what the U-Net says; paper: eps"),
-             snr_clamp=(float, "weights of z_0's errors; paper: 0 inf", None, 2),
-             p_drop=(float, "share of conditions dropped", 0.1), schedule=(SCHEDULES, "of beta"),
-             loss=(["l1", "l2"], "of eps", "l2"), ema=(float, "decay of averaged weights"),
-             beta_range=(float, "the schedule's ends", (), 2), T=(int, "timesteps", 1000),
-             z_std=(float, "of stage one's latents; default: measured"),
-             ckpt_grad=(bool, "less memory: compute twice", False),
-             fsdp=(bool, "each process holds a part of the weights", False))
-    feature_flags(p)
-    return tr.parse(p, presets.LDM, argv)
 
-def load_stage_one(path: Path) -> Autoencoder | Pixels:
-    """The frozen autoencoder of a checkpoint of stage one. Raises BadInput."""
-    if str(path) == "none":
-        return Pixels()
-    ckpt = load_checkpoint(path, "autoencoder", "--ae")
-    with trying(f"--ae {path}: its parts do not fit together"), torch.device("meta"):
-        ae = build_autoencoder(ckpt["config"]["autoencoder"])
-        ae.load_state_dict(ckpt["nets"]["ae"], assign=True)
-    return ae.eval().requires_grad_(False)
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    parser = flags.new_parser(__doc__)
+    flags.add_training_flags(parser, out="out/ldm", every=1000, eval_n=64)
+    flags.add_data_flags(parser)
 
-@torch.no_grad()
-def held_out_loss(m: Model, q: Posterior, y: torch.Tensor) -> dict[str, float]:
-    """Eq. (2) on held-out pairs, the mean over a latent, by noise level: t of each quarter of T."""
-    g, T, device = tr.generator(0, 0), len(m.abar), m.abar.device
-    losses, eps_theta = [], as_eps_theta(m.unet, m.abar, m.predict)
-    for mean, logvar, y_i in zip(*(v.to(device).split(64) for v in (q.mean, q.logvar, y))):
-        noise, eps = (torch.randn(mean.shape, generator=g).to(device) for _ in range(2))
-        z, ctx = Posterior(mean, logvar).sample(noise), TASKS[m.task].ctx(y_i, m.tau, m.ae)
-        t = (torch.arange(len(z), device=device) + 0.5) / len(z) / 4
-        losses.append(torch.stack([ldm_loss(
-            eps_theta, z, ((t + k / 4) * T).long(), eps, m.abar, ctx) for k in range(4)]))
-    means = torch.cat(losses, dim=1).mean(1).tolist()
-    return {f"held_out_loss_at_{k * T // 4}": v for k, v in enumerate(means)}
+    group = parser.add_argument_group("stage one and task")
+    group.add_argument("--ae", type=Path, default=Path("out/ae/ckpt.pt"),
+                       help="checkpoint of stage one; 'none' diffuses pixels")
+    group.add_argument("--task", type=str, choices=TASKS, default="text",
+                       help="what the condition is")
+    group.add_argument("--n-classes", type=int,
+                       help="number of classes of labels or label maps; default: the data set's")
+    group.add_argument("--label-column", type=str, default="label",
+                       help="column of metadata.jsonl that is the class label")
+    group.add_argument("--degrade", type=str, choices=["bicubic", "chain"], default="bicubic",
+                       help="how small images of superres are made; chain adds blur, noise, JPEG")
+    group.add_argument("--cache-latents", action=BooleanOptionalAction, default=True,
+                       help="encode every image once and keep the latents on disk")
 
-def judging(m: Model, args, data, held_out, to_y, run, autocast):
-    """-> judge(step): Eq. (2) on held-out pairs, or else training; --eval-n drawn pictures' scores
-    and their distance to 2,048 of the set. To the log; pictures and curves to --out."""
-    device, toy, n = m.abar.device, args.data == "shapes", args.eval_n
-    features, other = open_features(args, device), held_out if len(held_out) else data
-    labels = shapes.SEEN if toy else range(len(data.labels))
-    pool = [{"label": k} for k in labels] if args.task == "class" else other
-    items = ([{"caption": p} for p in shapes.prompts(n)] if toy and args.task == "text" else
-             [pool[i % len(pool)] for i in range(n)])
-    spread = range(0, len(data), -(-len(data) // 2048))     # files are sorted, perhaps by class
-    real = Statistics(features, read(data, spread, args.workers, device))
-    with autocast():
-        pairs, = encode(m.ae, other, [range(len(other))[:256]], args.workers, device, to_y)
-    how = defaults(steps=min(25, args.T), size=(args.size, args.size))
-    if args.task == "text":
-        run.note("each grid shows\n  " + "\n  ".join(i["caption"] for i in items[:16]))
-    def judge(step):
-        with autocast():
-            loss = held_out_loss(m, *pairs)
-            images = torch.cat([draw(m, items[i:i + 16], how, i) for i in range(0, len(items), 16)])
-        save_drawn(images[:16], items[:16], args.task, m.classes,
-                   args.out / f"samples_{step:06d}.png", 8)
-        figures = score.score(args.task, images, items) if toy else {}
-        drawn = Statistics(features, (v.to(device) for v in images.split(64)))
-        run.write(step, **loss, **figures, **compare(real, drawn))
-        save_curves(run.path, args.out / "curves.png")
-    return judge
+    flags.add_config_flags(parser, UNetConfig, "U-Net")
+    flags.add_config_flags(parser, TextConfig, "tau of captions and of boxes")
+    flags.add_config_flags(parser, DiffusionConfig, "diffusion")
 
-def main(args):
-    # ---- setup
-    if args.dry_run and not args.data:          # a row's networks, its stage one's too
-        ae, unet, tau = nets = presets.networks(vars(args))
-        cfg, (n_ae, n_unet, n_tau) = unet.cfg, map(tr.n_params, nets)
-        print(f"U-Net {n_unet:,} | tau {n_tau:,} | autoencoder {args.ae_preset} {n_ae:,} parameters"
-              f" | task {args.task}, U-Net's input ({cfg.c_in}, {cfg.side}, {cfg.side})")
-        return tr.dry_run(args, unet, tau)
-    device, autocast, rank, world = tr.setup(args.device, args.dtype)
-    n_micro = tr.check(args, world)
-    require(world > 1 or not args.fsdp, "--fsdp: shares the weights of several processes; torchrun")
-    ae = load_stage_one(args.ae).to(device, memory_format=torch.channels_last)
+    group = parser.add_argument_group("training")
+    group.add_argument("--loss", type=str, choices=["l1", "l2"], default="l2",
+                       help="norm of the error of eps")
+    group.add_argument("--snr-clamp", type=float, nargs=2,
+                       help="range of the weight of an error of z_0; Eq. (2) is 0 inf")
+    group.add_argument("--p-drop", type=float, default=0.1,
+                       help="share of conditions dropped, for guidance")
+    group.add_argument("--ema", type=float, help="decay of the averaged weights")
+    group.add_argument("--z-std", type=float,
+                       help="std of stage one's latents; default: measured")
+    group.add_argument("--ckpt-grad", action="store_true",
+                       help="save memory: compute the U-Net's activations again in backward")
+    group.add_argument("--fsdp", action="store_true",
+                       help="each process holds only a part of the weights")
+    flags.add_feature_flags(parser)
+    return flags.parse(parser, presets.LDM, argv)
 
-    # ---- data
+
+# ---- set-up
+
+def dry_run_of_preset(args: Namespace) -> None:
+    """Print the sizes of a preset's networks, its stage one's too; no data set is needed."""
+    model = presets.build_networks(vars(args))
+    cfg = model.config.unet
+    print(
+        f"U-Net {flags.n_params(model.unet):,} | tau {flags.n_params(model.tau):,} | "
+        f"autoencoder {args.ae_preset} {flags.n_params(model.ae):,} parameters | "
+        f"task {args.task}, U-Net's input ({cfg.c_in}, {cfg.side}, {cfg.side})"
+    )
+    flags.print_dry_run(args, model.unet, model.tau)
+
+
+def check_size(args: Namespace, ae: Autoencoder | Pixels, task: type[Task]) -> None:
+    """Raise BadInput if the images do not fit stage one, the U-Net or the task."""
+    factor = 2 ** (len(args.ch_mult) - 1)
+    multiple = ae.cfg.f * factor
+    require(
+        args.size % multiple == 0,
+        f"--size {args.size} is not a multiple of {multiple}, the autoencoder's "
+        f"f = {ae.cfg.f} times the U-Net's factor {factor}",
+    )
+    require(
+        args.size % task.size_multiple == 0,
+        f"--size {args.size}: --task {args.task} needs a multiple of {task.size_multiple}",
+    )
+
+
+def build(
+    args: Namespace, ae: Autoencoder | Pixels, data: ImageDataset, held_out: ImageDataset
+) -> LatentDiffusion:
+    """Build the model that the flags and the data set describe, with random weights."""
     task = TASKS[args.task]
-    data, held_out = (open_data(args, split, task.fields) for split in ("train", "held-out"))
-    names = data.labels if args.task == "class" else data.classes
-    names = () if args.task == "semantic" and args.data != "shapes" else names  # numbers only
-    tokenizer = task.fit(args, data, held_out) if task.fit else None
-    words = tokenizer and tokenizer.to_str()
-
-    # ---- model
     require(args.n_head or args.d_head, "--d-head or --n-head: one of them is needed")
-    require(args.schedule != "cosine" or not args.beta_range, "--beta-range: cosine has no ends")
-    cfg = presets.unet_config(vars(args), ae.cfg)
-    k = ae.cfg.f * cfg.factor
-    require(args.size % k == 0, f"--size {args.size} is not a multiple of {k}, the autoencoder's "
-            f"f = {ae.cfg.f} times the U-Net's factor {cfg.factor}")
-    require(args.task != "superres" or args.size % 4 == 0,
-            f"--size {args.size}: superres needs a multiple of 4")
+    require(args.ch_mult, "--ch-mult: needs at least one level")
+    check_size(args, ae, task)
+
+    with naming(f"--task {args.task}"):
+        decided = task.decide(vars(args), data, held_out)
+    values = vars(args) | decided
+    config = presets.model_config(
+        values, ae.cfg, task.names_in(data), tokenizer=decided.get("tokenizer")
+    )
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
-        unet, tau = UNet(cfg), presets.condition_encoder(vars(args), ae.cfg.f)
-    if rank == 0:
-        print(f"U-Net {tr.n_params(unet):,} parameters | tau {tr.n_params(tau):,}, "
-              f"task {args.task}, z ({cfg.c_in}, {cfg.side}, {cfg.side}), {len(data):,} pictures")
-    if args.dry_run:
-        return tr.dry_run(args, unet, tau)
-    unet, tau = unet.to(device, memory_format=torch.channels_last), tau and tau.to(device)
-    nets = {"unet": unet} | ({"tau": tau} if tau else {})
-    unet.ckpt_grad = args.ckpt_grad
-    schedule = {"name": args.schedule, "T": args.T, "beta_range": tuple(args.beta_range),
-                "predict": args.predict}
-    abar = cumulative(SCHEDULES[args.schedule](args.T, *args.beta_range)).to(device)
-    ema = tr.EMA(nets, args.ema)
-    shown = copy.deepcopy(ema.nets) if args.fsdp and rank == 0 else ema.nets
+        return build_model(config, ae)
+
+
+def print_sizes(model: LatentDiffusion, n_images: int) -> None:
+    """Print the numbers of parameters, the task, the shape of z and the number of images."""
+    cfg = model.config.unet
+    print(
+        f"U-Net {flags.n_params(model.unet):,} parameters | tau {flags.n_params(model.tau):,}, "
+        f"task {model.config.task}, z ({cfg.c_in}, {cfg.side}, {cfg.side}), {n_images:,} images"
+    )
+
+
+def prepare_networks(
+    args: Namespace, model: LatentDiffusion, machine: Machine
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module], EMA]:
+    """Move the model's trained networks to the device -> networks, the forms that run, EMA.
+
+    The forms that run are compiled and, among several processes, wrapped (DDP) or sharded (FSDP).
+    """
+    model.unet.ckpt_grad = args.ckpt_grad
+    model.unet.to(machine.device, memory_format=torch.channels_last)
+    model.abar = model.abar.to(machine.device)
+    nets = {"unet": model.unet}
+    if model.tau is not None:
+        nets["tau"] = model.tau.to(machine.device)
+    ema = EMA(nets, args.ema)
+
     if args.fsdp:
-        from torch.distributed.fsdp import fully_shard  # to import it takes a second
         for net in (*nets.values(), *ema.nets.values()):
-            for block in net.to(memory_format=torch.contiguous_format).modules():
-                if isinstance(block, layers.ResBlock | SpatialTransformer | TextBlock):
-                    fully_shard(block)
-            fully_shard(net)
-    run_nets = {k: torch.compile(net) if args.compile else net for k, net in nets.items()}
-    if world > 1 and not args.fsdp:
-        run_nets = {k: torch.nn.parallel.DistributedDataParallel(v) for k, v in run_nets.items()}
-    eps_theta = as_eps_theta(run_nets["unet"], abar, args.predict)
+            shard_weights(net)
+    run_nets = {name: compiled(net, args.compile) for name, net in nets.items()}
+    if not args.fsdp:
+        run_nets = {name: wrap_ddp(net, machine) for name, net in run_nets.items()}
+    return nets, run_nets, ema
 
-    # ---- optimiser, resume
-    opt = torch.optim.AdamW(torch.nn.ModuleDict(nets).parameters(), betas=args.betas, fused=True)
-    config = {"task": {"name": args.task}, "autoencoder": vars(ae.cfg), "unet": vars(cfg),
-              "tau": task.shape(vars(args), ae.cfg.f), "schedule": schedule}
-    parts, path = {"nets": nets, "ema": ema.nets, "ae": ae, "opt": opt}, args.out / "ckpt.pt"
-    ckpt = resume(path, "ldm", config, parts)
-    done, ema.n = ckpt["step"], ckpt.get("ema_n", 0)
 
-    # ---- latents
-    m = Model(ae, shown["unet"], shown.get("tau"), tokenizer, abar, args.predict, args.task,
-              tuple(names), tr.plain(args))
-    def to_y(batch):
-        return task.y(batch, tau, tokenizer)
-    y_null = to_y(task.null)
-    n = len(data) * (2 if args.flip else 1)
-    with autocast():
-        if args.cache_latents:
-            what = [data, config["task"], config["tau"], words]
-            cache = Latents(args.out.parent / "latents" / fingerprint(ae, *what), ae, data, n,
-                            args.workers, device, to_y, rank, world)
-        elif done == 0:
-            (cache, _), = encode(ae, data, [range(min(n, 4096))], args.workers, device,
-                                 TASKS["uncond"].y, rank == 0)
+# ---- the latents
+
+def latents_of(
+    args: Namespace, model: LatentDiffusion, data: ImageDataset, machine: Machine
+) -> Latents:
+    """Open the cache of stage one's latents and of y; encode what it lacks."""
+    config = model.config
+    name = fingerprint(model.ae, data, {"name": config.task}, config.tau, config.tokenizer)
+    with machine.autocast():
+        return Latents(
+            args.out.parent / "latents" / name,
+            model.ae,
+            data,
+            len(data) * data.epochs_that_differ,
+            args.workers,
+            machine.device,
+            model.task.encode,
+            machine.rank,
+            machine.world,
+        )
+
+
+def z_std_of(
+    args: Namespace,
+    model: LatentDiffusion,
+    data: ImageDataset,
+    cache: Latents | None,
+    machine: Machine,
+) -> Tensor:
+    """Return the std of stage one's latents, by which they are divided (App. G).
+
+    It is --z-std if given, else measured: of all latents, or without a cache of up to 4,096.
+    """
+    if args.z_std is not None:
+        return torch.tensor(args.z_std)
+    if cache is not None:
+        return cache.std()
+
+    n = min(len(data) * data.epochs_that_differ, 4096)
+    with machine.autocast():
+        encoded = encode_dataset(
+            model.ae, data, [range(n)], args.workers, machine.device, no_condition, machine.main
+        )
+        posterior, _ = next(iter(encoded))
+    return posterior.std()
+
+
+def no_condition(batch: dict) -> dict[str, Tensor]:
+    """y where only the latents matter."""
+    return {}
+
+
+def latent_batches(
+    args: Namespace,
+    model: LatentDiffusion,
+    data: ImageDataset,
+    cache: Latents | None,
+    done: int,
+    machine: Machine,
+) -> Iterator[tuple[Posterior, dict[str, Tensor]]]:
+    """Yield q(z | x) and y of this process's images, step by step, from step done + 1 on."""
+    order = batch_order(
+        len(data), args.batch, done, args.steps, args.seed, machine.rank, machine.world, data.shards
+    )
+    if cache is not None:
+        n = len(data) * data.epochs_that_differ
+        for indices in order:
+            posterior, y = cache[[i % n for i in indices]]
+            yield posterior.scaled(model.z_std.cpu()), y
+        return
+
+    for batch in load_batches(data, order, args.workers, pin=machine.device.type == "cuda"):
+        with torch.no_grad(), machine.autocast():
+            posterior = model.ae.encode(batch["image"].to(machine.device))
+        yield posterior, model.task.encode(batch)
+
+
+# ---- evaluation
+
+@torch.no_grad()
+def held_out_loss(
+    model: LatentDiffusion, posterior: Posterior, y: dict[str, Tensor]
+) -> dict[str, float]:
+    """Eq. (2) on held-out pairs, the mean over a latent, by noise level: each quarter of T.
+
+    The t of a part of 64 latents are spread evenly over the quarter.
+    """
+    device = model.abar.device
+    T = len(model.abar)
+    eps_theta = model.eps_theta()
+    rng = generator(0, 0)
+
+    losses = []
+    for i in range(0, len(posterior.mean), 64):
+        mean = posterior.mean[i:i + 64].to(device)
+        logvar = posterior.logvar[i:i + 64].to(device)
+        y_i = {name: v[i:i + 64].to(device) for name, v in y.items()}
+        noise = torch.randn(mean.shape, generator=rng).to(device)
+        eps = torch.randn(mean.shape, generator=rng).to(device)
+        z = Posterior(mean, logvar).sample(noise)
+        ctx = model.task.context(y_i, model.tau, model.ae)
+
+        position = (torch.arange(len(z), device=device) + 0.5) / len(z) / 4
+        of_quarters = []
+        for quarter in range(4):
+            t = ((position + quarter / 4) * T).long()
+            of_quarters.append(ldm_loss(eps_theta, z, t, eps, model.abar, ctx))
+        losses.append(torch.stack(of_quarters))                 # (4, B)
+    means = torch.cat(losses, dim=1).mean(1).tolist()
+    return {f"held_out_loss_at_{quarter * T // 4}": v for quarter, v in enumerate(means)}
+
+
+def prepare_evaluation(
+    args: Namespace,
+    model: LatentDiffusion,
+    ema: EMA,
+    data: ImageDataset,
+    held_out: ImageDataset,
+    log: Log,
+    machine: Machine,
+) -> Callable[[int], None]:
+    """Return evaluate(step), which evaluates the averaged weights.
+
+    It writes to the log: Eq. (2) on up to 256 held-out pairs (of the training set, if none are
+    held out), the scores of --eval-n samples, and their distance to 2,048 images of the set.
+    It saves the first samples, and the curves. Only the main process evaluates.
+    """
+    device = machine.device
+    averaged = averaged_model(model, ema, args.fsdp)
+    if machine.main and log.evaluated < args.steps:
+        features = open_features(args.features, device, args.inception, args.vgg_weights)
+        items = model.task.examples(args.eval_n, data, held_out)
+        real = Statistics(features, spread_images(data, 2048, args.workers, device))
+        posterior, y = encode_pairs(args, model, held_out if len(held_out) else data, machine)
+        captions = [item["caption"] for item in items[:16] if "caption" in model.task.fields]
+        if captions:
+            log.note("each grid shows\n  " + "\n  ".join(captions))
+
+    def evaluate(step: int) -> None:
+        # With FSDP, all processes take part in gathering the weights.
+        if args.fsdp:
+            load_averaged(averaged, gathered_states(ema.nets), machine)
+        if not machine.main:
+            return
+
+        with machine.autocast():
+            losses = held_out_loss(averaged, posterior, y)
+            images = sample_all(averaged, items)
+        scores = model.task.score(images, items) if data.has_exact_scorer else {}
+        fake = Statistics(features, (part.to(device) for part in images.split(64)))
+        log.write(step, **losses, **scores, **compare(real, fake))
+
+        path = args.out / f"samples_{step:06d}.png"
+        shown = [model.task.show(item, args.size, args.size) for item in items[:16]]
+        save_samples(images[:16], shown, path, columns=8)
+        save_curves(log.path, args.out / "curves.png")
+
+    return evaluate
+
+
+def averaged_model(model: LatentDiffusion, ema: EMA, fsdp: bool) -> LatentDiffusion:
+    """Return the model with the EMA's networks; with FSDP, with whole ones to be filled."""
+    averaged = copy.copy(model)
+    if fsdp:
+        whole = build_model(model.config, model.ae)
+        nets = {"unet": whole.unet, "tau": whole.tau}
+    else:
+        nets = ema.nets
+    averaged.unet = nets["unet"].to(model.abar.device)
+    averaged.tau = nets.get("tau")
+    if averaged.tau is not None:
+        averaged.tau.to(model.abar.device)
+    return averaged
+
+
+def load_averaged(averaged: LatentDiffusion, states: dict, machine: Machine) -> None:
+    """Fill the averaged model with the gathered weights, which only the main process has."""
+    if machine.main:
+        averaged.unet.load_state_dict(states["unet"])
+        if averaged.tau is not None:
+            averaged.tau.load_state_dict(states["tau"])
+
+
+def spread_images(
+    data: ImageDataset, n: int, workers: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Yield batches of up to n images; every k-th, as files are sorted, perhaps by class."""
+    every = -(-len(data) // n)
+    return load_images(data, range(0, len(data), every), workers, device)
+
+
+def encode_pairs(
+    args: Namespace, model: LatentDiffusion, data: ImageDataset, machine: Machine
+) -> tuple[Posterior, dict[str, Tensor]]:
+    """Return q(z | x) and y of the first 256 images of a data set."""
+    first = range(min(256, len(data)))
+    with machine.autocast():
+        encoded = encode_dataset(
+            model.ae, data, [first], args.workers, machine.device, model.task.encode
+        )
+        return next(iter(encoded))
+
+
+def sample_all(model: LatentDiffusion, items: list[dict]) -> Tensor:
+    """Sample an image for each item's condition, 16 at a time, in 25 DDIM steps at most."""
+    steps = min(25, len(model.abar))
+    images = []
+    for i in range(0, len(items), 16):
+        batch = items[i:i + 16]
+        seeds = [(0, i + j) for j in range(len(batch))]
+        images.append(model.sample(batch, seeds=seeds, steps=steps))
+    return torch.cat(images)
+
+
+def main(args: Namespace) -> None:
+    # Set-up: the processes, the frozen stage one, the data, the networks.
+    if args.dry_run and not args.data:
+        dry_run_of_preset(args)
+        return
+    machine = setup(args.device, args.dtype)
+    device = machine.device
+    n_micro = flags.check_training_flags(args, machine.world)
+    require(
+        machine.world > 1 or not args.fsdp,
+        "--fsdp: it shares the weights among several processes; start them with torchrun",
+    )
+    with naming("--ae"):
+        ae = open_stage_one(args.ae).to(device, memory_format=torch.channels_last)
+    conditions = {
+        "fields": TASKS[args.task].fields,
+        "label_column": args.label_column,
+        "degrade": args.degrade,
+    }
+    data = flags.open_data(args, "train", **conditions)
+    held_out = flags.open_data(args, "held-out", **conditions)
+    model = build(args, ae, data, held_out)
+    if machine.main:
+        print_sizes(model, len(data))
+    if args.dry_run:
+        flags.print_dry_run(args, model.unet, model.tau)
+        return
+
+    # The networks, their EMA, and the forms of them that run; the optimiser; then everything as
+    # an earlier run left it, if there was one.
+    nets, run_nets, ema = prepare_networks(args, model, machine)
+    eps_theta = as_eps_theta(run_nets["unet"], model.abar, args.predict)
+    params = [p for net in nets.values() for p in net.parameters()]
+    opt = torch.optim.AdamW(params, betas=args.betas, fused=True)
+    parts = {"nets": nets, "ema": ema.nets, "ae": ae, "opt": opt}
+    with naming("--out"):
+        ckpt = resume(args.out / "ckpt.pt", "ldm", model.config.to_checkpoint(), parts)
+    done = ckpt["step"]
+    ema.n_updates = ckpt.get("ema_n", 0)
+
+    # The latents, their std (which a resumed run knows), and the null condition.
+    cache = latents_of(args, model, data, machine) if args.cache_latents else None
     if done == 0:
-        ae.z_std.copy_(cache.std() if args.z_std is None else torch.tensor(args.z_std))
-    order = batch_order(len(data), args.batch, done, args.steps, args.seed, rank, world, data.tars)
-    def batches():
-        """q(z | x) and y of this process's pictures, step by step."""
-        if args.cache_latents:
-            for items in order:
-                q, y = cache[[i % n for i in items]]
-                yield q.scaled(ae.z_std.cpu()), y
-        else:
-            for b in loader(data, order, args.workers, device.type == "cuda"):
-                with torch.no_grad(), autocast():
-                    q = ae.encode(b["image"].to(device))
-                yield q, to_y(b)
-    def save(step):
-        out = {"kind": "tinyldm ldm", "step": step, "config": config, "size": args.size,
-               "args": tr.plain(args), "classes": list(names), "tokenizer": words}
-        now = states(parts)
-        if rank == 0 and step == args.steps:    # first: killed in between, the run makes it again
-            save_checkpoint(out | half({k: now[k] for k in ("ae", "ema")}), args.out / "model.pt")
-        if rank == 0:
-            save_checkpoint(out | now | {"ema_n": ema.n}, path, keep=True)
-    def judge(step):
-        for k, state in (states(ema.nets) if args.fsdp else {}).items():
-            if rank == 0:
-                shown[k].load_state_dict(state)
-        if rank == 0:
-            judged(step)
+        ae.z_std.copy_(z_std_of(args, model, data, cache, machine))
+    y_null = {name: v.to(device) for name, v in model.task.null().items()}
 
-    # ---- loop
-    run = tr.Run(args, done, device, rank)
-    run.note("healthy: loss falls fast from 1 to 0.1, then slowly; gnorm below 1; z_std 1")
-    judged = rank == 0 and args.eval_n > 0 and run.judged < args.steps and judging(
-        m, args, data, held_out, to_y, run, autocast)
-    def loss_of(z, t, eps, y):
-        loss = ldm_loss(eps_theta, z, t, eps, abar, task.ctx(y, run_nets.get("tau"), ae), args.loss)
-        return (loss * snr_weight(t, abar, *args.snr_clamp)).mean(), {}, ()
-    for step, (q, y) in zip(run.steps(save, judge), batches()):
-        g = tr.generator(args.seed, step)
-        noise, eps = (torch.randn(args.batch, *q.mean.shape[1:], generator=g) for _ in range(2))
-        t = draw_t(args.batch, args.T, g)
-        drop = torch.rand(args.batch, generator=g) < args.p_drop
-        noise, eps, t, drop = (v.chunk(world)[rank].to(device) for v in (noise, eps, t, drop))
-        z = Posterior(q.mean.to(device), q.logvar.to(device)).sample(noise)
-        y = guidance.drop_condition(y.to(device), y_null[0].to(device, y.dtype), drop)
-        loss, *_ = tr.accumulate(loss_of, (z, t, eps, y), n_micro, autocast, run_nets.values())
-        if run.update(step, loss, {opt: args.clip}, dict(loss=loss, z_std=z.std())):
+    def save(step: int) -> None:
+        states = gathered_states(parts)
+        if not machine.main:
+            return
+        ckpt = {"kind": "tinyldm ldm", "step": step, "args": flags.plain_values(args)}
+        ckpt |= model.config.to_checkpoint()
+        # model.pt first: a run that is killed between the two makes it again.
+        if step == args.steps:
+            weights = {"ae": states["ae"], "ema": states["ema"]}
+            save_checkpoint(ckpt | half(weights), args.out / "model.pt")
+        ckpt |= states | {"ema_n": ema.n_updates}
+        save_checkpoint(ckpt, args.out / "ckpt.pt", keep=True)
+
+    # The log, the evaluation (again, if the run was stopped before it), and the batches.
+    log = Log(args.out, done=done, steps=args.steps, batch=args.batch, machine=machine)
+    log.note("healthy: loss falls fast from 1 to 0.1, then slowly; gnorm below 1; z_std 1")
+    evaluate = None
+    if args.eval_n > 0:
+        evaluate = prepare_evaluation(args, model, ema, data, held_out, log, machine)
+        if log.evaluation_is_missing(args.eval_every):
+            evaluate(done)
+    stop = StopOnSignal()
+    batches = latent_batches(args, model, data, cache, done, machine)
+    n_skipped = 0
+
+    # The loop.
+    for step, (posterior, y) in enumerate(batches, done + 1):
+        # One batch: the noise of z ~ q(z | x), the eps and t of Eq. (2), and which conditions are
+        # dropped. All of it is drawn for the whole batch, then each process takes its part, so
+        # that nothing depends on the number of processes.
+        rng = generator(args.seed, step)
+        latent_shape = posterior.mean.shape[1:]
+        noise = torch.randn(args.batch, *latent_shape, generator=rng)
+        eps = torch.randn(args.batch, *latent_shape, generator=rng)
+        t = draw_timesteps(args.batch, args.T, rng)
+        drop = torch.rand(args.batch, generator=rng) < args.p_drop
+        noise, eps, t, drop = machine.shard(noise, eps, t, drop)
+
+        z = posterior.to(device).sample(noise)
+        y = {name: v.to(device) for name, v in y.items()}
+        y = drop_condition(y, y_null, drop)
+
+        # The gradient of the mean loss, Eq. (2), accumulated over micro-batches.
+        total_loss = 0
+        tensors = (z, t, eps, *y.values())
+        for z_i, t_i, eps_i, *y_values in micro_batches(n_micro, tensors, run_nets.values()):
+            y_i = dict(zip(y, y_values))
+            with machine.autocast():
+                ctx = model.task.context(y_i, run_nets.get("tau"), ae)
+                losses = ldm_loss(eps_theta, z_i, t_i, eps_i, model.abar, ctx, args.loss)   # (B,)
+                loss = (losses * snr_weight(t_i, model.abar, *args.snr_clamp)).mean()
+                (loss / n_micro).backward()
+            total_loss = total_loss + loss.detach() * (1 / n_micro)
+
+        # The update, and the EMA's. A step that is not finite in some process changes nothing.
+        lr = learning_rate(step, args.lr, args.warmup, args.steps, args.cosine)
+        grad_norm = clip_gradients(params, args.clip)
+        is_bad = ~torch.isfinite(total_loss + grad_norm)
+        is_bad, stopping = any_process(is_bad, stop.as_tensor(device))
+        if is_bad:
+            n_skipped += 1
+            log.note(f"step {step} is not finite: no update, {n_skipped} of --skip-nan")
+            if n_skipped > args.skip_nan:
+                if step - 1 > done and (step - 1) % args.save_every != 0:
+                    save(step - 1)
+                raise not_finite(step, args.out)
+        else:
+            opt.param_groups[0]["lr"] = lr
+            opt.step()
             ema.update()
+            log.add(loss=total_loss, z_std=z.std(), lr=lr, gnorm=grad_norm)
+        opt.zero_grad()
+
+        # Now and then: log, save, evaluate.
+        log.step_done()
+        if log.is_due(step, args.log_every):
+            log.write_means(step)
+        with log.paused():
+            if stopping or log.is_due(step, args.save_every):
+                save(step)
+            if evaluate and log.is_due(step, args.eval_every):
+                evaluate(step)
+        if stopping:
+            break
+    log.close()
+
 
 if __name__ == "__main__":
-    tr.run(main, parse_args)
+    run(main, parse_args)

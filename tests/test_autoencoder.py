@@ -1,74 +1,201 @@
-"""autoencoder.py against the official code, KL and VQ: every output and the gradients."""
-import re
+"""autoencoder.py: closed forms, and the official code's outputs and gradients."""
+import math
 
-import numpy as np
 import pytest
 import torch
-from goldens import close, golden, weights
+from goldens import close, golden, gradients_close, weights
 from torch.testing import assert_close
 
 from tinyldm.attention import SelfAttention2d
-from tinyldm.autoencoder import AEConfig, Autoencoder, Posterior
+from tinyldm.autoencoder import (
+    AEConfig,
+    Autoencoder,
+    Pixels,
+    Posterior,
+    build_autoencoder,
+)
+from tinyldm.engine.released import load_into
+from tinyldm.quantize import rows_of_latents
 
+# The shapes of the golden files ae_kl and ae_vq.
 KL = AEConfig(ch=32, ch_mult=(1, 2, 4), n_res=1, c_z=3, side=32, attn_res=(16,), c_e=4)
-VQ = AEConfig(ch=32, ch_mult=(1, 2), n_res=2, c_z=3, side=32, attn_res=(16,), n_codes=64, c_e=4)
+VQ = AEConfig(
+    ch=32, ch_mult=(1, 2), n_res=2, c_z=3, side=32, attn_res=(16,), n_codes=64, c_e=4
+)
+
+# A small KL model, f = 2.
+TINY = AEConfig(ch=8, ch_mult=(1, 2), n_res=1, c_z=2, groups=4)
 
 
-def place(key):
-    """Where an official weight comes in our order, which is the running order."""
-    net, name = key.split(".")[:2]
-    a, b = ([int(v) for v in re.findall(r"\d+", key)] + [0, 0])[:2]
-    if net not in ("encoder", "decoder"):
-        return (["quant_conv", "post_quant_conv", "quantize"].index(net) + 2,)
-    part = ["conv_in", *(("mid", "up") if net == "decoder" else ("down", "mid")), "norm_out",
-            "conv_out"].index(name)
-    kind = re.split(r"\d\.", key)[1].split(".")[0] if name in ("up", "down") else ""
-    if name == "mid":
-        where = ["block_1", "attn_1", "block_2"].index(key.split(".")[2])
-    elif kind in ("block", "attn"):
-        where = 2 * b + (kind == "attn")
-    else:
-        where = 99                                              # down- or upsample: last
-    return net == "decoder", part, -a if name == "up" else a * (name == "down"), where
+# ---- shapes
+
+@pytest.mark.parametrize(
+    "ch_mult,f",
+    [
+        ((1,), 1),
+        ((1, 2), 2),
+        ((1, 2, 2), 4),
+        ((1, 1, 2, 2), 8),
+        ((1, 1, 1, 2, 2), 16),
+        ((1, 1, 1, 1, 2, 2), 32),
+    ],
+)
+def test_shapes_for_every_f(ch_mult, f):
+    config = AEConfig(ch=8, ch_mult=ch_mult, n_res=1, c_z=5, groups=4)
+    ae = Autoencoder(config)
+    x = torch.randn(2, 3, 64, 32)
+    latent_shape = (2, 5, 64 // f, 32 // f)
+
+    x_rec, q = ae(x, torch.zeros(latent_shape))
+
+    assert config.f == f
+    assert x_rec.shape == x.shape
+    assert q.mean.shape == latent_shape
+    assert q.logvar.shape == latent_shape
 
 
-def in_our_order(official):
-    """Values by official key -> lists of values, one for each of our weights; q, k, v together."""
-    out = []
-    for key in sorted(official, key=place):                     # stable: keeps a module's order
-        if re.search(r"attn.*\.(q|k|v)\.", key):
-            if ".q." in key:
-                out += [[official[key.replace(".q.", f".{n}.")] for n in "qkv"]]
-        else:
-            out.append([official[key]])
-    return out
+def n_attention(net):
+    return sum(isinstance(module, SelfAttention2d) for module in net.modules())
 
 
-def load(ae, state):
-    """Copy official weights into ae."""
-    groups, ours = in_our_order(state), [p for k, p in ae.state_dict().items() if k != "z_std"]
-    assert len(groups) == len(ours)
-    for values, p in zip(groups, ours):
-        p.copy_(torch.cat(values).view(p.shape))
-    return ae.eval()
+@pytest.mark.parametrize(
+    "attn_res,attn_mid,n_in_encoder,n_in_decoder",
+    [
+        ((), True, 1, 1),
+        ((), False, 0, 0),
+        ((16,), True, 3, 4),
+        ((8, 32), False, 4, 6),
+    ],
+)
+def test_attention_follows_each_res_block_of_its_levels(
+    attn_res, attn_mid, n_in_encoder, n_in_decoder
+):
+    config = AEConfig(
+        ch=8,
+        ch_mult=(1, 1, 2),
+        n_res=2,
+        groups=4,
+        side=32,
+        attn_res=attn_res,
+        attn_mid=attn_mid,
+    )
+    ae = Autoencoder(config)
+    assert n_attention(ae.encoder) == n_in_encoder
+    assert n_attention(ae.decoder) == n_in_decoder
 
 
-def gradients_match(ae, x, out, ref):
-    """The gradient of mean(out * cotangent) for x, and its norm for every weight."""
-    ae.zero_grad()
-    x.grad = None
-    (out * torch.from_numpy(ref["in/cotangent"])).mean().backward(retain_graph=True)
-    close(x.grad, ref["grad/x"], 2e-4)
-    norms = in_our_order(dict(zip(ref["grad/names"], ref["grad/norms"])))
-    want = np.array([np.linalg.norm(v) for v in norms])
-    ours = [torch.zeros(()) if p.grad is None else p.grad.norm() for p in ae.parameters()]
-    assert_close(torch.stack(ours), torch.from_numpy(want).float(), rtol=2e-4, atol=1e-6)
+def test_kl_f8_has_the_official_number_of_parameters():
+    """Encoder, decoder and the two 1x1 convolutions of the released kl-f8."""
+    with torch.device("meta"):
+        ae = Autoencoder(AEConfig(ch=128, ch_mult=(1, 2, 4, 4), n_res=2, c_z=4))
+    assert sum(p.numel() for p in ae.parameters()) == 83_653_863
 
+
+def test_last_weight_is_that_of_the_convolution_that_makes_the_image():
+    """Its gradient for an output channel is that of the channel's own weights only."""
+    ae = Autoencoder(TINY)
+    ae.decode(torch.randn(1, 2, 8, 8))[:, 0].sum().backward()
+    gradient = ae.decoder.last_weight.grad
+    assert gradient.shape == (3, 8, 3, 3)
+    assert (gradient[0] != 0).any()
+    assert (gradient[1:] == 0).all()
+
+
+# ---- the posterior
+
+def test_kl_equals_torchs():
+    q = Posterior(torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4))
+    normal = torch.distributions.Normal(q.mean, (q.logvar / 2).exp())
+    standard = torch.distributions.Normal(0.0, 1.0)
+    wanted = torch.distributions.kl_divergence(normal, standard)
+    assert_close(q.kl(), wanted.sum((1, 2, 3)))
+
+
+def test_samples_have_the_std_that_std_predicts():
+    torch.manual_seed(0)
+    mean = torch.randn(8, 4, 32, 32) * 3
+    q = Posterior(mean, torch.full_like(mean, math.log(4.0)))
+    z = q.sample(torch.randn_like(mean))
+    assert abs((z - mean).std() - 2) < 0.02
+    assert_close(q.std(), z.std(), rtol=0.01, atol=0)
+
+
+# ---- scaling by z_std
+
+def test_z_std_scales_latents_to_variance_1_and_changes_no_reconstruction():
+    torch.manual_seed(0)
+    ae = Autoencoder(TINY)
+    x = torch.randn(4, 3, 16, 16)
+    unscaled = ae.encode(x)
+    x_rec = ae.decode(unscaled.mean)
+
+    ae.z_std.copy_(unscaled.std())
+    q = ae.encode(x)
+
+    assert_close(q.std().item(), 1.0, rtol=1e-5, atol=0)
+    assert_close(q.mean * ae.z_std, unscaled.mean)
+    assert_close((q.logvar / 2).exp() * ae.z_std, (unscaled.logvar / 2).exp())
+    assert_close(ae.decode(q.mean), x_rec)
+
+
+def tiny_vq():
+    """Return a VQ model whose codes are latents of the images that come with it."""
+    torch.manual_seed(0)
+    ae = Autoencoder(AEConfig(ch=8, ch_mult=(1, 2), n_res=1, groups=4, n_codes=8))
+    x = torch.randn(4, 3, 16, 16)
+    all_codes = torch.ones(8, dtype=torch.bool)
+    z_rows = rows_of_latents(ae.encode(x).mean)
+    ae.codebook.restart(all_codes, z_rows, torch.Generator().manual_seed(0))
+    return ae, x
+
+
+def test_a_vq_models_posterior_is_a_point():
+    ae, x = tiny_vq()
+    q = ae.encode(x)
+    assert_close(q.sample(torch.randn_like(q.mean)), q.mean, rtol=0, atol=0)
+    assert_close(q.std(), q.mean.std())
+
+
+def test_a_vq_model_is_scaled_outside_its_codebook():
+    """Scaling changes neither the codes nor the reconstruction, in training neither."""
+    ae, x = tiny_vq()
+    unscaled = ae.encode(x)
+    x_rec = ae.decode(unscaled.mean)
+    k = ae.codebook(unscaled.mean).k
+
+    ae.z_std.copy_(unscaled.std())
+    q = ae.encode(x)
+    x_rec_in_training, quantised = ae(x, torch.randn_like(q.mean))
+
+    assert_close(q.mean, unscaled.mean / ae.z_std)
+    assert_close(q.std().item(), 1.0)
+    assert_close(ae.decode(q.mean), x_rec)
+    assert_close(x_rec_in_training, x_rec)
+    assert (quantised.k == k).all()
+    assert len(k.unique()) > 2
+    assert_close(quantised.z, unscaled.mean)
+
+
+def test_pixels_stand_for_a_stage_one_that_only_scales():
+    pixels = build_autoencoder(Pixels.cfg)
+    pixels.z_std.fill_(0.5)
+    x = torch.randn(2, 3, 4, 4)
+    q = pixels.encode(x)
+    assert isinstance(pixels, Pixels)
+    assert pixels.cfg.f == 1
+    assert_close(q.sample(torch.randn_like(x)), x / 0.5)
+    assert_close(pixels.decode(q.mean), x)
+
+
+# ---- the official code's numbers
 
 def test_official_kl_autoencoder():
+    """Every step from x to x_rec, and the gradients."""
     ref = golden("ae_kl")
-    ae = load(Autoencoder(KL), weights(ref["recipe"]))
-    x, noise = torch.from_numpy(ref["in/x"]).requires_grad_(), torch.from_numpy(ref["in/noise"])
+    ae = load_into(Autoencoder(KL), weights(ref["recipe"]))
+    x = torch.from_numpy(ref["in/x"]).requires_grad_()
+    noise = torch.from_numpy(ref["in/noise"])
+
     close(ae.encoder(x), ref["out/encoder"])
     q = ae.encode(x)
     close(q.mean, ref["out/mean"])
@@ -76,74 +203,77 @@ def test_official_kl_autoencoder():
     close((q.logvar / 2).exp(), ref["out/std"])
     close(q.kl(), ref["out/kl"])
     close(q.sample(noise), ref["out/sample"])
+
     x_rec = ae.decode(q.mean)
     close(x_rec, ref["out/dec"])
-    gradients_match(ae, x, x_rec, ref)
-    q = ae.encode(torch.from_numpy(ref["in/x_rect"]))           # 24 x 40: levels attend as ever
+    gradients_close(ae, x, x_rec, ref)
+
+
+@torch.no_grad()
+def test_official_kl_autoencoder_on_an_oblong_image():
+    """24 x 40: the levels that attend are still those of cfg.side."""
+    ref = golden("ae_kl")
+    ae = load_into(Autoencoder(KL), weights(ref["recipe"]))
+    q = ae.encode(torch.from_numpy(ref["in/x_rect"]))
     close(torch.cat([q.mean, q.logvar], 1), ref["out/moments_rect"])
     close(ae.decode(q.mean), ref["out/dec_rect"])
 
 
 def test_official_vq_autoencoder():
+    """Every step from x to x_rec, and the gradients: straight through to E."""
     ref = golden("ae_vq")
-    ae = load(Autoencoder(VQ), weights(ref["recipe"]))
+    ae = load_into(Autoencoder(VQ), weights(ref["recipe"]))
     x = torch.from_numpy(ref["in/x"]).requires_grad_()
+
     close(ae.encoder(x), ref["out/encoder"])
-    h = ae.encode(x).mean
-    close(h, ref["out/h"])
-    q = ae.codebook(h)
+    z = ae.encode(x).mean
+    close(z, ref["out/h"])
+    q = ae.codebook(z)
     close(q.straight_through(), ref["out/quant"])
     assert (q.k.numpy() == ref["out/indices"]).all()
     close(q.loss(), ref["out/codebook_loss"])
-    close(ae.decode(h, quantise=False), ref["out/dec_not_quantized"])
-    x_trained, q = ae(x, torch.zeros_like(h))
+    close(ae.decode(z, quantise=False), ref["out/dec_not_quantized"])
+
+    x_rec = ae.decode(z)
+    close(x_rec, ref["out/dec"])
+    gradients_close(ae, x, x_rec, ref)
+
+
+def test_official_vq_autoencoder_as_trained():
+    """forward gives what encode and decode give."""
+    ref = golden("ae_vq")
+    ae = load_into(Autoencoder(VQ), weights(ref["recipe"]))
+    x = torch.from_numpy(ref["in/x"]).requires_grad_()
+
+    x_rec, q = ae(x, torch.zeros(ref["out/h"].shape))
+
     assert (q.k.numpy() == ref["out/indices"]).all()
-    for x_rec in (x_trained, ae.decode(h)):                     # straight through to E in both
-        close(x_rec, ref["out/dec"])
-        gradients_match(ae, x, x_rec, ref)
+    close(x_rec, ref["out/dec"])
+    gradients_close(ae, x, x_rec, ref)
+
+
+def posterior_of(moments):
+    """Return the Posterior that an Autoencoder makes of mean and logvar, joined."""
+    ae = Autoencoder(AEConfig(ch=8, ch_mult=(1,), n_res=1, groups=4))
+    ae.encoder = torch.nn.Identity()
+    ae.quant_conv = torch.nn.Identity()
+    return ae.encode(torch.from_numpy(moments))
 
 
 def test_official_posterior():
-    """DiagonalGaussianDistribution: log-variances clamped to -30..20, KL, sample."""
+    """DiagonalGaussianDistribution."""
     ref = golden("losses")
-    ae = Autoencoder(AEConfig(3, 8, (1,), 1, 3, groups=4))
-    ae.encoder = ae.quant_conv = torch.nn.Identity()            # so that moments go straight in
-    q = ae.encode(torch.from_numpy(ref["in/moments"]))
-    for name, ours in (("mean", q.mean), ("logvar", q.logvar), ("kl", q.kl()),
-                       ("std", (q.logvar / 2).exp()), ("var", q.logvar.exp()),
-                       ("sample", q.sample(torch.from_numpy(ref["in/noise"])))):
-        close(ours, ref[f"out/dg/{name}"])
-    q = ae.encode(torch.from_numpy(ref["in/moments_big"]))
+    q = posterior_of(ref["in/moments"])
+    close(q.mean, ref["out/dg/mean"])
+    close(q.logvar, ref["out/dg/logvar"])
+    close(q.logvar.exp(), ref["out/dg/var"])
+    close((q.logvar / 2).exp(), ref["out/dg/std"])
+    close(q.kl(), ref["out/dg/kl"])
+    close(q.sample(torch.from_numpy(ref["in/noise"])), ref["out/dg/sample"])
+
+
+def test_official_posterior_clamps_log_variances():
+    ref = golden("losses")
+    q = posterior_of(ref["in/moments_big"])
     close(q.logvar, ref["out/dg/big_logvar"])
     close(q.kl(), ref["out/dg/big_kl"])
-
-
-def attending(net):
-    return sum(isinstance(m, SelfAttention2d) for m in net.modules())
-
-
-@pytest.mark.parametrize("attn_res,attn_mid,n", [((), True, (1, 1)), ((), False, (0, 0)),
-                                                 ((16,), True, (3, 4)), ((8, 32), False, (4, 6))])
-def test_attention_follows_each_res_block_of_its_levels(attn_res, attn_mid, n):
-    cfg = AEConfig(3, 8, (1, 1, 2), 2, 3, groups=4, side=32, attn_res=attn_res, attn_mid=attn_mid)
-    ae = Autoencoder(cfg)
-    assert (attending(ae.encoder), attending(ae.decoder)) == n
-
-
-def test_a_vq_models_posterior_is_a_point_scaled_as_any_other():
-    torch.manual_seed(0)
-    ae, x = Autoencoder(AEConfig(3, 8, (1, 2), 1, 3, 4, n_codes=8)), torch.randn(4, 3, 16, 16)
-    q = ae.encode(x)
-    ae.codebook.restart(torch.ones(8, dtype=torch.bool), q.mean, torch.Generator().manual_seed(0))
-    x_rec, k = ae.decode(q.mean), ae.codebook(q.mean).k
-    assert_close(q.sample(torch.randn_like(q.mean)), q.mean, rtol=0, atol=0)
-    assert_close(q.std(), q.mean.std())
-    ae.z_std.copy_(q.std())
-    z = Posterior(q.mean, q.logvar).scaled(ae.z_std)
-    assert_close(ae.encode(x).mean, z.mean)
-    assert_close(z.std().item(), 1.0)
-    assert_close(ae.decode(z.mean), x_rec)
-    x_rec_2, again = ae(x, torch.randn_like(q.mean))
-    assert_close(x_rec_2, x_rec)
-    assert (again.k == k).all() and len(k.unique()) > 2
-    assert_close(again.z, q.mean)

@@ -1,6 +1,7 @@
-"""Training survives: kills at any moment, truncated checkpoints, a full disk, losses that are NaN.
+"""Training survives kills at any moment, truncated checkpoints and a full disk.
 
-The slow part (pytest -m slow -s tests/test_endurance.py) starts and kills real processes."""
+The slow part (pytest -m slow -s tests/test_endurance.py) starts and kills real processes.
+"""
 import contextlib
 import os
 import random
@@ -16,369 +17,379 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_AE, TINY_LDM, TINY_VQ
-from test_scripts import lines, states
+from conftest import ROOT, TINY_LDM, TINY_VQ
+from runs import assert_same_state, figures, log_rows, steps_of
 from torch.testing import assert_close
 
-import train_ae
-import train_ldm
-from tinyldm import BadInput, patchgan
-from tinyldm.checkpoint import load_checkpoint, save_checkpoint, write_state
+from tinyldm.engine.checkpoint import load_checkpoint, save_checkpoint
+from tinyldm.engine.weights import write_state
+from tinyldm.errors import BadInput
 
 RUN = ["--size", 16, "--no-cosine"]
-TIMING = {"ms", "img_per_s", "gb", "eta_min"}
 
 
-def figures(path):
-    """log.jsonl, without what the clock and the machine say."""
-    return [{k: v for k, v in x.items() if k not in TIMING} for x in lines(path)]
+def step_in(path):
+    """The step of a checkpoint, or of the one before it if it is damaged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load_checkpoint(path)["step"]
 
 
-def same(a, b):
-    """Every tensor and number that training made is the same, bit for bit."""
-    assert_close(states(a), states(b), rtol=0, atol=0, equal_nan=False)
+# ---- checkpoints damaged anywhere
 
-
-# ---- a checkpoint truncated anywhere
-@pytest.fixture(scope="module")
-def five(tmp_path_factory, cli):
-    """A VQ stage one of five steps, each saved, and the command that made it."""
-    out = tmp_path_factory.mktemp("five") / "ae"
-    flags = [*TINY_VQ, *RUN, "--steps", 5, "--save-every", 1, "--eval-every", 2]
-    cli("train_ae.py", *flags, "--out", out)
-    return out, flags
-
-
-def test_a_checkpoint_truncated_at_any_byte_is_replaced_by_the_one_before(tmp_path):
-    path, old = tmp_path / "ckpt.pt", tmp_path / "ckpt.old.pt"
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    """ckpt.pt of step 5, and ckpt.old.pt of step 4 beside it."""
+    path = tmp_path / "ckpt.pt"
     for step in (4, 5):
-        nets = {k: torch.randn(1000, generator=torch.manual_seed(step)) for k in "abcdefgh"}
-        ckpt = {"kind": "tinyldm autoencoder", "step": step, "nets": nets}
-        save_checkpoint(ckpt, path, keep=True)
+        rng = torch.manual_seed(step)
+        nets = {name: torch.randn(200, generator=rng) for name in "abcdefgh"}
+        checkpoint = {"kind": "tinyldm autoencoder", "step": step, "nets": nets}
+        save_checkpoint(checkpoint, path, keep=True)
+    return path
+
+
+def test_a_checkpoint_truncated_at_any_byte_is_replaced_by_the_one_before(two_checkpoints):
+    """With a warning that names both; a whole one is read without."""
+    path = two_checkpoints
     data = path.read_bytes()
-    cuts = {*range(0, len(data), 100), *range(20), *range(len(data) - 200, len(data))}
-    for n in sorted(cuts):
-        path.write_bytes(data[:n])
-        with pytest.warns(UserWarning, match=r"ckpt\.pt: .*ckpt\.old\.pt is used"):
-            assert load_checkpoint(path, "autoencoder", "--out")["step"] == 4, n
-    path.unlink()
-    with pytest.warns(UserWarning, match=r"ckpt\.pt: No such file.*ckpt\.old\.pt is used"):
-        assert load_checkpoint(path, "autoencoder", "--ae")["step"] == 4
-    path.write_bytes(data)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert load_checkpoint(path, "autoencoder", "--ae")["step"] == 5
-    path.write_bytes(data[:1000])
-    old.write_bytes(data[:1000])
+        assert load_checkpoint(path, "autoencoder")["step"] == 5
+
+    n_bytes = {*range(20), *range(0, len(data), 100), *range(len(data) - 100, len(data))}
+    for n in sorted(n_bytes):
+        path.write_bytes(data[:n])
+        with pytest.warns(UserWarning, match=r"ckpt\.pt: .*ckpt\.old\.pt, .*is used"):
+            assert load_checkpoint(path, "autoencoder")["step"] == 4, n
+
+
+def test_a_checkpoint_that_is_gone_is_replaced_by_the_one_before(two_checkpoints):
+    """A run killed between the two renames of saving leaves it so."""
+    two_checkpoints.unlink()
+    with pytest.warns(UserWarning, match=r"ckpt\.pt: No such file.*ckpt\.old\.pt, .*is used"):
+        assert load_checkpoint(two_checkpoints, "autoencoder")["step"] == 4
+
+
+def test_two_truncated_checkpoints_are_bad_input(two_checkpoints):
+    """The error names the older one, the last that was tried."""
+    for path in (two_checkpoints, two_checkpoints.with_name("ckpt.old.pt")):
+        path.write_bytes(path.read_bytes()[:1000])
     with pytest.warns(UserWarning), pytest.raises(BadInput, match=r"ckpt\.old\.pt: truncated"):
-        load_checkpoint(path, "autoencoder", "--out")
-    print(f"\n{len(cuts)} truncations, each replaced by the checkpoint before")
+        load_checkpoint(two_checkpoints, "autoencoder")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "gone", "half a log line"])
-def test_a_run_with_a_damaged_end_goes_on_as_if_nothing_had_happened(five, tmp_path, cli, damage):
-    out, (whole, flags) = tmp_path / "ae", five
-    shutil.copytree(whole, out)
-    path, log = out / "ckpt.pt", out / "log.jsonl"
-    if damage == "half a log line":
-        text = log.read_text()
-        log.write_text(text[:len(text) - 30])           # step 5 was judged, and will be again
-    elif damage == "truncated":
-        path.write_bytes(path.read_bytes()[:5000])
-    else:
-        path.unlink()
-    said = cli("train_ae.py", *flags, "--out", out)
-    if damage == "half a log line":
-        assert "5 of 5 steps are done" in said
-    else:
-        assert "warning" in said and "ckpt.old.pt is used" in said and "4 of 5 steps" in said
-    same(whole, out)
-    assert figures(whole) == figures(out)
+@pytest.mark.parametrize("n_renames", [0, 1, 2])
+@pytest.mark.parametrize("newest_is_broken", [False, True])
+def test_saving_leaves_a_whole_checkpoint_whenever_it_is_stopped(
+    tmp_path, monkeypatch, n_renames, newest_is_broken
+):
+    """Stopped before or after each rename, also if the newest one is truncated."""
+    path = tmp_path / "ckpt.pt"
 
+    def save(step):
+        save_checkpoint({"kind": "tinyldm ldm", "step": step}, path, keep=True)
 
-def test_both_checkpoints_unreadable_are_one_line(five, tmp_path, cli):
-    out = tmp_path / "ae"
-    shutil.copytree(five[0], out)
-    for name in ("ckpt.pt", "ckpt.old.pt"):
-        (out / name).write_bytes(b"PK")
-    said = cli("train_ae.py", *five[1], "--out", out, code=2)
-    assert said.splitlines()[-1].startswith("error: --out") and "ckpt.old.pt" in said
+    save(1)
+    save(2)
+    if newest_is_broken:
+        path.write_bytes(path.read_bytes()[:-1])
 
+    n_done = 0
+    original = Path.replace
 
-def test_no_step_of_saving_leaves_nothing_whole(tmp_path, monkeypatch):
-    """Stop before and after each rename, also when the newest is truncated; save again."""
-    real, path = Path.replace, tmp_path / "ckpt.pt"
-    def readable():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return load_checkpoint(path, None, "--out")["step"]
-    for broken in (False, True):
-        for stop in (0, 1, 2):
-            for p in tmp_path.iterdir():
-                p.unlink()
-            for step in (1, 2):
-                save_checkpoint({"kind": "tinyldm ldm", "step": step}, path, keep=True)
-            if broken:
-                path.write_bytes(path.read_bytes()[:-1])
-            calls = iter(range(9))
-            def replace(self, target, calls=calls, stop=stop):
-                if next(calls) >= stop:
-                    raise KeyboardInterrupt
-                return real(self, target)
-            monkeypatch.setattr(Path, "replace", replace)
-            with contextlib.suppress(KeyboardInterrupt):
-                save_checkpoint({"kind": "tinyldm ldm", "step": 3}, path, keep=True)
-            monkeypatch.setattr(Path, "replace", real)
-            assert readable() in ((1, 3) if broken else (2, 3))
-            assert not list(tmp_path.glob("*.part"))
-            save_checkpoint({"kind": "tinyldm ldm", "step": 4}, path, keep=True)
-            assert readable() == 4
-            path.unlink()
-            assert readable() in (1, 2, 3)
+    def replace(self, target):
+        nonlocal n_done
+        if n_done == n_renames:
+            raise KeyboardInterrupt
+        n_done += 1
+        return original(self, target)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(Path, "replace", replace)
+        save(3)
+    assert step_in(path) in ((1, 3) if newest_is_broken else (2, 3))
+    assert not list(tmp_path.glob("*.part"))
+
+    save(4)
+    assert step_in(path) == 4
+    path.unlink()
+    assert step_in(path) in (1, 2, 3)
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt", "new/x.safetensors"])
 def test_an_export_is_written_whole_or_not_at_all(tmp_path, name):
-    path, part = tmp_path / name, tmp_path / (name + ".part")
-    part.mkdir(parents=True)                            # so that nothing can be written there
-    with contextlib.suppress(FileNotFoundError):
-        path.write_bytes(b"before")
+    """A folder in the place of the temporary file makes writing impossible."""
+    path = tmp_path / name
+    path.with_name(path.name + ".part").mkdir(parents=True)
+    path.write_bytes(b"before")
     with pytest.raises(BadInput, match=f"cannot write .*{path.name}"):
         write_state({"a": torch.ones(3)}, path)
     assert path.read_bytes() == b"before"
 
 
-# ---- losses that are NaN
-def at_call(n, f, spoil):
-    """f, whose n-th result (1, 2, ...) is spoiled."""
-    calls = iter(range(1, 10 ** 6))
-    return lambda *a, **k: spoil(f(*a, **k)) if next(calls) == n else f(*a, **k)
+# ---- runs that were damaged
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cli):
+    """A VQ stage one of five steps, each saved: its folder, and the command that made it."""
+    out = tmp_path_factory.mktemp("finished") / "ae"
+    command = ["train_ae.py", *TINY_VQ, *RUN, "--steps", 5, "--save-every", 1, "--eval-every", 2,
+               "--eval-n", 2]
+    cli(*command, "--out", out)
+    return out, command
 
 
-def nan_picture(n):
-    def loader(*args):
-        for i, batch in enumerate(train_ae_loader(*args), 1):
-            if i == n:
-                batch["image"][1, 0, 5, 5] = torch.nan
-            yield batch
-    return loader
-
-
-train_ae_loader = train_ae.loader
-CASES = ["picture", "D_psi", "vq", "ldm", "gradient"]
-
-
-def spoil(monkeypatch, case, n):
-    """Make step n of a run NaN, in one of several ways."""
-    if case == "D_psi":                                 # which begins at step 2
-        hinge = at_call(n - 1, patchgan.hinge_loss, lambda loss: loss * torch.nan)
-        monkeypatch.setattr(patchgan, "hinge_loss", hinge)
-    elif case == "ldm":
-        loss = at_call(n, train_ldm.ldm_loss, lambda loss: loss * torch.inf)
-        monkeypatch.setattr(train_ldm, "ldm_loss", loss)
-    elif case == "gradient":                            # of a loss that is finite
-        def finite(loss):
-            return loss + (loss * 0).sqrt() * (loss > -1)
-        monkeypatch.setattr(train_ldm, "ldm_loss", at_call(n, train_ldm.ldm_loss, finite))
+@pytest.mark.parametrize("damage", ["truncated", "gone", "half a log line"])
+def test_a_damaged_run_goes_on_as_if_nothing_had_happened(finished, tmp_path, cli, damage):
+    """A damaged checkpoint costs a step; an evaluation that is not in the log is done again."""
+    unbroken, command = finished
+    out = tmp_path / "ae"
+    shutil.copytree(unbroken, out)
+    if damage == "half a log line":
+        text = (out / "log.jsonl").read_text()
+        (out / "log.jsonl").write_text(text[:-30])
+    elif damage == "truncated":
+        data = (out / "ckpt.pt").read_bytes()
+        (out / "ckpt.pt").write_bytes(data[:5000])
     else:
-        monkeypatch.setattr(train_ae, "loader", nan_picture(n))
+        (out / "ckpt.pt").unlink()
+
+    output = cli(*command, "--out", out)
+    if damage == "half a log line":
+        assert "5 of 5 steps are done" in output
+    else:
+        assert "warning: " in output
+        assert "ckpt.old.pt, the one before it, is used" in output
+        assert "4 of 5 steps are done" in output
+    assert_same_state(unbroken, out)
+    assert figures(unbroken) == figures(out)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_step_that_is_nan_changes_nothing(five, tmp_path, cli, monkeypatch, case):
-    """Skipped as step 3 of 3, the state is step 2's: of Adam, BatchNorm, EMA and the codes, too;
-    without --skip-nan the run stops there, and the same command with it goes on."""
-    flags = {"ldm": TINY_LDM, "gradient": TINY_LDM, "vq": TINY_VQ}.get(case, TINY_AE)
-    flags = [*flags, *RUN, "--eval-n", 0, "--save-every", 9]
-    script, key = ("train_ae.py", "rec") if flags[1] == "8" else ("train_ldm.py", "loss")
-    flags += ["--ae", five[0] / "ckpt.pt"] if key == "loss" else []
-    cli(script, *flags, "--steps", 2, "--out", tmp_path / "two")
-    with monkeypatch.context() as patch:
-        spoil(patch, case, 3)
-        said = cli(script, *flags, "--steps", 3, "--skip-nan", 1, "--out", tmp_path / "three")
-    assert "step 3 is not finite" in said
-    two, three = states(tmp_path / "two"), states(tmp_path / "three")
-    assert two.pop("step") == 2 and three.pop("step") == 3
-    assert_close(two, three, rtol=0, atol=0)
-    told = figures(tmp_path / "three")
-    assert [x["step"] for x in told] == [1, 2, 3] and key in told[1] and told[2] == {"step": 3}
+def test_two_unreadable_checkpoints_are_one_line(finished, tmp_path, cli):
+    """It does not begin anew, which would write over what is left."""
+    unbroken, command = finished
+    out = tmp_path / "ae"
+    shutil.copytree(unbroken, out)
+    for name in ("ckpt.pt", "ckpt.old.pt"):
+        (out / name).write_bytes(b"PK")
 
-    with monkeypatch.context() as patch:
-        spoil(patch, case, 3)
-        said = cli(script, *flags, "--steps", 5, "--out", tmp_path / "stops", code=2)
-    assert "error: step 3: loss or gradient is not finite" in said.splitlines()[-1]
-    assert all(k in said for k in ("keeps step 2", "--lr", "--skip-nan"))
-    same(tmp_path / "two", tmp_path / "stops")
-    with monkeypatch.context() as patch:
-        spoil(patch, case, 2 if case == "D_psi" else 1)
-        cli(script, *flags, "--steps", 5, "--out", tmp_path / "stops", "--skip-nan", 1)
-    told = figures(tmp_path / "stops")
-    assert [x["step"] for x in told] == [1, 2, 3, 4, 5]
-    assert [key in x for x in told] == [True, True, False, True, True]
+    output = cli(*command, "--out", out, code=2)
+    last = output.splitlines()[-1]
+    assert last.startswith("error: --out: ")
+    assert "ckpt.old.pt" in last
 
 
-def test_more_than_skip_nan_steps_stop_the_run_and_means_leave_them_out(tmp_path, cli, monkeypatch):
-    flags = [*TINY_AE[:-4], *RUN, "--n-shapes", 40, "--eval-n", 0, "--log-every", 4]
-    whole = cli("train_ae.py", *flags, "--steps", 4, "--log-every", 1, "--out", tmp_path / "a")
-    assert "not finite" not in whole
-    monkeypatch.setattr(train_ae, "loader", nan_picture(4))
-    cli("train_ae.py", *flags, "--steps", 4, "--skip-nan", 2, "--out", tmp_path / "b")
-    (mean,), each = figures(tmp_path / "b"), figures(tmp_path / "a")
-    assert_close(mean["rec"], sum(x["rec"] for x in each[:3]) / 3)
-    real = train_ae.losses
-    def nan(*args):
-        loss, reg, told = real(*args)
-        return loss * torch.nan, reg, told
-    monkeypatch.setattr(train_ae, "losses", nan)
-    flags += ["--steps", 9, "--skip-nan", 2, "--out", tmp_path / "b"]
-    assert "error: step 7:" in cli("train_ae.py", *flags, code=2)
-    assert load_checkpoint(tmp_path / "b/ckpt.pt", "autoencoder", "--out")["step"] == 6
+@pytest.mark.parametrize("flags, message", [
+    (["--size", 4], "--size: must be at least 16"),
+    (["--size", 16, "--disc-layers", 3], "--disc-layers 3 are too many"),
+])
+def test_too_small_images_are_one_line_at_the_start(tmp_path, cli, flags, message):
+    """Not an error of some layer later on; nothing is written."""
+    output = cli("train_ae.py", *TINY_VQ, *flags, "--out", tmp_path / "ae", code=2)
+    assert message in output
+    assert not (tmp_path / "ae").exists()
 
 
-def test_too_small_pictures_are_one_line_at_the_start(tmp_path, cli):
-    for flags, say in ((["--size", 4], "--size: must be at least 16"),
-                       (["--size", 16, "--disc-layers", 3], "--disc-layers 3 are too many")):
-        said = cli("train_ae.py", *TINY_AE, *flags, "--out", tmp_path / "ae", code=2)
-        assert say in said and not (tmp_path / "ae").exists()
+# ---- real processes, killed (slow)
 
-
-# ---- real processes, killed
 STEPS = 120
-STAGES = {"ae": ["train_ae.py", *TINY_VQ, *RUN, "--steps", STEPS],
-          "ldm": ["train_ldm.py", *TINY_LDM, *RUN, "--steps", STEPS]}
+STAGES = {
+    "ae": ["train_ae.py", *TINY_VQ, *RUN, "--steps", STEPS],
+    "ldm": ["train_ldm.py", *TINY_LDM, *RUN, "--steps", STEPS],
+}
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """start(stage, out, *flags) -> a process that trains, without matplotlib: it takes longer."""
-    fake = tmp_path_factory.mktemp("fake")
-    (fake / "matplotlib.py").write_text("raise ImportError")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{fake}:{ROOT}"}
+    """start(stage, out, *flags) -> a process that trains."""
+    # Without matplotlib: curves take longer than the steps.
+    no_matplotlib = tmp_path_factory.mktemp("no_matplotlib")
+    (no_matplotlib / "matplotlib.py").write_text("raise ImportError")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{no_matplotlib}:{ROOT}"}
+
     def start(stage, out, *flags, **how):
         script, *rest = STAGES[stage]
+        command = [sys.executable, ROOT / script, *rest, *flags, "--out", out]
         return subprocess.Popen(
-            [sys.executable, ROOT / script, *map(str, (*rest, *flags)), "--out", out], env=env,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **how)
+            [str(part) for part in command],
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            **how,
+        )
+
     return start
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, start):
-    """Both stages, run in one go: {stage: folder, flags beside STAGES'}."""
-    out, made = tmp_path_factory.mktemp("unbroken"), {}
-    for stage in STAGES:
-        flags = ["--eval-every", 20] + (["--ae", out / "ae/ckpt.pt"] if stage == "ldm" else [])
-        p = start(stage, out / stage, *flags)
-        assert p.wait(600) == 0, p.stderr.read()
-        made[stage] = out / stage, flags
-    return made
+    """Both stages, run in one go: {stage: (folder, flags besides those of STAGES)}."""
+    out = tmp_path_factory.mktemp("unbroken")
+    runs = {
+        "ae": (out / "ae", ["--eval-every", 20]),
+        "ldm": (out / "ldm", ["--eval-every", 20, "--ae", out / "ae/ckpt.pt"]),
+    }
+    for stage, (folder, flags) in runs.items():
+        process = start(stage, folder, *flags)
+        assert process.wait(600) == 0, process.stderr.read()
+    return runs
+
+
+def finish(process):
+    """Wait for the end of a process that must succeed."""
+    stderr = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, stderr
+
+
+def assert_same_run(a, b):
+    assert_same_state(a, b)
+    assert figures(a) == figures(b)
 
 
 def size(path):
     return path.stat().st_size if path.exists() else 0
 
 
-def wait_for(p, moment, out, rng):
-    """Let the process p run until a random moment of a kind: while it starts, trains or saves."""
-    log, part = out / "log.jsonl", out / "ckpt.pt.part"
-    def file():
-        return log.stat().st_ino if log.exists() else None
-    def step():
-        with contextlib.suppress(ValueError, IndexError):           # half a line, or none yet
-            return lines(out)[-1]["step"]
-        return 0
-    before = file()
+def last_step(out):
+    """The step of the last whole line of a log that is being written; 0 without one."""
+    with contextlib.suppress(ValueError, IndexError, FileNotFoundError):
+        return log_rows(out)[-1]["step"]
+    return 0
+
+
+def inode(path):
+    """A number that changes when another file takes the place of this one."""
+    return path.stat().st_ino if path.exists() else None
+
+
+def wait_for(process, moment, out, rng):
+    """Let a process run until a random moment while it is starting, training, saving, renaming."""
     if moment == "starting":
-        return time.sleep(rng.uniform(0, 4))
-    while p.poll() is None and file() == before:                    # which a resumed run replaces
+        time.sleep(rng.uniform(0, 4))
+        return
+
+    # A resumed run replaces its log first; then some steps.
+    log = out / "log.jsonl"
+    before = inode(log)
+    while process.poll() is None and inode(log) == before:
         time.sleep(0.01)
-    goal = step() + rng.randrange(1, 16)
-    while p.poll() is None and step() < goal:
+    goal = last_step(out) + rng.randrange(1, 16)
+    while process.poll() is None and last_step(out) < goal:
         time.sleep(0.001)
     time.sleep(rng.uniform(0, 0.05))
-    while moment in ("saving", "renaming") and p.poll() is None and not part.exists():
-        pass
-    while moment == "renaming" and p.poll() is None and 0 < size(part) < size(out / "ckpt.pt"):
-        pass                                                        # until the part is written
+
+    # While a checkpoint is being written, or just when it is complete but not yet renamed.
+    part = out / "ckpt.pt.part"
+    if moment in ("saving", "renaming"):
+        while process.poll() is None and not part.exists():
+            pass
+    if moment == "renaming":
+        while process.poll() is None and 0 < size(part) < size(out / "ckpt.pt"):
+            pass
 
 
 def check_files(out, seen):
-    """After a kill: what is there can be read, the log reaches as far as the checkpoint."""
+    """After a kill, all files can be read; return the step that the run goes on from.
+
+    seen counts the unlikely moments that kills have hit.
+    """
     seen["while a part was being written"] += (out / "ckpt.pt.part").exists()
-    seen["in the middle of a log line"] += size(out / "log.jsonl") > 0 and (
-        not (out / "log.jsonl").read_text().endswith("\n"))
-    paths = [p for p in (out / "ckpt.pt", out / "ckpt.old.pt", out / "model.pt") if p.exists()]
-    for path in paths:
-        load_checkpoint(path, None, "--out")
-    if paths and paths != [out / "model.pt"]:
-        seen["between the two renames"] += not (out / "ckpt.pt").exists()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            step = load_checkpoint(out / "ckpt.pt", None, "--out")["step"]
-        text = (out / "log.jsonl").read_text().split("\n")[:-1]
-        assert len(text) >= step
-        return step
-    return 0
+    log = out / "log.jsonl"
+    text = log.read_text() if log.exists() else ""
+    seen["in the middle of a log line"] += text != "" and not text.endswith("\n")
+
+    checkpoints = [path for path in (out / "ckpt.pt", out / "ckpt.old.pt") if path.exists()]
+    for path in (*checkpoints, out / "model.pt"):
+        if path.exists():
+            load_checkpoint(path)
+    if not checkpoints:
+        return 0
+
+    # The log reaches at least as far as the checkpoint.
+    seen["between the two renames"] += not (out / "ckpt.pt").exists()
+    step = step_in(out / "ckpt.pt")
+    assert text.count("\n") >= step
+    return step
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("every,kills,how", [
-    (1, 6, signal.SIGKILL), (7, 5, signal.SIGKILL), (50, 3, signal.SIGTERM)])
-def test_killed_runs_end_as_the_unbroken_one(unbroken, start, tmp_path, stage, every, kills, how):
+@pytest.mark.parametrize("every, n_kills, how", [
+    (1, 6, signal.SIGKILL), (7, 5, signal.SIGKILL), (50, 3, signal.SIGTERM),
+])
+def test_killed_runs_end_as_the_unbroken_one(unbroken, start, tmp_path, stage, every, n_kills, how):
+    """Bit for bit, in weights and in the log, however often they were killed on the way."""
     whole, flags = unbroken[stage]
-    out, flags, seen, steps = tmp_path / stage, [*flags, "--save-every", every], Counter(), []
-    rng, since = random.Random(every), time.time()
-    moments = ["training", "saving", "starting", "renaming"] if how == signal.SIGKILL else [""]
-    for i in range(kills):
-        p = start(stage, out, *flags)
-        wait_for(p, moments[i % len(moments)], out, rng)
-        assert p.poll() is None, p.stderr.read()
-        p.send_signal(how)
-        said = p.communicate(timeout=120)[1]
-        assert "Traceback" not in said
-        assert p.returncode == (-how if how == signal.SIGKILL else 0), said
+    out = tmp_path / stage
+    flags = [*flags, "--save-every", every]
+    rng = random.Random(every)
+    begin = time.time()
+    seen = Counter()
+    steps = []
+
+    is_sudden = how == signal.SIGKILL
+    moments = ["training", "saving", "starting", "renaming"] if is_sudden else ["training"]
+    for i in range(n_kills):
+        process = start(stage, out, *flags)
+        wait_for(process, moments[i % len(moments)], out, rng)
+        assert process.poll() is None, process.stderr.read()
+        process.send_signal(how)
+        stderr = process.communicate(timeout=120)[1]
+        assert "Traceback" not in stderr
+        assert process.returncode == (-how if is_sudden else 0), stderr
         steps.append(check_files(out, seen))
-    p = start(stage, out, *flags)
-    said = p.communicate(timeout=600)[1]
-    assert p.returncode == 0, said
-    same(whole, out)
-    assert figures(whole) == figures(out)
-    trained = [x["step"] for x in lines(out) if "ms" in x]
-    assert trained == list(range(1, STEPS + 1)) and not list(out.glob("*.part"))
+
+    finish(start(stage, out, *flags))
+    assert_same_run(whole, out)
+    trained = steps_of(row for row in log_rows(out) if "ms" in row)
+    assert trained == list(range(1, STEPS + 1))
+    assert not list(out.glob("*.part"))
     if stage == "ldm":
-        a, b = (load_checkpoint(k / "model.pt", "ldm", "--ckpt") for k in (whole, out))
+        a = load_checkpoint(whole / "model.pt", "ldm")
+        b = load_checkpoint(out / "model.pt", "ldm")
         assert_close([a["ae"], a["ema"]], [b["ae"], b["ema"]], rtol=0, atol=0)
-    print(f"\n{stage}, --save-every {every}: {kills} {how.name}s, went on from steps {steps}; "
-          f"{dict(seen)}; {time.time() - since:.0f} s")
+    print(
+        f"\n{stage}, --save-every {every}: {n_kills} {how.name}s, went on from steps {steps}; "
+        f"{dict(seen)}; {time.time() - begin:.0f} s"
+    )
 
 
 @pytest.mark.slow
-def test_killed_between_the_last_checkpoint_and_the_end(unbroken, start, tmp_path):
-    """In the last evaluation, or before model.pt or the checkpoint: the same command makes all."""
+@pytest.mark.parametrize("moment", ["in the evaluation", "before model.pt", "before ckpt.pt"])
+def test_killed_between_the_last_checkpoint_and_the_end(unbroken, start, tmp_path, moment):
+    """The same command makes all that is missing: the last evaluation, model.pt, the checkpoint."""
     whole, flags = unbroken["ldm"]
-    for gone in ("evaluation", "model.pt is older", "ckpt.pt"):
-        out = tmp_path / gone
-        p = start("ldm", out, *flags, "--save-every", STEPS - 5)
-        while not (out / "ckpt.pt").exists():
-            time.sleep(0.01)
-        if gone == "evaluation":
-            while not (out / "ckpt.old.pt").exists():
-                assert p.poll() is None
-            last = load_checkpoint(out / "ckpt.old.pt", "ldm", "--out")["step"]
-            assert last == STEPS - 5
-        elif gone == "ckpt.pt":
-            while not (out / "model.pt").exists():
-                assert p.poll() is None
-        p.kill()
-        p.communicate()
-        print(f"\nkilled, {gone}: {sorted(x.name for x in out.iterdir() if x.suffix == '.pt')}")
-        p = start("ldm", out, *flags, "--save-every", STEPS - 5)
-        said = p.communicate(timeout=600)[1]
-        assert p.returncode == 0, said
-        same(whole, out)
-        assert figures(whole) == figures(out)
-        load_checkpoint(out / "model.pt", "ldm", "--ckpt")
+    flags = [*flags, "--save-every", STEPS - 5]
+    process = start("ldm", tmp_path, *flags)
+
+    # ckpt.pt of step 115 becomes ckpt.old.pt when that of step 120 is there; then it evaluates.
+    wanted = {
+        "before model.pt": "ckpt.pt",
+        "before ckpt.pt": "model.pt",
+        "in the evaluation": "ckpt.old.pt",
+    }
+    while not (tmp_path / wanted[moment]).exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    if moment == "in the evaluation":
+        assert step_in(tmp_path / "ckpt.old.pt") == STEPS - 5
+    print(f"\nkilled {moment}: there are {sorted(path.name for path in tmp_path.glob('*.pt'))}")
+
+    finish(start("ldm", tmp_path, *flags))
+    assert_same_run(whole, tmp_path)
+    load_checkpoint(tmp_path / "model.pt", "ldm")
+
+
+def limit_files_to(n_bytes):
+    """Return a function that makes writing more than n_bytes to a file fail in this process."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+    return limit
 
 
 @pytest.mark.slow
@@ -386,47 +397,27 @@ def test_killed_between_the_last_checkpoint_and_the_end(unbroken, start, tmp_pat
 def test_a_full_disk_is_one_line_and_costs_nothing(unbroken, start, tmp_path, stage):
     """Files may grow to so many bytes: then writing fails as on a full disk."""
     whole, flags = unbroken[stage]
-    out, flags, ckpt = tmp_path / "out", [*flags, "--save-every", 20], size(whole / "ckpt.pt")
-    for limit, name in ((ckpt - 1, "ckpt.pt"), (4000, ".jsonl")):
-        wait_for(p := start(stage, out, *flags), "training", out, random.Random(limit))
-        p.send_signal(signal.SIGTERM)                       # some steps with room
-        assert p.wait(60) == 0
-        before = (out / "ckpt.pt").read_bytes()
-        p = start(stage, out, *flags, preexec_fn=lambda limit=limit: resource.setrlimit(
-            resource.RLIMIT_FSIZE, (limit, limit)))
-        said = p.communicate(timeout=120)[1]
-        assert p.returncode == 2 and "Traceback" not in said, said
-        last = said.strip().splitlines()[-1]
-        assert last.startswith("error: ") and name in last and "File too large" in last, last
-        assert (out / "ckpt.pt").read_bytes() == before and not list(out.glob("*.part"))
-        print(f"\n{stage}, at most {limit} bytes of {ckpt}: {last}")
-    p = start(stage, out, *flags)
-    assert p.communicate(timeout=600) and p.returncode == 0
-    same(whole, out)
-    assert figures(whole) == figures(out)
+    flags = [*flags, "--save-every", 20]
+    enough = size(whole / "ckpt.pt")
+    for limit, name in ((enough - 1, "ckpt.pt"), (4000, ".jsonl")):
+        # Some steps with room on the disk.
+        process = start(stage, tmp_path, *flags)
+        wait_for(process, "training", tmp_path, random.Random(limit))
+        process.send_signal(signal.SIGTERM)
+        finish(process)
+        before = (tmp_path / "ckpt.pt").read_bytes()
 
+        process = start(stage, tmp_path, *flags, preexec_fn=limit_files_to(limit))
+        stderr = process.communicate(timeout=120)[1]
+        assert process.returncode == 2, stderr
+        assert "Traceback" not in stderr
+        last = stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ")
+        assert name in last
+        assert "File too large" in last
+        assert (tmp_path / "ckpt.pt").read_bytes() == before
+        assert not list(tmp_path.glob("*.part"))
+        print(f"\n{stage}, at most {limit} bytes of {enough}: {last}")
 
-@pytest.mark.slow
-def test_processes_skip_together(unbroken, tmp_path):
-    """A loss that is NaN in one of two processes: both skip the step, none waits for the other."""
-    script = tmp_path / "spoiled.py"
-    script.write_text(f"""import os, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import train_ldm, torch
-from test_endurance import at_call
-if os.environ["RANK"] == "1":
-    train_ldm.ldm_loss = at_call(3, train_ldm.ldm_loss, lambda loss: loss * torch.nan)
-train_ldm.tr.run(train_ldm.main, train_ldm.parse_args)
-""")
-    flags = [*STAGES["ldm"][1:], *unbroken["ldm"][1], "--eval-n", 0, "--steps", 5]
-    for skip, code in ((1, 0), (0, 1)):                     # torchrun's own code for a failure is 1
-        p = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-             script, *map(str, flags), "--skip-nan", str(skip), "--out", tmp_path / str(skip)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True, text=True, timeout=300)
-        assert p.returncode == code, p.stderr
-    step = [load_checkpoint(tmp_path / k / "ckpt.pt", "ldm", "--out")["step"] for k in "10"]
-    assert step == [5, 2]
-    told = figures(tmp_path / "1")
-    assert told[2] == {"step": 3} and "loss" in told[3]
+    finish(start(stage, tmp_path, *flags))
+    assert_same_run(whole, tmp_path)

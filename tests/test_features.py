@@ -1,112 +1,165 @@
-"""features.py: what ShapesNet sees of the built-in world, and what is not its business."""
-import argparse
-
+"""metrics/features.py: what ShapesNet sees of the built-in world; other networks."""
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tinyldm import BadInput
-from tinyldm.features import KINDS, SHAPESNET, VGG16, feature_flags, open_features
-from tinyldm.metrics import Statistics, compare
-from tinyldm.shapes import Shapes
+from tinyldm.data.shapes import Shapes
+from tinyldm.errors import BadInput
+from tinyldm.metrics.features import KINDS, SHAPESNET, VGGFeatures, open_features
+from tinyldm.metrics.sets import Statistics, compare
+from tinyldm.perceptual import VGG16
+
+CPU = torch.device("cpu")
+
+
+def images_and_kinds(data):
+    """All images (n, 3, 32, 32) of a data set, and the kinds of objects in each."""
+    images = torch.stack([data[i]["image"] for i in range(len(data))])
+    kinds = []
+    for i in range(len(data)):
+        things = data.scene(i)[0]
+        kinds.append({KINDS.index((t.colour, t.shape, t.size)) for t in things})
+    return images, kinds
+
 
 @pytest.fixture(scope="module")
 def net():
-    return opened()
+    return open_features("shapes", CPU)
 
 
 @pytest.fixture(scope="module")
 def world():
-    """-> pictures (384, 3, 32, 32) and, of each, the kinds that are in it."""
-    data = Shapes(384, seed=1)
-    kinds = [{KINDS.index((t.colour, t.shape, t.size)) for t in data.scene(i)[0]}
-             for i in range(len(data))]
-    return torch.stack([data[i]["image"] for i in range(len(data))]), kinds
+    return images_and_kinds(Shapes(384, seed=1))
 
 
-def opened(*flags):
-    parser = argparse.ArgumentParser()
-    feature_flags(parser)
-    return open_features(parser.parse_args(flags), torch.device("cpu"))
-
-
-def blur(x, k):
-    return F.avg_pool2d(F.pad(x, (k // 2,) * 4, mode="replicate"), k, 1)
-
-
-def noise(x, std):
-    return x + std * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-
-
-def test_shapesnet_is_the_default_small_and_frozen(net):
-    assert SHAPESNET.stat().st_size < 200_000 and net.name == "shapes" and not net.training
+def test_shapesnet_is_small_and_frozen(net):
+    assert SHAPESNET.stat().st_size < 200_000
+    assert net.name == "shapes"
+    assert not net.training
     assert not any(p.requires_grad for p in net.parameters())
-    for side in (16, 32, 50):
-        f, p = net(torch.zeros(2, 3, side, side))
-        assert f.shape == (2, 112) and p.shape == (2, len(KINDS)) == (2, 56)
-        assert_close(p.sum(1), torch.ones(2))
+
+
+@pytest.mark.parametrize("side", [16, 32, 50])
+def test_shapesnet_returns_112_features_and_56_probabilities(net, side):
+    features, p = net(torch.zeros(2, 3, side, side))
+    assert features.shape == (2, 112)
+    assert p.shape == (2, 56) == (2, len(KINDS))
+    assert_close(p.sum(1), torch.ones(2))
 
 
 def test_shapesnet_features_have_std_1_in_its_world(net, world):
-    assert_close(net(world[0])[0].std(0), torch.ones(112), atol=.2, rtol=0)
+    images, _ = world
+    assert_close(net(images)[0].std(0), torch.ones(112), atol=0.2, rtol=0)
 
 
-def test_shapesnet_tells_the_kinds_apart(net, world):
-    """By p, one of 56 kinds, which is most probable is in the picture; held-out scenes, too."""
-    held = Shapes(128, split="held-out")
-    told = [{KINDS.index((t.colour, t.shape, t.size)) for t in held.scene(i)[0]}
-            for i in range(len(held))]
-    held = torch.stack([held[i]["image"] for i in range(len(held))])
-    for x, kinds in (world, (held, told)):
-        p = net(x)[1]
-        assert sum(int(v.argmax()) in k for v, k in zip(p, kinds)) > .6 * len(x)
-        assert sum(float(v[list(k)].sum()) for v, k in zip(p, kinds)) > .45 * len(x)
+def test_shapesnet_recognises_the_kinds(net, world):
+    """The most probable of the 56 kinds is in the image, also in held-out scenes."""
+    held_out = images_and_kinds(Shapes(128, split="held-out"))
+    for images, kinds in (world, held_out):
+        p = net(images)[1]
+        are_right = []
+        p_of_present = []
+        for row, present in zip(p, kinds):
+            are_right.append(int(row.argmax()) in present)
+            p_of_present.append(float(row[list(present)].sum()))
+        assert sum(are_right) > 0.6 * len(images)
+        assert sum(p_of_present) > 0.45 * len(images)
 
 
-def test_fd_shapes_rises_with_what_is_wrong(net, world):
-    """0 of the same pictures, little of others of the world; more the worse the pictures are."""
-    x, kinds = world
-    seen = Statistics(net, x[:192].split(64))
+# ---- fd_shapes measures what is wrong with images
 
-    def fd(y):
-        return compare(seen, Statistics(net, y.split(64)))["fd_shapes"]
-    other = x[192:]
-
-    def without(*names):
-        return other[[all(names[0] not in KINDS[k] and names[-1] not in KINDS[k] for k in ks)
-                      for ks in kinds[192:]]]
-    assert abs(fd(x[:192].flip(0))) < 1e-6
-    for bad in ([blur(other, k) for k in (3, 5, 9)], [noise(other, s) for s in (.3, .5, .8)],
-                [without("red"), without("red", "circle")], [other.roll(1, 1)]):
-        distances = [fd(other), *map(fd, bad)]
-        assert distances == sorted(distances) and distances[-1] > 2 * distances[0], distances
+def blurred(x, k):
+    padded = F.pad(x, (k // 2,) * 4, mode="replicate")
+    return F.avg_pool2d(padded, k, 1)
 
 
-def test_few_of_the_world_lack_recall(net, world):
-    x = world[0]
-    few = x[192:202].repeat(12, 1, 1, 1)
-    told = compare(*(Statistics(net, v.split(64)) for v in (x[:192], few)))
-    assert told["precision"] > .5 and told["recall"] < .2
+def noisy(x, std):
+    return x + std * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_vgg16_features_are_the_means_of_relu5_3_of_standardised_pictures(monkeypatch):
-    """By torchvision's mean and std, of pixels in [0, 1]; untrained weights will do."""
-    monkeypatch.setattr("tinyldm.perceptual.load_public", lambda *_: None)
-    net, x = VGG16("vgg16"), torch.rand(2, 3, 32, 40) * 2 - 1
-    for p in net.parameters():
-        torch.nn.init.kaiming_normal_(p.view(len(p), -1))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([.485, .456, .406], [.229, .224, .225]))
+def without(images, kinds, *words):
+    """The images in which no object has any of these words in its kind."""
+    keep = []
+    for present in kinds:
+        named = {word for kind in present for word in KINDS[kind]}
+        keep.append(not named & set(words))
+    return images[keep]
+
+
+@pytest.fixture(scope="module")
+def fd(net, world):
+    """fd(images): the distance to the first half of the world."""
+    real = Statistics(net, world[0][:192].split(64))
+
+    def distance(images):
+        return compare(real, Statistics(net, images.split(64)))["fd_shapes"]
+
+    return distance
+
+
+def test_fd_shapes_of_the_same_images_is_0(fd, world):
+    assert abs(fd(world[0][:192].flip(0))) < 1e-6
+
+
+@pytest.mark.parametrize("wrong", ["blur", "noise", "missing kinds", "channels"])
+def test_fd_shapes_rises_with_what_is_wrong(fd, world, wrong):
+    """It is small for other images of the world, and larger for worse ones."""
+    other = world[0][192:]
+    kinds = world[1][192:]
+    worse_and_worse = {
+        "blur": [blurred(other, k) for k in (3, 5, 9)],
+        "noise": [noisy(other, std) for std in (0.3, 0.5, 0.8)],
+        "missing kinds": [
+            without(other, kinds, "red"),
+            without(other, kinds, "red", "circle"),
+        ],
+        "channels": [other.roll(1, 1)],
+    }
+    distances = [fd(other)] + [fd(images) for images in worse_and_worse[wrong]]
+    assert distances == sorted(distances)
+    assert distances[-1] > 2 * distances[0]
+
+
+def test_a_few_images_of_the_world_lack_recall(net, world):
+    images = world[0]
+    real = Statistics(net, images[:192].split(64))
+    few = images[192:202].repeat(12, 1, 1, 1)
+    figures = compare(real, Statistics(net, few.split(64)))
+    assert figures["precision"] > 0.5
+    assert figures["recall"] < 0.2
+
+
+# ---- the networks with public weights
+
+def test_vgg16_features_are_the_means_of_relu5_3_of_standardised_images():
+    """By torchvision's mean and std of pixels in [0, 1]; any weights will do."""
+    torch.manual_seed(0)
+    vgg = VGG16()
+    for p in vgg.parameters():
+        torch.nn.init.kaiming_normal_(p.data.view(len(p), -1))
+    net = VGGFeatures(vgg)
+    x = torch.rand(2, 3, 32, 40) * 2 - 1
+
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     h = ((x + 1) / 2 - mean) / std
-    for layer in net.features:
+    for layer in vgg.features:
         h = layer(h)
-    assert h.shape == (2, 512, 2, 2) and h.min() == 0 and h.std() > .1
-    f, p = net(x)
-    assert_close(f, h.mean((2, 3)))
+    assert h.shape == (2, 512, 2, 2)
+    assert h.min() == 0
+    assert h.std() > 0.1
+
+    features, p = net(x)
+    assert_close(features, h.mean((2, 3)))
     assert p is None
 
 
-def test_features_without_their_weights_are_bad_input(tmp_path):
-    for kind, flag in (("vgg16", "--vgg-weights"), ("inception", "--inception")):
-        with pytest.raises(BadInput, match=flag):
-            opened("--features", kind, flag, str(tmp_path / "gone.pth"))
+@pytest.mark.parametrize("kind,file_name", [
+    ("vgg16", "vgg16-397923af.pth"),
+    ("inception", "pt_inception-2015-12-05-6726825d.pth"),
+])
+def test_missing_weights_are_bad_input_that_names_the_file(tmp_path, kind, file_name):
+    gone = str(tmp_path / "gone.pth")
+    with pytest.raises(BadInput, match=f"gone.pth.*{file_name}"):
+        open_features(kind, CPU, inception=gone, vgg_weights=gone)

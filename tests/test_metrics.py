@@ -1,7 +1,6 @@
-"""metrics.py: SSIM window by window in plain loops; sets by closed forms, by hand, one by one."""
+"""metrics/: SSIM in plain loops; sets by closed forms, by hand, and one by one."""
 import math
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,356 +8,488 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from tinyldm import metrics
-from tinyldm.features import open_features
-from tinyldm.metrics import Moments, Statistics, compare, frechet, precision_recall, psnr, ssim
+from tinyldm.metrics import __main__ as program
+from tinyldm.metrics.features import open_features
+from tinyldm.metrics.images import gradient_length, psnr, ssim
+from tinyldm.metrics.sets import Moments, Statistics, compare, frechet, precision_recall
 
-def pictures(seed=0, n=2):
-    return torch.rand(n, 3, 16, 20, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
+def random_images(seed=0, n=2):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 3, 16, 20, generator=generator) * 2 - 1
+
+
+# ---- image by image
 
 def naive_ssim(x, y):
-    """Wang et al. 2004 Eq. (13)-(16) of one picture, in float64: every window by itself, with
+    """Wang et al. 2004 Eq. (13)-(16) of one image, every window by itself, in float64.
 
-    variances about the window's own mean; on pixels of 0..255, as the paper has them.
+    Variances are about the window's own mean; pixels are in 0..255, as in the paper.
     """
-    w = torch.tensor([[math.exp(-(i * i + j * j) / (2 * 1.5 ** 2)) for j in range(-5, 6)]
-                      for i in range(-5, 6)], dtype=torch.float64)
-    w, c1, c2, out = w / w.sum(), (.01 * 255) ** 2, (.03 * 255) ** 2, []
+    offsets = torch.arange(-5.0, 6.0, dtype=torch.float64)
+    gaussian = (-offsets ** 2 / (2 * 1.5 ** 2)).exp()
+    window = gaussian[:, None] * gaussian
+    window = window / window.sum()
+    c_1 = (0.01 * 255) ** 2
+    c_2 = (0.03 * 255) ** 2
+    x = (x.double() + 1) * 127.5
+    y = (y.double() + 1) * 127.5
+
+    values = []
     for c in range(x.shape[0]):
         for i in range(x.shape[1] - 10):
             for j in range(x.shape[2] - 10):
-                a, b = ((v[c, i:i + 11, j:j + 11].double() + 1) * 127.5 for v in (x, y))
-                ma, mb = (w * a).sum(), (w * b).sum()
-                va, vb = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum()
-                cov = (w * (a - ma) * (b - mb)).sum()
-                out.append((2 * ma * mb + c1) * (2 * cov + c2)
-                           / ((ma ** 2 + mb ** 2 + c1) * (va + vb + c2)))
-    return torch.stack(out).mean().float()
+                a = x[c, i:i + 11, j:j + 11]
+                b = y[c, i:i + 11, j:j + 11]
+                mean_a = (window * a).sum()
+                mean_b = (window * b).sum()
+                var_a = (window * (a - mean_a) ** 2).sum()
+                var_b = (window * (b - mean_b) ** 2).sum()
+                cov = (window * (a - mean_a) * (b - mean_b)).sum()
+                luminance = 2 * mean_a * mean_b + c_1
+                luminance = luminance / (mean_a ** 2 + mean_b ** 2 + c_1)
+                structure = (2 * cov + c_2) / (var_a + var_b + c_2)
+                values.append(luminance * structure)
+    return torch.stack(values).mean().float()
 
 
-@pytest.mark.parametrize("noise", [.05, .5, 3])
+@pytest.mark.parametrize("noise", [0.05, 0.5, 3])
 def test_ssim_is_the_mean_over_windows_of_its_formula(noise):
-    x = pictures()
-    y = (x + noise * pictures(1)).clamp(-1, 1)
-    want = torch.stack([naive_ssim(a, b) for a, b in zip(x, y)])
-    assert want[0] != want[1]
-    assert_close(ssim(x, y), want, atol=1e-5, rtol=0)
+    x = random_images()
+    y = (x + noise * random_images(1)).clamp(-1, 1)
+    expected = torch.stack([naive_ssim(a, b) for a, b in zip(x, y)])
+    assert expected[0] != expected[1]
+    assert_close(ssim(x, y), expected, atol=1e-5, rtol=0)
 
 
-def test_ssim_of_a_picture_with_itself_is_1_and_else_less():
-    x = pictures()
+def test_ssim_of_an_image_with_itself_is_1_and_else_less():
+    x = random_images()
     assert_close(ssim(x, x), torch.ones(2))
-    assert (ssim(x, x + .1 * pictures(1)) < .999).all()
-    assert (ssim(.5 + .3 * x, .5 - .3 * x) < 0).all()           # the other way round
+    assert (ssim(x, x + 0.1 * random_images(1)) < 0.999).all()
+    inverted = ssim(0.5 + 0.3 * x, 0.5 - 0.3 * x)
+    assert (inverted < 0).all()
 
 
-def test_ssim_is_symmetric_in_range_and_clamps_a_reconstruction_only():
-    x, y = pictures(), pictures(1)
+def test_ssim_is_symmetric_in_range_and_clamps_only_the_reconstruction():
+    x = random_images()
+    y = random_images(1)
     assert_close(ssim(x, y), ssim(y, x))
     assert_close(ssim(x, 3 * y), ssim(x, (3 * y).clamp(-1, 1)))
     assert not torch.allclose(ssim(3 * y, x), ssim((3 * y).clamp(-1, 1), x))
 
 
-@pytest.mark.parametrize("a,b", [(.5, .7), (-.3, -.1), (0., .2), (-.4, .4)])
+@pytest.mark.parametrize("a,b", [(0.5, 0.7), (-0.3, -0.1), (-0.4, 0.4), (-1.0, -0.98)])
 def test_ssim_of_even_greys_is_its_first_factor(a, b):
-    """No variance is left: (2 a b + c1) / (a^2 + b^2 + c1), of greys in 0..1."""
+    """No variance: (2 p q + c_1) / (p^2 + q^2 + c_1), for greys p and q in 0..1."""
     x = torch.zeros(1, 3, 12, 14)
-    p, q = (a + 1) / 2, (b + 1) / 2
-    want = (2 * p * q + .0001) / (p * p + q * q + .0001)
-    assert_close(ssim(x + a, x + b), torch.tensor([want]), atol=2e-4, rtol=0)
+    p = (a + 1) / 2
+    q = (b + 1) / 2
+    expected = (2 * p * q + 0.0001) / (p * p + q * q + 0.0001)
+    assert_close(ssim(x + a, x + b), torch.tensor([expected]), atol=2e-4, rtol=0)
 
 
-def test_psnr_of_a_known_error_picture_by_picture():
-    """10 log10(2^2 / mse): an error of 0.2 is 20 dB, of 0.02 is 40 dB, half of the pixels 3 dB."""
-    x = .5 * pictures(n=3)
-    y = x + torch.tensor([.2, -.02, 0]).view(3, 1, 1, 1)
-    y[2, :, :8] += .2
+def test_psnr_of_a_known_error():
+    """10 log10(2^2 / mse): 0.2 is 20 dB, 0.02 is 40 dB, half the pixels 3 dB more."""
+    x = 0.5 * random_images(n=3)
+    y = x + torch.tensor([0.2, -0.02, 0]).view(3, 1, 1, 1)
+    y[2, :, :8] += 0.2
     assert_close(psnr(x, y), torch.tensor([20, 40, 20 + 10 * math.log10(2)]))
-    assert_close(psnr(torch.ones_like(x), x + 9), torch.full((3,), torch.inf))
-    assert_close(psnr(0 * x + 3, 0 * x + 9), torch.full((3,), 0.))
 
 
-def test_gradient_of_a_slope():
-    """3 a pixel to the right and 4 downwards: 5."""
-    i, j = torch.arange(4.)[:, None], torch.arange(6.)
-    assert_close(metrics.gradient((4 * i + 3 * j).expand(2, 3, 4, 6)), torch.full((2, 3, 3, 5), 5.))
+def test_psnr_clamps_only_the_reconstruction():
+    ones = torch.ones(3, 3, 16, 20)
+    assert_close(psnr(ones, ones + 9), torch.full((3,), torch.inf))
+    assert_close(psnr(3 * ones, 9 * ones), torch.full((3,), 0.0))
 
 
-# ---- of two sets
-
-def gaussian(mean, cov):
-    """Moments as of infinitely many pictures."""
-    m = Moments()
-    m.n, m.mean, m.scatter = 2, *(torch.as_tensor(v, dtype=torch.float64) for v in (mean, cov))
-    return m
-
-
-def moments(f, part=10_000):
-    m = Moments()
-    for v in f.split(part):
-        m.add(v)
-    return m
+def test_the_gradient_of_a_slope():
+    """3 per pixel to the right and 4 downwards: 5."""
+    i = torch.arange(4.0)[:, None]
+    j = torch.arange(6.0)
+    slope = (4 * i + 3 * j).expand(2, 3, 4, 6)
+    assert_close(gradient_length(slope), torch.full((2, 3, 3, 5), 5.0))
 
 
-def rows(n, d, seed=0, dtype=torch.float64):
-    """Correlated, of unequal variances."""
-    g = torch.Generator().manual_seed(seed)
-    return (torch.randn(n, d, generator=g, dtype=torch.float64)
-            @ torch.randn(d, d, generator=g, dtype=torch.float64) + seed).to(dtype)
+# ---- moments and the Frechet distance
+
+def gaussian_moments(mean, cov):
+    """The moments of a Gaussian."""
+    moments = Moments()
+    moments.n = 2
+    moments.mean = torch.as_tensor(mean, dtype=torch.float64)
+    moments.scatter = torch.as_tensor(cov, dtype=torch.float64)
+    return moments
+
+
+def moments_of(f, part=10_000):
+    moments = Moments()
+    for rows in f.split(part):
+        moments.add(rows)
+    return moments
+
+
+def random_rows(n, d, seed=0, dtype=torch.float64):
+    """Rows whose columns are correlated and of unequal variances."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    mix = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    return (rows @ mix + seed).to(dtype)
 
 
 @pytest.mark.parametrize("part", [1, 7, 100, 300])
-def test_moments_in_parts_are_those_of_the_whole(part):
-    f = rows(300, 6)
-    m = moments(f, part)
-    assert_close(m.cov, torch.cov(f.T), rtol=1e-12, atol=1e-12)
-    assert_close(m.mean, f.mean(0), rtol=1e-12, atol=1e-12)
-    assert m.n == 300
+def test_moments_do_not_depend_on_the_parts(part):
+    f = random_rows(300, 6)
+    moments = moments_of(f, part)
+    assert_close(moments.cov, torch.cov(f.T), rtol=1e-12, atol=1e-12)
+    assert_close(moments.mean, f.mean(0), rtol=1e-12, atol=1e-12)
+    assert moments.n == 300
 
 
 def test_moments_of_float32_far_from_0_lose_nothing():
-    f = rows(300, 6, dtype=torch.float32) + 1e4
-    assert_close(moments(f, 7).cov, torch.cov(f.double().T), rtol=1e-10, atol=1e-10)
+    f = random_rows(300, 6, dtype=torch.float32) + 1e4
+    assert_close(moments_of(f, 7).cov, torch.cov(f.double().T), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("a,b", [((0, 1), (3, 1)), ((1, 2), (1, 5)), ((-2, .5), (1.5, 3))])
-def test_frechet_in_one_dimension(a, b):
-    """(m_a - m_b)^2 + (s_a - s_b)^2 of N(m, s^2)."""
-    got = frechet(*(gaussian([m], [[s * s]]) for m, s in (a, b)))
-    assert_close(got, float((a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2))
+@pytest.mark.parametrize("m_a,s_a,m_b,s_b", [
+    (0, 1, 3, 1), (1, 2, 1, 5), (-2, 0.5, 1.5, 3),
+])
+def test_frechet_in_one_dimension(m_a, s_a, m_b, s_b):
+    """(m_a - m_b)^2 + (s_a - s_b)^2 for N(m, s^2)."""
+    a = gaussian_moments([m_a], [[s_a * s_a]])
+    b = gaussian_moments([m_b], [[s_b * s_b]])
+    expected = float((m_a - m_b) ** 2 + (s_a - s_b) ** 2)
+    assert_close(frechet(a, b), expected)
 
 
 def test_frechet_of_covariances_with_common_axes_is_the_sum_over_them():
-    """Diagonal ones, and the same rotated: sum (m_a - m_b)^2 + (s_a - s_b)^2."""
-    m, s, u = torch.tensor([[1., 2, 3, 0], [1., .1, 2, 0], [.5, 3, 2, 1]], dtype=torch.float64)
-    q = torch.linalg.qr(rows(4, 4)).Q
-    want = float((m.square() + (s - u).square()).sum())
-    assert_close(frechet(gaussian(m, (s * s).diag()), gaussian(0 * m, (u * u).diag())), want)
-    assert_close(frechet(gaussian(q @ m, q * s ** 2 @ q.T), gaussian(0 * m, q * u ** 2 @ q.T)),
-                 want)
+    """Diagonal ones, and the same rotated: the sum of (m_a - m_b)^2 + (s_a - s_b)^2."""
+    mean = torch.tensor([1.0, 2, 3, 0], dtype=torch.float64)
+    s = torch.tensor([1.0, 0.1, 2, 0], dtype=torch.float64)
+    u = torch.tensor([0.5, 3, 2, 1], dtype=torch.float64)
+    expected = float((mean.square() + (s - u).square()).sum())
+
+    a = gaussian_moments(mean, (s * s).diag())
+    b = gaussian_moments(0 * mean, (u * u).diag())
+    assert_close(frechet(a, b), expected)
+
+    q = torch.linalg.qr(random_rows(4, 4)).Q
+    a = gaussian_moments(q @ mean, q * s ** 2 @ q.T)
+    b = gaussian_moments(0 * mean, q * u ** 2 @ q.T)
+    assert_close(frechet(a, b), expected)
 
 
 def test_frechet_of_2_x_2_covariances_that_do_not_commute():
     """tr (A B)^(1/2) = (tr A B + 2 det(A B)^(1/2))^(1/2), by Cayley-Hamilton."""
-    a, b = torch.tensor([[[4, 1], [1, 1]], [[1, -.8], [-.8, 2]]], dtype=torch.float64)
-    cross = ((a @ b).trace() + 2 * (a.det() * b.det()).sqrt()).sqrt()
-    want = float(a.trace() + b.trace() - 2 * cross)
-    assert_close(frechet(gaussian([0, 0], a), gaussian([0, 0], b)), want)
+    a = torch.tensor([[4, 1], [1, 1]], dtype=torch.float64)
+    b = torch.tensor([[1, -0.8], [-0.8, 2]], dtype=torch.float64)
+    trace_of_root = ((a @ b).trace() + 2 * (a.det() * b.det()).sqrt()).sqrt()
+    expected = float(a.trace() + b.trace() - 2 * trace_of_root)
+    distance = frechet(gaussian_moments([0, 0], a), gaussian_moments([0, 0], b))
+    assert_close(distance, expected)
 
 
 def test_frechet_by_eigenvalues_of_the_product():
-    """tr (C_a C_b)^(1/2) = sum of the roots of the eigenvalues of C_a C_b, which is asymmetric."""
-    f, g = rows(400, 20), rows(300, 20, 1)
-    roots = torch.linalg.eigvals(torch.cov(f.T) @ torch.cov(g.T)).real.sqrt()
-    want = ((f.mean(0) - g.mean(0)).square().sum() + f.var(0).sum() + g.var(0).sum()
-            - 2 * roots.sum())
-    assert_close(frechet(moments(f), moments(g)), want.item(), rtol=1e-6, atol=0)
+    """tr (C_a C_b)^(1/2) is the sum of the roots of the eigenvalues of C_a C_b."""
+    f = random_rows(400, 20)
+    g = random_rows(300, 20, 1)
+    eigenvalues = torch.linalg.eigvals(torch.cov(f.T) @ torch.cov(g.T)).real
+    between_means = (f.mean(0) - g.mean(0)).square().sum()
+    expected = between_means + f.var(0).sum() + g.var(0).sum()
+    expected = expected - 2 * eigenvalues.sqrt().sum()
+    distance = frechet(moments_of(f), moments_of(g))
+    assert_close(distance, expected.item(), rtol=1e-6, atol=0)
 
 
-def test_frechet_of_fewer_pictures_than_features():
-    """C = X^T X of centred rows X: tr (C_a C_b)^(1/2) = sum of singular values of X_a X_b^T."""
-    f, g = rows(12, 50), rows(9, 50, 1)
-    xa, xb = ((v - v.mean(0)) / (len(v) - 1) ** .5 for v in (f, g))
-    want = ((f.mean(0) - g.mean(0)).square().sum() + xa.square().sum() + xb.square().sum()
-            - 2 * torch.linalg.svdvals(xa @ xb.T).sum())
-    assert_close(frechet(moments(f), moments(g)), want.item(), rtol=1e-6, atol=0)
+def test_frechet_of_fewer_images_than_features():
+    """tr (C_a C_b)^(1/2) is the sum of the singular values of X_a X_b^T.
+
+    X are the centred rows, divided such that C = X^T X.
+    """
+    f = random_rows(12, 50)
+    g = random_rows(9, 50, 1)
+    x_a = (f - f.mean(0)) / (len(f) - 1) ** 0.5
+    x_b = (g - g.mean(0)) / (len(g) - 1) ** 0.5
+    trace_of_root = torch.linalg.svdvals(x_a @ x_b.T).sum()
+    between_means = (f.mean(0) - g.mean(0)).square().sum()
+    expected = between_means + x_a.square().sum() + x_b.square().sum()
+    expected = expected - 2 * trace_of_root
+    distance = frechet(moments_of(f), moments_of(g))
+    assert_close(distance, expected.item(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("n", [9, 400])
-def test_frechet_is_symmetric_0_of_equal_sets_and_a_shift_squared(n):
-    f, g = rows(n, 20), rows(n, 20, 1)
-    a, b = moments(f), moments(g)
-    assert abs(frechet(a, moments(f, 7))) < 1e-9 * a.cov.trace()
+def test_frechet_is_symmetric_0_for_equal_sets_and_a_shift_squared(n):
+    f = random_rows(n, 20)
+    a = moments_of(f)
+    b = moments_of(random_rows(n, 20, 1))
+    assert abs(frechet(a, moments_of(f, 7))) < 1e-9 * a.cov.trace()
     assert_close(frechet(a, b), frechet(b, a))
-    assert_close(frechet(a, moments(f + 3)), 20 * 9.)
+    assert_close(frechet(a, moments_of(f + 3)), 20 * 9.0)
 
+
+# ---- precision and recall
 
 def line(*at):
     return torch.tensor(at, dtype=torch.float64)[:, None]
 
 
 def test_precision_and_recall_by_hand():
-    """Reals at 0, 1, 2, 4 reach 1, 1, 1, 2 far; fakes at -.5, 0, 6.5, 9.5 reach .5, .5, 3, 3;
-    and to the second neighbour 2, 1, 2, 3 and 7, 6.5, 6.5, 9.5."""
-    real, fake = line(0, 1, 2, 4), line(-.5, 0, 6.5, 9.5)
+    """Balls reach to the first, then to the second neighbour.
+
+    Reals at 0, 1, 2, 4 have radii 1, 1, 1, 2, then 2, 1, 2, 3.
+    Fakes at -.5, 0, 6.5, 9.5 have radii .5, .5, 3, 3, then 7, 6.5, 6.5, 9.5.
+    """
+    real = line(0, 1, 2, 4)
+    fake = line(-0.5, 0, 6.5, 9.5)
     assert precision_recall(real, fake, 1) == (2 / 4, 2 / 4)
     assert precision_recall(real, fake, 2) == (3 / 4, 1)
 
 
 def test_precision_and_recall_of_equal_and_of_disjoint_sets():
-    f = rows(50, 5)
-    assert precision_recall(f, f) == (1, 1) and precision_recall(f, f + 100) == (0, 0)
+    f = random_rows(50, 5)
+    assert precision_recall(f, f) == (1, 1)
+    assert precision_recall(f, f + 100) == (0, 0)
 
 
-def test_a_dropped_mode_lowers_recall_only():
-    a, b, fake = rows(600, 3).split(200)
+def test_a_missing_mode_lowers_only_recall():
+    a, b, fake = random_rows(600, 3).split(200)
     precision, recall = precision_recall(torch.cat([a, b]), fake)
-    assert precision > .8 and recall > .8
-    less, half = precision_recall(torch.cat([a, b + 100]), fake)
-    assert less > .8 and .4 < half <= .5
+    assert precision > 0.8
+    assert recall > 0.8
+    precision, recall = precision_recall(torch.cat([a, b + 100]), fake)
+    assert precision > 0.8
+    assert 0.4 < recall <= 0.5
+
+
+def naive_share(f, centres, k):
+    """The share of rows of f in a ball around a centre, one by one."""
+    radii = []
+    for row in centres:
+        distances = (centres - row).norm(dim=1).sort().values
+        radii.append(distances[k])                          # distances[0] is to itself
+    radii = torch.stack(radii)
+    return sum(bool(((centres - row).norm(dim=1) <= radii).any()) for row in f) / len(f)
 
 
 def test_precision_and_recall_one_by_one():
-    """Of more rows than are compared at once; the third neighbour unless told otherwise."""
-    real, fake = rows(1100, 3), 1.3 * rows(200, 3)
-
-    def share(f, of, k):
-        reach = torch.stack([(of - v).norm(dim=1).sort().values[k] for v in of])    # [0] is v
-        return sum(bool(((of - v).norm(dim=1) <= reach).any()) for v in f) / len(f)
+    """With more rows than are compared at once; k is 3 by default."""
+    real = random_rows(1100, 3)
+    fake = 1.3 * random_rows(200, 3)
+    by_k = {}
     for k in (3, 1):
-        want = share(fake, real, k), share(real, fake, k)
-        assert precision_recall(real, fake, k) == pytest.approx(want, abs=1e-9)
-    assert precision_recall(real, fake) == precision_recall(real, fake, 3) != want
+        expected = naive_share(fake, real, k), naive_share(real, fake, k)
+        by_k[k] = precision_recall(real, fake, k)
+        assert by_k[k] == pytest.approx(expected, abs=1e-9)
+    assert precision_recall(real, fake) == by_k[3] != by_k[1]
 
 
-class Rows:
-    """In a network's place: a picture is a row of features, then of log-probabilities."""
+# ---- statistics of a set
+
+class RowNet:
+    """Stands for a network: an "image" is d features, then log-probabilities."""
+
     def __init__(self, d, name="rows"):
-        self.d, self.name = d, name
+        self.d = d
+        self.name = name
 
     def __call__(self, x):
-        return x[:, :self.d], (x[:, self.d:].exp() if x.shape[1] > self.d else None)
+        has_classes = x.shape[1] > self.d
+        p = x[:, self.d:].exp() if has_classes else None
+        return x[:, :self.d], p
 
 
-def judged(p, part=64):
-    """Statistics of pictures of which nothing is known but p(y | x)."""
-    return Statistics(Rows(0), p.log().split(part))
+def inception_score(p, part=64):
+    """The score of images of which nothing but p(y | x) is known."""
+    return Statistics(RowNet(0), p.log().split(part)).inception_score.value()
 
 
-def test_inception_score_of_certain_and_of_undecided_classes():
-    """K classes, each sure and as frequent, in turn or one after the other: K. All alike: 1."""
-    for K in (2, 7, 10):
-        sure = torch.eye(K)
-        for p in (sure.repeat(300, 1), sure.repeat_interleave(300, 0)):
-            assert_close(judged(p).inception_score(), float(K), rtol=.005, atol=0)
-    assert_close(judged(sure[:1].repeat(50, 1)).inception_score(), 1.)
-    assert_close(judged(torch.rand(1, 7).softmax(1).repeat(50, 1)).inception_score(), 1.)
+@pytest.mark.parametrize("K", [2, 7, 10])
+def test_inception_score_of_certain_classes(K):
+    """K classes, each certain and as frequent, in turn or one after the other: K."""
+    certain = torch.eye(K)
+    for p in (certain.repeat(300, 1), certain.repeat_interleave(300, 0)):
+        assert_close(inception_score(p), float(K), rtol=0.005, atol=0)
+
+
+def test_inception_score_of_images_that_are_all_alike_is_1():
+    for p in (torch.eye(10)[:1], torch.rand(1, 7).softmax(1)):
+        assert_close(inception_score(p.repeat(50, 1)), 1.0)
 
 
 def test_inception_score_is_the_mean_of_ten_tenths():
-    p, scores = rows(200, 5).softmax(1), []
-    tenth = torch.tensor([int(k * (5 ** .5 - 1) / 2 % 1 * 10) for k in range(200)])
-    for part in (p[tenth == i] for i in range(10)):
-        scores.append((part * (part / part.mean(0)).log()).sum(1).mean().exp())
-    assert_close(judged(p).inception_score(), torch.stack(scores).mean().item())
-    assert_close(judged(p, 7).inception_score(), judged(p).inception_score())
-    assert_close(judged(p[:3]).inception_score(), 1.)           # each in a tenth of its own
+    p = random_rows(200, 5).softmax(1)
+    tenth = torch.tensor([int(k * (5 ** 0.5 - 1) / 2 % 1 * 10) for k in range(200)])
+    scores = []
+    for i in range(10):
+        part = p[tenth == i]
+        kl = (part * (part / part.mean(0)).log()).sum(1)
+        scores.append(kl.mean().exp())
+    assert_close(inception_score(p), torch.stack(scores).mean().item())
+    assert_close(inception_score(p, 7), inception_score(p))
 
 
-def test_what_is_kept_of_50_000_pictures():
-    """Every fifth one's features, and sums, no larger than those of 500."""
+def test_inception_score_of_fewer_than_ten_images():
+    """Each of the three is in a tenth of its own, and the empty ones do not count."""
+    p = random_rows(3, 5).softmax(1)
+    assert_close(inception_score(p), 1.0)
+
+
+def test_what_is_kept_of_50_000_images():
+    """Features of every fifth one, and sums that are no larger than those of 500."""
     f = torch.randn(50_000, 6, generator=torch.Generator().manual_seed(0))
-    sizes = []
+    n_sums = []
     for n, stride in ((500, 1), (50_000, 5)):
-        s = Statistics(Rows(3), f[:n].split(64), stride)
-        kept = torch.cat(s.kept)
+        statistics = Statistics(RowNet(3), f[:n].split(64), stride)
+        kept = torch.cat(statistics.features)
         assert_close(kept, f[:n:stride, :3], rtol=0, atol=0)
-        assert sum(v.untyped_storage().nbytes() for v in s.kept) == kept.nbytes
-        sums = (*vars(s).values(), *vars(s.moments).values())
-        sizes.append(sum(v.numel() for v in sums if isinstance(v, torch.Tensor)))
-        assert_close(s.moments.cov, torch.cov(f[:n, :3].double().T))
-    assert len(kept) == 10_000 and sizes[0] == sizes[1]
+        n_bytes = sum(part.untyped_storage().nbytes() for part in statistics.features)
+        assert n_bytes == kept.nbytes
+
+        assert_close(statistics.moments.cov, torch.cov(f[:n, :3].double().T))
+        values = vars(statistics.moments) | vars(statistics.inception_score)
+        sums = [value for value in values.values() if isinstance(value, torch.Tensor)]
+        n_sums.append(sum(value.numel() for value in sums))
+    assert len(kept) == 10_000
+    assert n_sums[0] == n_sums[1]
 
 
-def test_the_figures_are_named_after_their_network():
+@pytest.mark.parametrize("name,d,expected", [
+    ("inception", 5, {"fid", "is"}),
+    ("inception", 8, {"fid"}),
+    ("vgg16", 8, {"fd_vgg16"}),
+    ("x", 5, {"fd_x", "is_x"}),
+])
+def test_figures_are_named_after_their_network(name, d, expected):
     """Only Inception's are FID and IS; a network without classes has no score."""
-    f = rows(20, 8).split(6)
-    for name, d, want in (("inception", 5, {"fid", "is"}), ("inception", 8, {"fid"}),
-                          ("vgg16", 8, {"fd_vgg16"}), ("x", 5, {"fd_x", "is_x"})):
-        s = Statistics(Rows(d, name), f)
-        assert compare(s, s).keys() == want | {"precision", "recall"}
+    statistics = Statistics(RowNet(d, name), random_rows(20, 8).split(6))
+    assert compare(statistics, statistics).keys() == expected | {"precision", "recall"}
 
 
-def test_compare_takes_its_first_set_as_real():
-    """The fakes' inception score; fakes of one of two modes lack recall, not precision."""
+def test_the_first_set_of_compare_is_the_real_one():
+    """The score is the fakes'. Fakes of one of two modes lack recall, not precision."""
     p = torch.eye(2).repeat(100, 1).log()
-    real = torch.cat([100 * p[:, :1].exp() + rows(200, 1).float(), p], 1)
-    a, b = (Statistics(Rows(1), v.split(50)) for v in (real, real[::2]))
-    got = compare(a, b)
-    assert got["precision"] == 1 and got["recall"] == .5
-    assert_close(got["is_rows"], 1.)
-    assert_close(compare(b, a)["is_rows"], 2., rtol=.01, atol=0)
+    features = 100 * p[:, :1].exp() + random_rows(200, 1).float()
+    rows = torch.cat([features, p], dim=1)
+    both_modes = Statistics(RowNet(1), rows.split(50))
+    one_mode = Statistics(RowNet(1), rows[::2].split(50))
+
+    figures = compare(both_modes, one_mode)
+    assert figures["precision"] == 1
+    assert figures["recall"] == 0.5
+    assert_close(figures["is_rows"], 1.0)
+    assert_close(compare(one_mode, both_modes)["is_rows"], 2.0, rtol=0.01, atol=0)
 
 
 def test_autocast_changes_no_feature():
-    """The scripts judge within theirs; bf16 would shift the figures."""
-    net = open_features(SimpleNamespace(features="shapes"), torch.device("cpu"))
-    x = pictures(n=8)[..., :16]
-    want = net(x)[0]
+    """The scripts evaluate within it; bfloat16 would shift the figures."""
+    net = open_features("shapes", torch.device("cpu"))
+    x = random_images(n=8)[..., :16]
+    expected = net(x)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        got = Statistics(net, [x])
-    assert torch.equal(got.kept[0], want)
+        statistics = Statistics(net, [x])
+    assert torch.equal(statistics.features[0], expected)
 
 
-# ---- the program
+# ---- the program python -m tinyldm.metrics
+
+PROGRAM = "tinyldm.metrics.__main__"
+BRIGHTER = 51                           # levels of 255, by which the fakes are brighter
+
 
 @pytest.fixture
 def two_folders(tmp_path):
-    """real/ and fake/ of eight pictures, six of them named alike; fake is .4 brighter.
+    """real/ and fake/ with eight images each, six of which have the same names.
 
-    A training set would hold out 38.png and 39.png."""
+    The names are such that a training set would hold out 38.png and 39.png.
+    """
     rng = np.random.default_rng(0)
+    real = tmp_path / "real"
+    fake = tmp_path / "fake"
+    real.mkdir()
+    fake.mkdir()
     for i in range(36, 46):
-        x = rng.integers(0, 204, (20, 24, 3), np.uint8)
-        for name, y in (("real", x), ("fake", x + 51)):
-            (tmp_path / name).mkdir(exist_ok=True)
-            if i not in {"real": (36, 37), "fake": (44, 45)}[name]:
-                Image.fromarray(y.astype(np.uint8)).save(tmp_path / name / f"{i}.png")
-    return tmp_path / "real", tmp_path / "fake"
+        pixels = rng.integers(0, 204, (20, 24, 3), np.uint8)
+        if i >= 38:
+            Image.fromarray(pixels).save(real / f"{i}.png")
+        if i < 44:
+            Image.fromarray(pixels + np.uint8(BRIGHTER)).save(fake / f"{i}.png")
+    return real, fake
 
 
-def figures(said):
-    told = re.search(r"8 real, 8 fake: (.*)", said)[1]
-    return {k: float(v) for k, v in (part.split() for part in told.split(" | "))}
+def figures_in(output):
+    """The figures that the program prints, by name."""
+    text = re.search(r"8 real, 8 fake: (.*)", output)[1]
+    pairs = [part.split() for part in text.split(" | ")]
+    return {name: float(value) for name, value in pairs}
 
 
 def test_the_program_compares_two_folders(two_folders, cli):
     real, fake = two_folders
-    got = figures(cli("tinyldm.metrics.py", "--real", real, "--fake", fake))
-    assert got.keys() == {"fd_shapes", "precision", "recall", "is_shapes"}
-    assert got["fd_shapes"] > 1
-    got = figures(cli("tinyldm.metrics.py", "--real", real, "--fake", real, "--pairs"))
-    assert abs(got["fd_shapes"]) < 1e-6 and got["precision"] == got["recall"] == 1
-    assert (got["psnr"], got["ssim"], got["perceptual_random"]) == (math.inf, 1, 0)
+    figures = figures_in(cli(PROGRAM, "--real", real, "--fake", fake))
+    assert figures.keys() == {"fd_shapes", "precision", "recall", "is_shapes"}
+    assert figures["fd_shapes"] > 1
+
+    figures = figures_in(cli(PROGRAM, "--real", real, "--fake", real, "--pairs"))
+    assert abs(figures["fd_shapes"]) < 1e-6
+    assert figures["precision"] == figures["recall"] == 1
+    assert figures["psnr"] == math.inf
+    assert figures["ssim"] == 1
+    assert figures["perceptual_random"] == 0
 
 
-def test_the_program_pairs_pictures_by_name(two_folders, cli):
-    """51 of 255 greys more: 20 log10(255 / 51) dB of each pair."""
+def test_the_program_pairs_images_by_name(two_folders, cli):
+    """Each pair differs by 51 of 255 levels: 20 log10(255 / 51) dB."""
     real, fake = two_folders
-    got = figures(cli("tinyldm.metrics.py", "--real", real, "--fake", fake, "--pairs"))
-    assert_close(got["psnr"], 20 * math.log10(5), atol=.01, rtol=0)
-    assert got["ssim"] < .99 and got["perceptual_random"] > 0
+    figures = figures_in(cli(PROGRAM, "--real", real, "--fake", fake, "--pairs"))
+    assert_close(figures["psnr"], 20 * math.log10(255 / BRIGHTER), atol=0.01, rtol=0)
+    assert figures["ssim"] < 0.99
+    assert figures["perceptual_random"] > 0
 
 
-def test_the_program_keeps_an_even_share_of_more_than_10_000(cli, monkeypatch):
-    """Every second one's features of 10,001 pictures, of both sets."""
+def test_an_unreadable_image_is_in_no_pair(two_folders, cli):
+    """The next image, which takes its place in the sets, is another one."""
+    real, fake = two_folders
+    (fake / "40.png").write_bytes(b"not an image")
+    figures = figures_in(cli(PROGRAM, "--real", real, "--fake", fake, "--pairs"))
+    assert_close(figures["psnr"], 20 * math.log10(255 / BRIGHTER), atol=0.01, rtol=0)
+
+
+def test_the_program_keeps_features_evenly_of_more_than_10_000_images(cli, monkeypatch):
+    """Of 10,001 images it keeps those of every second one, in both sets."""
     strides = []
-    monkeypatch.setattr(metrics, "Shapes", lambda *_, **__: range(60_000))
-    monkeypatch.setattr(metrics, "Statistics", lambda net, batches, stride: strides.append(stride)
-                        or SimpleNamespace(moments=Moments()))
-    monkeypatch.setattr(metrics, "compare", lambda real, fake: {})
+
+    def statistics(net, images, stride):
+        strides.append(stride)
+
+    monkeypatch.setattr(program, "Shapes", lambda *args, **kwargs: range(60_000))
+    monkeypatch.setattr(program, "Statistics", statistics)
+    monkeypatch.setattr(program, "compare", lambda real, fake: {})
     for n in (10_000, 10_001, 50_000):
-        cli("tinyldm.metrics.py", "--real", "train", "--fake", "held-out", "--size", 16, "--n", n)
+        cli(PROGRAM, "--real", "train", "--fake", "held-out", "--size", 16, "--n", n)
     assert strides == [1, 1, 2, 2, 5, 5]
-
-
-def test_an_unreadable_picture_is_in_no_pair(two_folders, cli):
-    """The next readable one stands in for it, which is another picture."""
-    real, fake = two_folders
-    (fake / "40.png").write_bytes(b"no picture")
-    got = figures(cli("tinyldm.metrics.py", "--real", real, "--fake", fake, "--pairs"))
-    assert_close(got["psnr"], 20 * math.log10(5), atol=.01, rtol=0)
 
 
 def test_bad_input_to_the_program_is_one_line(two_folders, folder, cli):
     real, fake = two_folders
-    ours = ["--fake", "held-out", "--size", 16, "--n", 8, "--pairs"]
-    for flags, say in ((["--fake", real / "gone"], "gone"),
-                       (["--fake", fake, "--size", 8], "--size 8"),
-                       (["--fake", folder(3)], "four pictures"),
-                       (["--fake", fake, "--n", 3], "four pictures"),
-                       (["--fake", real.parent, "--pairs"], "--pairs: no picture"),
-                       (ours, "--pairs: needs")):
-        said = cli("tinyldm.metrics.py", "--real", real, *flags, code=2).strip().splitlines()[-1]
-        assert said.startswith("error: ") and say in said, said
+    built_in = ["--fake", "held-out", "--size", 16, "--n", 8, "--pairs"]
+    cases = [
+        (["--fake", real / "gone"], "gone"),
+        (["--fake", fake, "--size", 8], "--size 8"),
+        (["--fake", folder(3)], "four images"),
+        (["--fake", fake, "--n", 3], "four images"),
+        (["--fake", real.parent, "--pairs"], "--pairs: no image"),
+        (built_in, "--pairs: needs"),
+    ]
+    for flags, message in cases:
+        output = cli(PROGRAM, "--real", real, *flags, code=2)
+        last_line = output.strip().splitlines()[-1]
+        assert last_line.startswith("error: ")
+        assert message in last_line
+
+
+def test_missing_weights_are_one_line(two_folders, tmp_path, cli):
+    real, fake = two_folders
+    flags = ["--features", "vgg16", "--vgg-weights", tmp_path / "gone.pth"]
+    output = cli(PROGRAM, "--real", real, "--fake", fake, *flags, code=2)
+    assert output.startswith("error: --features vgg16: ")
+    assert "gone.pth" in output

@@ -1,4 +1,5 @@
-"""layers, attention, autoencoder, unet, conditioning: shapes, oracles, what must matter."""
+"""layers, attention, unet, conditioning: each layer against its formula written out."""
+import dataclasses
 import math
 
 import pytest
@@ -6,210 +7,385 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tinyldm.attention import GEGLU, Attention, SelfAttention2d, SpatialTransformer
-from tinyldm.autoencoder import AEConfig, Autoencoder, Posterior
-from tinyldm.conditioning import TextConfig, TextTransformer
+from tinyldm.attention import (
+    GEGLU,
+    Attention,
+    SelfAttention2d,
+    SpatialTransformer,
+    TransformerBlock,
+)
+from tinyldm.conditioning import Context, SpatialRescaler, TextConfig, TextTransformer
 from tinyldm.layers import Downsample, ResBlock, Upsample, timestep_embedding
 from tinyldm.unet import UNet, UNetConfig
 
-CFG = UNetConfig(c_in=4, c_out=4, side=8, ch=32, ch_mult=(1, 2), n_res=1, attn_res=(8, 4),
-                 d_head=16, d_ctx=24, groups=8)
+# A small U-Net that attends to 24-wide tokens.
+CFG = UNetConfig(
+    c_in=4,
+    c_out=4,
+    side=8,
+    ch=32,
+    ch_mult=(1, 2),
+    n_res=1,
+    attn_res=(8, 4),
+    d_head=16,
+    d_ctx=24,
+    groups=8,
+)
 
 
 def wake(net):
     """Give zero-initialised weights a value, so that outputs depend on everything."""
     torch.manual_seed(1)
-    for p in net.parameters():
-        if (p == 0).all():
-            torch.nn.init.normal_(p, 0, 0.1)
+    for parameter in net.parameters():
+        if (parameter == 0).all():
+            torch.nn.init.normal_(parameter, 0, 0.1)
     return net.eval()
 
 
-def test_timestep_embedding_is_cos_then_sin():
-    e = timestep_embedding(torch.tensor([0, 7, 999]), 6)
-    freq = [1, 10000 ** (-1 / 3), 10000 ** (-2 / 3)]
-    for row, t in zip(e.tolist(), (0, 7, 999)):
-        want = [math.cos(t * f) for f in freq] + [math.sin(t * f) for f in freq]
-        assert_close(row, want, rtol=0, atol=1e-4)
-    assert timestep_embedding(torch.tensor([3]), 7)[0, -1] == 0
+def inputs(batch=2):
+    """Return z_t, t and tokens for CFG."""
+    z_t = torch.randn(batch, 4, 8, 8)
+    t = torch.linspace(3, 500, batch).long()
+    tokens = torch.randn(batch, 5, 24)
+    return z_t, t, tokens
+
+
+def n_parameters(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+# ---- layers
+
+@pytest.mark.parametrize("t", [0, 7, 999])
+def test_timestep_embedding_is_cosines_then_sines(t):
+    frequencies = [1, 10000 ** (-1 / 3), 10000 ** (-2 / 3)]
+    cosines = [math.cos(t * frequency) for frequency in frequencies]
+    sines = [math.sin(t * frequency) for frequency in frequencies]
+
+    features = timestep_embedding(torch.tensor([t]), 6)
+
+    assert_close(features, torch.tensor([cosines + sines]), rtol=0, atol=1e-4)
+
+
+def test_timestep_embedding_of_odd_width_ends_in_a_zero():
+    features = timestep_embedding(torch.tensor([3]), 7)
+    assert features.shape == (1, 7)
+    assert features[0, -1] == 0
+
+
+def half_a_branch(x, norm, conv):
+    """GroupNorm with 4 groups, SiLU, 3x3 convolution, all with eps_theta's eps."""
+    h = F.group_norm(x, 4, norm.weight, norm.bias, 1e-5)
+    return F.conv2d(F.silu(h), conv.weight, conv.bias, padding=1)
+
+
+def test_resblock_adds_the_timestep_between_the_convolutions():
+    net = wake(ResBlock(16, 24, 8, groups=4))
+    x = torch.randn(2, 16, 5, 5)
+    emb = torch.randn(2, 8)
+
+    h = half_a_branch(x, net.norm1, net.conv1)
+    offset = F.silu(emb) @ net.emb.weight.T + net.emb.bias
+    h = half_a_branch(h + offset[..., None, None], net.norm2, net.conv2)
+
+    assert_close(net(x, emb), net.skip(x) + h)
+
+
+def test_scale_shift_acts_after_the_second_norm():
+    net = wake(ResBlock(16, 24, 8, groups=4, scale_shift=True))
+    x = torch.randn(2, 16, 5, 5)
+    emb = torch.randn(2, 8)
+
+    h = half_a_branch(x, net.norm1, net.conv1)
+    features = (F.silu(emb) @ net.emb.weight.T + net.emb.bias)[..., None, None]
+    h = net.norm2(h) * (1 + features[:, :24]) + features[:, 24:]
+    h = net.conv2(F.silu(h))
+
+    assert_close(net(x, emb), net.skip(x) + h)
+
+
+def test_resblock_resamples_its_input_and_its_branch():
+    halve = torch.nn.AvgPool2d(2)
+    net = wake(ResBlock(16, 16, 8, groups=4, resample=halve))
+    x = torch.randn(2, 16, 6, 6)
+    emb = torch.randn(2, 8)
+
+    h = net.conv1(halve(F.silu(net.norm1(x))))
+    h = h + net.emb(F.silu(emb))[..., None, None]
+    h = net.conv2(F.silu(net.norm2(h)))
+
+    assert_close(net(x, emb), halve(x) + h)
+
+
+def corner_tap(downsample):
+    """Make a Downsample return the value under the top left corner of its kernel."""
+    downsample.conv.weight.data.zero_()[0, 0, 0, 0] = 1
+    downsample.conv.bias.data.zero_()
+    return downsample
+
+
+def test_asymmetric_downsampling_pads_right_and_bottom_only():
+    """In E the kernel's first tap begins at pixel (0, 0)."""
+    x = torch.randn(1, 1, 6, 6)
+    net = corner_tap(Downsample(1, asymmetric=True))
+    assert_close(net(x), x[:, :, ::2, ::2])
+
+
+def test_symmetric_downsampling_pads_all_sides():
+    """In the U-Net the kernel's first tap begins in the padding."""
+    x = torch.randn(1, 1, 6, 6)
+    padded = F.pad(x, (1, 1, 1, 1))
+    net = corner_tap(Downsample(1))
+    assert_close(net(x), padded[:, :, 0:6:2, 0:6:2])
+
+
+def test_upsample_repeats_each_value_fourfold_before_its_convolution():
+    net = Upsample(2)
+    x = torch.randn(1, 2, 3, 4)
+    repeated = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert_close(net(x), net.conv(repeated))
+
+
+# ---- attention
+
+def naive_attention(q, k, v, n_head):
+    """softmax(q k^T / sqrt(d_head)) v, head by head; (B, N | M, n_head * d_head)."""
+    heads = []
+    for q_head, k_head, v_head in zip(
+        q.chunk(n_head, dim=2), k.chunk(n_head, dim=2), v.chunk(n_head, dim=2)
+    ):
+        logits = q_head @ k_head.transpose(1, 2) / math.sqrt(q_head.shape[2])
+        heads.append(logits.softmax(-1) @ v_head)
+    return torch.cat(heads, dim=2)
 
 
 def test_attention_equals_the_naive_softmax():
-    """Sec. 3.3: softmax(Q K^T / sqrt(d)) V, head by head."""
+    """Sec. 3.3: softmax(Q K^T / sqrt(d)) V, Q from x, K and V from ctx."""
     torch.manual_seed(0)
-    a, x, ctx = Attention(12, 20, 3, 8), torch.randn(2, 5, 12), torch.randn(2, 7, 20)
-    q, k, v = x @ a.to_q.weight.T, ctx @ a.to_k.weight.T, ctx @ a.to_v.weight.T
-    heads = [((q[..., s] @ k[..., s].transpose(1, 2)) / math.sqrt(8)).softmax(-1) @ v[..., s]
-             for s in (slice(0, 8), slice(8, 16), slice(16, 24))]
-    assert_close(a(x, ctx), torch.cat(heads, -1) @ a.to_out.weight.T + a.to_out.bias)
+    net = Attention(12, 20, 3, 8)
+    x = torch.randn(2, 5, 12)
+    ctx = torch.randn(2, 7, 20)
+
+    q = x @ net.to_q.weight.T
+    k = ctx @ net.to_k.weight.T
+    v = ctx @ net.to_v.weight.T
+    wanted = naive_attention(q, k, v, 3) @ net.to_out.weight.T + net.to_out.bias
+
+    assert_close(net(x, ctx), wanted)
 
 
 def test_self_attention_2d_equals_the_naive_softmax_over_places():
     torch.manual_seed(0)
-    a, x = SelfAttention2d(8, n_head=2, groups=4), torch.randn(2, 8, 3, 5)
-    w = a.qkv.weight.flatten(1)
-    h = a.norm(x).flatten(2)
-    q, k, v = (w @ h + a.qkv.bias[:, None]).chunk(3, dim=1)                     # (B, C, N)
-    out = torch.cat([v[:, s] @ (q[:, s].transpose(1, 2) @ k[:, s] / 2).softmax(-1).transpose(1, 2)
-                     for s in (slice(0, 4), slice(4, 8))], 1)
-    assert_close(a(x), x + a.proj_out(out.view(2, 8, 3, 5)))
+    net = SelfAttention2d(8, n_head=2, groups=4)
+    x = torch.randn(2, 8, 3, 5)
+
+    places = net.norm(x).flatten(2).transpose(1, 2)                 # (B, N, C)
+    qkv = places @ net.qkv.weight.flatten(1).T + net.qkv.bias       # (B, N, 3 C)
+    q, k, v = qkv.chunk(3, dim=2)
+    h = naive_attention(q, k, v, 2).transpose(1, 2).view(2, 8, 3, 5)
+
+    assert_close(net(x), x + net.proj_out(h))
 
 
-def test_geglu_gates_the_first_half_by_the_second():
-    g, x = GEGLU(4), torch.randn(2, 3, 4)
-    h = x @ g.proj.weight.T + g.proj.bias
-    gate = h[..., 16:]
+def test_geglu_multiplies_the_first_half_by_the_gelu_of_the_second():
+    net = GEGLU(4)
+    x = torch.randn(2, 3, 4)
+
+    value, gate = (x @ net.proj.weight.T + net.proj.bias).chunk(2, dim=2)
     gelu = gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
-    assert_close(g(x), (h[..., :16] * gelu) @ g.out.weight.T + g.out.bias)
+    wanted = (value * gelu) @ net.out.weight.T + net.out.bias
+
+    assert_close(net(x), wanted)
 
 
-def test_missing_context_raises_and_never_becomes_self_attention():
+def test_transformer_block_is_self_attention_then_cross_attention_then_mlp():
+    """The released code's order, each after its own norm and added to its input."""
+    torch.manual_seed(0)
+    net = TransformerBlock(16, 24, 2, 8)
+    for number, norm in enumerate([net.norm1, net.norm2, net.norm3]):
+        torch.nn.init.constant_(norm.weight, 1 + number)
+    x = torch.randn(2, 5, 16)
+    ctx = torch.randn(2, 7, 24)
+
+    normal = F.layer_norm(x, (16,))
+    h = x + net.self_attn(normal, normal)
+    h = h + net.cross_attn(2 * F.layer_norm(h, (16,)), ctx)
+    h = h + net.mlp(3 * F.layer_norm(h, (16,)))
+
+    assert_close(net(x, ctx), h)
+
+
+def test_a_missing_context_raises_and_never_becomes_self_attention():
     net = SpatialTransformer(32, 24, 2, 16, groups=8)
     with pytest.raises(ValueError, match="ctx"):
         net(torch.randn(1, 32, 4, 4), None)
-    with pytest.raises(ValueError, match="ctx"):
-        UNet(CFG)(torch.randn(1, 4, 8, 8), torch.tensor([3]))
 
 
-def test_autoencoder_downsampling_pads_right_and_bottom_only():
-    """A kernel that reads its first tap sees pixel (0, 0) at the corner; the U-Net's, padding."""
-    x = torch.randn(1, 1, 6, 6)
-    padded = F.pad(x, (1, 1, 1, 1))
-    for asymmetric, want in ((True, x[:, :, ::2, ::2]), (False, padded[:, :, 0:6:2, 0:6:2])):
-        d = Downsample(1, asymmetric)
-        d.conv.weight.data.zero_()[0, 0, 0, 0] = 1
-        d.conv.bias.data.zero_()
-        assert_close(d(x), want)
+# ---- the U-Net and its two ports
+
+def test_u_net_needs_tokens_if_it_attends():
+    z_t, t, _ = inputs()
+    with pytest.raises(ValueError, match="attends to a condition"):
+        UNet(CFG)(z_t, t, *Context())
 
 
-def test_upsample_repeats_each_pixel_fourfold_before_its_conv():
-    u, x = Upsample(2), torch.randn(1, 2, 3, 4)
-    assert_close(u(x), u.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3)))
+def test_u_net_refuses_tokens_if_it_does_not_attend():
+    config = UNetConfig(4, 4, 8, 32, (1, 2), 1, (8,), 16, groups=8)
+    z_t, t, tokens = inputs()
+    with pytest.raises(ValueError, match="cannot attend"):
+        UNet(config)(z_t, t, *Context(tokens=tokens))
 
 
-def test_resblock_adds_the_timestep_between_the_convs():
-    net, x, emb = wake(ResBlock(16, 24, 8, groups=4)), torch.randn(2, 16, 5, 5), torch.randn(2, 8)
-    h = F.conv2d(F.silu(F.group_norm(x, 4, net.norm1.weight, net.norm1.bias, 1e-5)),
-                 net.conv1.weight, net.conv1.bias, padding=1)
-    h = h + (F.silu(emb) @ net.emb.weight.T + net.emb.bias)[..., None, None]
-    h = F.conv2d(F.silu(F.group_norm(h, 4, net.norm2.weight, net.norm2.bias, 1e-5)),
-                 net.conv2.weight, net.conv2.bias, padding=1)
-    assert_close(net(x, emb), net.skip(x) + h)
+def test_beside_is_concatenated_behind_z_t():
+    """The same channels give the same output, whether they come by z_t or beside it."""
+    config = UNetConfig(7, 4, 8, 32, (1, 2), 1, (8,), 16, groups=8)
+    net = wake(UNet(config))
+    z_t, t, _ = inputs()
+    beside = torch.randn(2, 3, 8, 8)
+    joined = torch.cat([z_t, beside], dim=1)
+    assert_close(net(z_t, t, *Context(beside=beside)), net(joined, t), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("mult", [(1,), (1, 2), (1, 2, 2), (1, 1, 2, 2), (1, 1, 1, 2, 2),
-                                  (1, 1, 1, 1, 2, 2)])
-def test_autoencoder_shapes_for_every_f(mult):
-    cfg = AEConfig(3, 8, mult, 1, c_z=5, groups=4)
-    ae, x = Autoencoder(cfg), torch.randn(2, 3, 64, 32)
-    x_rec, q = ae(x, torch.zeros(2, 5, 64 // cfg.f, 32 // cfg.f))
-    assert cfg.f == 2 ** (len(mult) - 1) and x_rec.shape == x.shape
-    assert q.mean.shape == q.logvar.shape == (2, 5, 64 // cfg.f, 32 // cfg.f)
+def test_both_ports_can_be_used_at_once():
+    config = UNetConfig(7, 4, 8, 32, (1, 2), 1, (8,), 16, d_ctx=24, groups=8)
+    net = wake(UNet(config))
+    z_t, t, tokens = inputs()
+    beside = torch.randn(2, 3, 8, 8)
+
+    out = net(z_t, t, *Context(tokens, beside))
+
+    assert out.shape == z_t.shape
+    assert (net(z_t, t, tokens + 1, beside) - out).abs().max() > 1e-3
+    assert (net(z_t, t, tokens, beside + 1) - out).abs().max() > 1e-3
 
 
-def test_posterior_kl_equals_torchs():
-    q = Posterior(torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4))
-    normal = torch.distributions.Normal(q.mean, (q.logvar / 2).exp())
-    want = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0., 1.))
-    assert_close(q.kl(), want.sum((1, 2, 3)))
+@pytest.mark.parametrize("h,w", [(8, 8), (6, 10)])
+def test_u_net_begins_as_zero_and_keeps_shapes(h, w):
+    z_t = torch.randn(2, 4, h, w)
+    out = UNet(CFG)(z_t, torch.tensor([0, 999]), torch.randn(2, 5, 24))
+    assert out.shape == z_t.shape
+    assert (out == 0).all()
 
 
-def test_posterior_samples_and_their_std():
+@pytest.mark.parametrize("d_ctx", [None, 24])
+def test_every_block_of_the_u_net_begins_as_the_identity(d_ctx):
+    """All but the skip of a ResBlock, which may change the number of channels."""
+    net = UNet(dataclasses.replace(CFG, d_ctx=d_ctx))
+    emb = torch.randn(2, 128)
+    tokens = torch.randn(2, 5, 24)
+    n_blocks = 0
+
+    for block in net.modules():
+        if isinstance(block, ResBlock):
+            x = torch.randn(2, block.norm1.num_channels, 4, 4)
+            assert_close(block(x, emb), block.skip(x), rtol=0, atol=0)
+        elif isinstance(block, SpatialTransformer):
+            x = torch.randn(2, block.norm.num_channels, 4, 4)
+            assert_close(block(x, tokens), x, rtol=0, atol=0)
+        elif isinstance(block, SelfAttention2d):
+            x = torch.randn(2, block.norm.num_channels, 4, 4)
+            assert_close(block(x), x, rtol=0, atol=0)
+        else:
+            continue
+        n_blocks += 1
+
+    assert n_blocks == 15
+
+
+def test_u_net_depends_on_the_timestep_on_every_token_and_on_every_place():
+    net = wake(UNet(CFG))
+    z_t, t, tokens = inputs(1)
+    z_t.requires_grad_()
+    tokens.requires_grad_()
+
+    out = net(z_t, t, tokens)
+    out[0, 0, 0, 0].backward()
+
+    assert (z_t.grad.abs().sum(1) > 0).all()
+    assert (tokens.grad.abs().sum(2) > 0).all()
+    assert (net(z_t, t + 1, tokens) - out).abs().max() > 1e-3
+
+
+def test_computing_activations_twice_changes_no_gradient():
+    net = wake(UNet(CFG))
+    z_t, t, tokens = inputs()
+    gradients = []
+    for ckpt_grad in (False, True):
+        net.ckpt_grad = ckpt_grad
+        net.zero_grad()
+        net(z_t, t, tokens).square().mean().backward()
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    assert_close(gradients[0], gradients[1])
+
+
+def test_u_net_overfits_one_batch():
     torch.manual_seed(0)
-    q = Posterior(torch.randn(8, 4, 32, 32) * 3, torch.full((8, 4, 32, 32), math.log(4.0)))
-    z = q.sample(torch.randn_like(q.mean))
-    assert abs((z - q.mean).std() - 2) < 0.02
-    assert_close(q.std(), z.std(), rtol=0.01, atol=0)
+    net = UNet(UNetConfig(4, 4, 4, 8, (1, 2), 1, (4,), 8, d_ctx=24, groups=4))
+    z_t = torch.randn(2, 4, 4, 4)
+    t = torch.tensor([1, 200])
+    tokens = torch.randn(2, 5, 24)
+    eps = torch.randn(2, 4, 4, 4)
+    optimiser = torch.optim.Adam(net.parameters(), 1e-2, fused=True)
+    for _ in range(20):
+        loss = (net(z_t, t, tokens) - eps).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss < 0.2
 
 
-def test_z_std_scales_latents_to_variance_1_and_back_and_changes_no_picture():
-    torch.manual_seed(0)
-    ae, x = Autoencoder(AEConfig(3, 8, (1, 2), 1, 2, 4)), torch.randn(4, 3, 16, 16)
-    raw = ae.encode(x)
-    x_rec = ae.decode(raw.mean)
-    ae.z_std.copy_(raw.std())
-    q = ae.encode(x)
-    assert_close(q.std().item(), 1.0, rtol=1e-5, atol=0)
-    assert_close(q.mean * ae.z_std, raw.mean)
-    assert_close((q.logvar / 2).exp() * ae.z_std, (raw.logvar / 2).exp())
-    assert_close(ae.decode(q.mean), x_rec)
-
-
-def test_kl_f8_has_the_official_number_of_parameters():
-    """83,653,863: encoder, decoder and the two 1x1 convs of the released kl-f8."""
-    with torch.device("meta"):
-        ae = Autoencoder(AEConfig(ch=128, ch_mult=(1, 2, 4, 4), n_res=2, c_z=4))
-    assert sum(p.numel() for p in ae.parameters()) == 83_653_863
-
-
-def test_stable_diffusions_u_net_has_the_official_number_of_parameters_but_for_its_head_rule():
-    """The released cin256 (f = 8): 394,984,196 with d_head 32, ctx 512, attention at 32, 16, 8."""
-    with torch.device("meta"):
-        net = UNet(UNetConfig(c_in=4, c_out=4, side=32, ch=256, ch_mult=(1, 2, 4),
-                              attn_res=(32, 16, 8), d_head=32, d_ctx=512))
-    assert sum(p.numel() for p in net.parameters()) == 394_984_196
-
-
-def test_uncond_u_net_has_the_official_number_of_parameters():
-    """celeba256, ffhq256 and lsun_beds256: 274,056,163."""
+def test_the_unconditional_u_net_has_the_official_number_of_parameters():
+    """celeba256, ffhq256 and lsun_beds256: the defaults of UNetConfig."""
     with torch.device("meta"):
         net = UNet(UNetConfig())
-    assert sum(p.numel() for p in net.parameters()) == 274_056_163
+    assert n_parameters(net) == 274_056_163
 
 
-def test_u_net_begins_as_zero_and_keeps_shapes():
-    net = UNet(CFG)
-    for h, w in ((8, 8), (6, 10)):
-        out = net(torch.randn(2, 4, h, w), torch.tensor([0, 999]), torch.randn(2, 5, 24))
-        assert out.shape == (2, 4, h, w) and (out == 0).all()
+def test_the_class_conditional_u_net_has_the_official_number_of_parameters():
+    """cin256 with f = 8."""
+    config = UNetConfig(
+        c_in=4,
+        c_out=4,
+        side=32,
+        ch=256,
+        ch_mult=(1, 2, 4),
+        attn_res=(32, 16, 8),
+        d_head=32,
+        d_ctx=512,
+    )
+    with torch.device("meta"):
+        net = UNet(config)
+    assert n_parameters(net) == 394_984_196
 
 
-def test_u_net_depends_on_time_and_on_every_token_and_on_all_places():
-    net = wake(UNet(CFG))
-    z, t, ctx = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 24)
-    z.requires_grad_()
-    ctx.requires_grad_()
-    out = net(z, t, ctx)
-    out[0, 0, 0, 0].backward()
-    assert (z.grad.abs().sum(1) > 0).all() and (ctx.grad.abs().sum(2) > 0).all()
-    assert (net(z, t + 1, ctx) - out).abs().max() > 1e-3
-
-
-def test_checkpointing_gradients_changes_nothing():
-    net = wake(UNet(CFG))
-    z, t, ctx = torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), torch.randn(2, 5, 24)
-    grads = []
-    for lean in (False, True):
-        net.ckpt_grad = lean
-        net.zero_grad()
-        net(z, t, ctx).square().mean().backward()
-        grads.append([p.grad.clone() for p in net.parameters()])
-    assert_close(grads[0], grads[1])
-
+# ---- condition encoders
 
 def test_text_transformer_tells_orders_apart():
-    """Positions must reach the output as words do: a swap moves ctx as much as a new word."""
+    """Positions reach the output: a swap of two words moves ctx, as a new word does."""
     torch.manual_seed(0)
     tau = TextTransformer(TextConfig(50, 12, 64, 2, 4, 16))
     y = torch.randint(2, 50, (1, 12))
-    ctx = tau(y)
-    assert ctx.shape == (1, 12, 64)
-    swapped, other = y.clone(), y.clone()
+    swapped = y.clone()
     swapped[0, [3, 7]] = y[0, [7, 3]]
-    other[0, 3] = (y[0, 3] + 1) % 50
-    pooled = [tau(v).mean(1) for v in (y, swapped, other)]
-    assert (pooled[1] - pooled[0]).norm() > 0.1 * (pooled[2] - pooled[0]).norm()
+    new_word = y.clone()
+    new_word[0, 3] = (y[0, 3] + 1) % 50
+
+    ctx = tau(y)
+    moved_by_swap = (tau(swapped) - ctx).mean(1).norm()
+    moved_by_word = (tau(new_word) - ctx).mean(1).norm()
+
+    assert ctx.shape == (1, 12, 64)
+    assert moved_by_swap > 0.1 * moved_by_word
 
 
-def test_one_batch_overfits():
-    torch.manual_seed(0)
-    net = UNet(CFG)
-    z, t, ctx = torch.randn(4, 4, 8, 8), torch.tensor([1, 300, 600, 999]), torch.randn(4, 5, 24)
-    eps = torch.randn(4, 4, 8, 8)
-    opt = torch.optim.Adam(net.parameters(), 3e-3)
-    for _ in range(60):
-        loss = (net(z, t, ctx) - eps).square().mean()
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-    assert loss < 0.2
+def test_an_unknown_label_is_a_map_of_zeros():
+    tau = SpatialRescaler(c_in=5, c_out=3, n=1)
+    unknown = torch.full((1, 4, 4), -1)
+    assert_close(tau(unknown), torch.zeros(1, 3, 2, 2), rtol=0, atol=0)
+
+
+def test_label_maps_become_shares_of_classes():
+    tau = SpatialRescaler(c_in=2, c_out=2, n=1)
+    tau.conv.weight.data = torch.eye(2)[..., None, None]
+    labels = torch.tensor([[[0, 0], [0, 1]]])
+    assert_close(tau(labels).flatten(), torch.tensor([0.75, 0.25]))

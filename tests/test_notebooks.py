@@ -1,37 +1,72 @@
-"""Every notebook: the house rules, and each of its cells runs."""
+"""Every notebook: the rules of the house, and each of its cells runs as in Jupyter."""
 import json
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, signal_handlers_kept
 
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-def cells(path, kind):
-    return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"]
-            if c["cell_type"] == kind]
+def cells(path: Path, kind: str) -> list[dict]:
+    """The cells of a notebook that are "code" or "markdown"."""
+    notebook = json.loads(path.read_text())
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_notebook_keeps_the_house_rules(path):
-    code = cells(path, "code")
-    assert len(code) + len(cells(path, "markdown")) <= 12 and path.stat().st_size < 1e6
-    assert all(len(c.splitlines()) <= 10 and "%" not in c[:1] for c in code)
-    text = cells(path, "markdown")
-    assert text[0].startswith("# ") and "?" in text[0].splitlines()[0]
+def sources(path: Path, kind: str) -> list[str]:
+    """The text of each of these cells."""
+    return ["".join(cell["source"]) for cell in cells(path, kind)]
+
+
+def has_figure(cell: dict) -> bool:
+    """True if the kept output of a cell has an image."""
+    return any("image/png" in output.get("data", {}) for output in cell["outputs"])
+
+
+@every_notebook
+def test_a_notebook_is_short(path):
+    """It has at most 12 cells, of at most 10 lines of code, and is smaller than 1 MB."""
+    code = sources(path, "code")
+    assert len(code) + len(sources(path, "markdown")) <= 12
+    assert path.stat().st_size < 1e6
+    for cell in code:
+        assert len(cell.splitlines()) <= 10
+        assert not cell.startswith("%")
+
+
+@every_notebook
+def test_a_notebook_begins_with_a_question_and_ends_with_what_to_try(path):
+    text = sources(path, "markdown")
+    title = text[0].splitlines()[0]
+    assert title.startswith("# ")
+    assert "?" in title
     assert "What to try" in text[-1]
-    outputs = [c["outputs"] for c in json.loads(path.read_text())["cells"] if "outputs" in c]
-    assert sum(any("image/png" in o.get("data", {}) for o in each) for each in outputs) >= 3
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@every_notebook
+def test_a_notebook_keeps_three_figures_or_more(path):
+    """They can be looked at without running anything."""
+    figures = [cell for cell in cells(path, "code") if has_figure(cell)]
+    assert len(figures) >= 3
+
+
+@every_notebook
 def test_every_cell_runs(path, monkeypatch):
+    """In the folder of the notebooks, from which the package can be imported, but no script."""
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
-    monkeypatch.chdir(ROOT / "notebooks")
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    monkeypatch.chdir(path.parent)
+    others = [folder for folder in sys.path if folder != str(ROOT)]
+    monkeypatch.setattr(sys, "path", [str(path.parent), *others])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for script in ("train_ae", "train_ldm"):
+        monkeypatch.delitem(sys.modules, script, raising=False)
+
     space = {}
-    for code in cells(path, "code"):
-        exec(code, space)
-        space["plt"].close("all")
+    with signal_handlers_kept():
+        for code in sources(path, "code"):
+            exec(code, space)
+            space["plt"].close("all")

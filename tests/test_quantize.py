@@ -1,4 +1,4 @@
-"""quantize.py: brute force, gradients by hand, closed forms, and the official code's numbers."""
+"""quantize.py: brute force, gradients by hand, closed forms, the official numbers."""
 import math
 
 import pytest
@@ -7,146 +7,237 @@ from goldens import close, golden, weights
 from torch.testing import assert_close
 
 from tinyldm.autoencoder import AEConfig, Autoencoder
-from tinyldm.quantize import Codebook, Quantised, count, perplexity
-
-def latents(b=2, c=3, h=4, w=5):
-    return torch.randn(b, c, h, w, generator=torch.Generator().manual_seed(0))
+from tinyldm.quantize import Codebook, count_codes, perplexity, rows_of_latents
 
 
-def codebook(n=16, c=3):
+def latents():
+    """Return z (2, 3, 4, 5), the same each time."""
+    return torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+
+
+def normal_codebook():
+    """Return a codebook of 16 codes ~ N(0, 1), the same each time."""
     torch.manual_seed(1)
-    book = Codebook(n, c)
-    torch.nn.init.normal_(book.codes)
-    return book
+    codebook = Codebook(16, 3)
+    torch.nn.init.normal_(codebook.codes)
+    return codebook
 
+
+# ---- the nearest code
 
 def test_vq_vae_eq_1_and_2_nearest_code_by_brute_force():
-    book, z = codebook(), latents()
-    q = book(z)
-    for b in range(2):
-        for i in range(4):
-            for j in range(5):
-                d = [math.dist(e, z[b, :, i, j].tolist()) for e in book.codes.tolist()]
-                k = d.index(min(d))
-                assert q.k[b, i, j] == k
-                assert_close(q.zq[b, :, i, j], book.codes[k], rtol=0, atol=0)
-    assert q.z is z and len(q.k.unique()) > 8
+    codebook = normal_codebook()
+    z = latents()
+    q = codebook(z)
+
+    codes = codebook.codes.tolist()
+    rows = rows_of_latents(z).tolist()
+    for row, number in zip(rows, q.k.flatten().tolist()):
+        distances = [math.dist(code, row) for code in codes]
+        assert number == distances.index(min(distances))
+
+    assert_close(rows_of_latents(q.zq), codebook.codes[q.k.flatten()], rtol=0, atol=0)
+    assert q.z is z
+    assert len(q.k.unique()) > 8
+
+
+def test_rows_of_latents_are_the_channels_of_each_place():
+    z = latents()
+    rows = rows_of_latents(z)
+    assert rows.shape == (40, 3)
+    assert_close(rows[20 + 2 * 5 + 4], z[1, :, 2, 4], rtol=0, atol=0)
 
 
 def test_nearest_codes_are_found_in_full_precision_under_autocast():
-    """Codes 1e-4 apart, far from 0: bf16, or |z|^2 - 2 z e + |e|^2 in float32, mixes them up."""
-    book = Codebook(64, 3)
-    book.codes.data = 40 + 1e-4 * torch.arange(64.)[:, None].expand(64, 3)
+    """Codes 1e-4 apart, far from 0: bf16 and |z|^2 - 2 z e + |e|^2 mix them up."""
+    codebook = Codebook(64, 3)
+    codebook.codes.data = 40 + 1e-4 * torch.arange(64.0)[:, None].expand(64, 3)
     k = torch.randperm(64, generator=torch.Generator().manual_seed(0)).view(1, 8, 8)
-    z = book.codes.data[k].movedim(-1, 1) + 2e-5
+    z = codebook.codes.data[k].movedim(-1, 1) + 2e-5
+
     with torch.autocast("cpu", torch.bfloat16):
-        q = book(z)
-    assert (q.k == k).all() and q.zq.dtype == torch.float32
-    assert book(z.bfloat16()).z.dtype == torch.float32
+        q = codebook(z)
+
+    assert (q.k == k).all()
+    assert q.zq.dtype == torch.float32
+    assert codebook(z.bfloat16()).z.dtype == torch.float32
 
 
 def test_codes_begin_uniform_in_1_over_n():
     codes = Codebook(1000, 8).codes.detach() * 1000
-    assert codes.abs().max() <= 1 and abs(codes.std() - 3 ** -0.5) < 0.02
+    assert codes.abs().max() <= 1
+    assert abs(codes.std() - 3 ** -0.5) < 0.02
 
 
-def test_straight_through_hands_the_gradient_to_z_alone():
-    book, z = codebook(), latents().requires_grad_()
-    q, cotangent = book(z), latents().flip(0)
+# ---- gradients
+
+def test_straight_through_gives_the_gradient_to_z_alone():
+    codebook = normal_codebook()
+    z = latents().requires_grad_()
+    cotangent = latents().flip(0)
+    q = codebook(z)
+
     out = q.straight_through()
-    assert_close(out, q.zq)
     (out * cotangent).sum().backward()
+
+    assert_close(out, q.zq)
     assert_close(z.grad, cotangent, rtol=0, atol=0)
-    assert book.codes.grad is None
+    assert codebook.codes.grad is None
 
 
 @pytest.mark.parametrize("beta_on", ["codebook", "commitment"])
 def test_vq_vae_eq_3_gradients_by_hand(beta_on):
-    """d/dz of mean((sg(zq) - z)^2) is 2 (z - zq) / n, d/de_j of mean((zq - sg(z))^2) the sum of
-    2 (e_j - z) / n over the places that chose j; beta weighs one of the two."""
-    book, z, beta = codebook(), latents().requires_grad_(), 0.3
-    q = book(z)
+    """The commitment term pulls latents to codes, the codebook term codes to latents.
+
+    d/dz of mean((sg(zq) - z)^2) is 2 (z - zq) / n; d/de_j of mean((zq - sg(z))^2) is
+    the sum of 2 (e_j - z) / n over the places with code j; beta weighs one of the two.
+    """
+    codebook = normal_codebook()
+    z = latents().requires_grad_()
+    beta = 0.3
+    q = codebook(z)
     loss = q.loss(beta, beta_on)
     loss.backward()
-    d = 2 * (z - q.zq).detach() / z.numel()
-    on_codes, on_z = (beta, 1) if beta_on == "codebook" else (1, beta)
-    want = torch.zeros_like(book.codes)
-    want.index_add_(0, q.k.flatten(), -d.movedim(1, -1).reshape(-1, 3))
-    assert_close(z.grad, on_z * d)
-    assert_close(book.codes.grad, on_codes * want)
+
+    pull = 2 * (z - q.zq).detach() / z.numel()
+    pull_on_codes = torch.zeros_like(codebook.codes)
+    pull_on_codes.index_add_(0, q.k.flatten(), -rows_of_latents(pull))
+    weight_on_codes = beta if beta_on == "codebook" else 1
+    weight_on_z = beta if beta_on == "commitment" else 1
+
+    assert_close(z.grad, weight_on_z * pull)
+    assert_close(codebook.codes.grad, weight_on_codes * pull_on_codes)
     assert_close(loss, (1 + beta) * (z - q.zq).square().mean())
 
 
-def test_defaults_are_those_of_the_released_models():
-    book, z = codebook(), latents()
-    assert book(z).loss() == book(z).loss(0.25, "codebook")
-    g = torch.autograd.grad(book(z).loss(), book.codes)[0]
-    assert_close(g, torch.autograd.grad(book(z).loss(0.25, "codebook"), book.codes)[0])
+def test_the_default_loss_is_that_of_the_released_models():
+    codebook = normal_codebook()
+    q = codebook(latents())
+    default = q.loss()
+    released = q.loss(0.25, "codebook")
+
+    assert default == released
+    gradient = torch.autograd.grad(default, codebook.codes, retain_graph=True)
+    assert_close(gradient, torch.autograd.grad(released, codebook.codes))
 
 
-def test_perplexity_in_closed_form():
-    assert_close(perplexity(torch.tensor([7, 7, 7, 7])), torch.tensor(4.0))
-    assert_close(perplexity(torch.tensor([0, 9, 0])), torch.tensor(1.0))
-    p = perplexity(torch.tensor([0, 3, 1]))
-    assert_close(p.item(), 4 / 27 ** 0.25)          # exp(H(3/4, 1/4)) = 4 / 3^(3/4)
+def test_beta_on_something_else_raises():
+    with pytest.raises(ValueError, match="'codebook' or 'commitment'"):
+        normal_codebook()(latents()).loss(0.25, "code")
+
+
+# ---- how codes are used
+
+@pytest.mark.parametrize(
+    "counts,wanted",
+    [
+        ([7, 7, 7, 7], 4),
+        ([0, 9, 0], 1),
+        ([0, 3, 1], 4 / 27 ** 0.25),        # exp(H(3/4, 1/4)) = 4 / 3^(3/4)
+    ],
+)
+def test_perplexity_in_closed_form(counts, wanted):
+    assert_close(perplexity(torch.tensor(counts)).item(), float(wanted))
+
+
+def test_codes_are_counted():
     k = torch.tensor([[[2, 0], [2, 2]]])
-    assert count(k, 4).tolist() == [1, 0, 3, 0]
+    assert count_codes(k, 4).tolist() == [1, 0, 3, 0]
 
 
-def test_official_perplexity_and_codes_used():
-    z = golden("losses")
-    n = count(torch.from_numpy(z["in/indices"]), 16)
-    close(perplexity(n), z["out/perplexity"])
-    assert (n > 0).sum() == z["out/cluster_use"]
+def restarted(idle, seed):
+    """Return a codebook whose idle codes are replaced by rows of latents()."""
+    codebook = normal_codebook()
+    generator = torch.Generator().manual_seed(seed)
+    codebook.restart(idle, rows_of_latents(latents()), generator)
+    return codebook.codes
 
 
-def test_restart_moves_idle_codes_only_and_repeats():
-    """A code that restarts becomes one of the batch's latents; the rest stay to the bit."""
-    z, idle = latents(), torch.arange(16) % 3 == 0
-    books = [codebook() for _ in range(3)]
-    for book, seed in zip(books, (5, 5, 6)):
-        book.restart(idle, z, torch.Generator().manual_seed(seed))
-    old, new = codebook().codes, books[0].codes
+def test_restart_replaces_idle_codes_by_latents_and_keeps_the_others():
+    idle = torch.arange(16) % 3 == 0
+    old = normal_codebook().codes
+    new = restarted(idle, seed=5)
+
     assert_close(new[~idle], old[~idle], rtol=0, atol=0)
-    rows = {tuple(v) for v in z.movedim(1, -1).reshape(-1, 3).tolist()}
-    assert all(tuple(v) in rows for v in new[idle].tolist())
-    assert len({tuple(v) for v in new[idle].tolist()}) > 2
-    assert_close(new, books[1].codes, rtol=0, atol=0)
-    assert (new != books[2].codes).any() and new.requires_grad
+    rows = rows_of_latents(latents()).tolist()
+    assert all(code in rows for code in new[idle].tolist())
+    assert len(new[idle].unique(dim=0)) > 2
+    assert new.requires_grad
 
 
-def test_official_codebook():
-    """ae_vq: indices exactly; loss and quantised latents; gradients with both places of beta."""
-    ref = golden("ae_vq")
-    book, h = Codebook(64, 3), torch.from_numpy(ref["out/h"]).requires_grad_()
-    book.codes.data = weights(ref["recipe"])["quantize.embedding.weight"]
-    q = book(h)
-    assert (q.k.numpy() == ref["out/indices"]).all()
-    close(q.zq, ref["out/codebook_entry"], 0)
-    close(q.straight_through(), ref["out/quant"], 1e-7)
-    for name, beta_on in (("legacy", "codebook"), ("fixed", "commitment")):
-        loss = q.loss(0.25, beta_on)
-        close(loss, ref[f"out/loss_{name}"])
-        close(loss, ref["out/codebook_loss"])
-        on_h, on_codes = torch.autograd.grad(loss, (h, book.codes), retain_graph=True)
-        close(on_h, ref[f"out/loss_grad_h_{name}"], 2e-4)
-        close(on_codes, ref[f"out/loss_grad_codebook_{name}"], 2e-4)
+def test_restart_follows_from_the_generator():
+    idle = torch.arange(16) % 3 == 0
+    assert_close(restarted(idle, seed=5), restarted(idle, seed=5), rtol=0, atol=0)
+    assert (restarted(idle, seed=5) != restarted(idle, seed=6)).any()
 
 
 def test_a_vq_autoencoder_learns_one_batch():
+    """The loss falls to a tenth with several codes in use; idle ones restart once."""
     torch.manual_seed(0)
-    ae = Autoencoder(AEConfig(3, 16, (1, 2), 1, 3, groups=8, n_codes=32))
-    x = torch.nn.functional.interpolate(torch.rand(4, 3, 4, 4) * 2 - 1, scale_factor=4)
-    opt, first = torch.optim.Adam(ae.parameters(), 3e-3), None
-    for step in range(150):
-        x_rec, q = ae(x, torch.zeros(4, 3, 8, 8))
+    config = AEConfig(ch=8, ch_mult=(1, 2), n_res=1, c_z=3, groups=4, n_codes=32)
+    ae = Autoencoder(config)
+    coarse = torch.rand(1, 3, 4, 4) * 2 - 1
+    x = torch.nn.functional.interpolate(coarse, scale_factor=2)
+    no_noise = torch.zeros(1, 3, 4, 4)
+    optimiser = torch.optim.Adam(ae.parameters(), 5e-3, fused=True)
+    history = []
+
+    for step in range(40):
+        x_rec, q = ae(x, no_noise)
         loss_rec = (x_rec - x).square().mean()
-        first = first or loss_rec.item()
-        opt.zero_grad()
+        history.append(loss_rec.item())
+        optimiser.zero_grad()
         (loss_rec + q.loss()).backward()
-        opt.step()
-        n = count(q.k, 32)
-        if step == 20:
-            ae.codebook.restart(n == 0, q.z, torch.Generator().manual_seed(step))
-    assert loss_rec < 0.1 * first and (n > 0).sum() > 4, (first, loss_rec, perplexity(n))
-    assert isinstance(q, Quantised)
+        optimiser.step()
+
+        counts = count_codes(q.k, 32)
+        if step == 5:
+            generator = torch.Generator().manual_seed(step)
+            ae.codebook.restart(counts == 0, rows_of_latents(q.z), generator)
+
+    assert history[-1] < 0.1 * history[0], history
+    assert (counts > 0).sum() > 4
+
+
+# ---- the official code's numbers
+
+def test_official_perplexity_and_number_of_codes_in_use():
+    ref = golden("losses")
+    counts = count_codes(torch.from_numpy(ref["in/indices"]), 16)
+    close(perplexity(counts), ref["out/perplexity"])
+    assert (counts > 0).sum() == ref["out/cluster_use"]
+
+
+def official_codebook(ref):
+    """Return the codebook of the golden ae_vq, and z, what its E returns."""
+    codebook = Codebook(64, 3)
+    codebook.codes.data = weights(ref["recipe"])["quantize.embedding.weight"]
+    z = torch.from_numpy(ref["out/h"]).requires_grad_()
+    return codebook, z
+
+
+def test_official_codes():
+    """The numbers of the codes agree exactly."""
+    ref = golden("ae_vq")
+    codebook, z = official_codebook(ref)
+    q = codebook(z)
+    assert (q.k.numpy() == ref["out/indices"]).all()
+    close(q.zq, ref["out/codebook_entry"], 0)
+    close(q.straight_through(), ref["out/quant"], 1e-7)
+
+
+@pytest.mark.parametrize(
+    "name,beta_on", [("legacy", "codebook"), ("fixed", "commitment")]
+)
+def test_official_codebook_loss_and_its_gradients(name, beta_on):
+    """The released code's legacy=True has beta on the codebook term, by its slip."""
+    ref = golden("ae_vq")
+    codebook, z = official_codebook(ref)
+
+    loss = codebook(z).loss(0.25, beta_on)
+    close(loss, ref[f"out/loss_{name}"])
+    close(loss, ref["out/codebook_loss"])
+
+    on_z, on_codes = torch.autograd.grad(loss, (z, codebook.codes))
+    close(on_z, ref[f"out/loss_grad_h_{name}"], 2e-4)
+    close(on_codes, ref[f"out/loss_grad_codebook_{name}"], 2e-4)

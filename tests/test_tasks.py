@@ -1,266 +1,498 @@
-"""tasks.py and both ports of the U-Net: what y and ctx are for each task, worked out by hand."""
-from argparse import Namespace
+"""tasks.py: what every task must keep, over the table TASKS, and what y and ctx are by hand.
+
+A new row of TASKS is tested by being there: its class says what it needs, and the items are made
+up. Below come the tests of single tasks.
+"""
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from made_up import made_up_data, made_up_items, made_up_model, stage_one
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tinyldm import BadInput, presets
-from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels
-from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextConfig
-from tinyldm.data import loader
-from tinyldm.degrade import Degraded
+import train_ldm
+from tinyldm.conditioning import ClassEmbedder, Context, SpatialRescaler
+from tinyldm.data.loader import collate
+from tinyldm.data.open import open_dataset
+from tinyldm.data.shapes import CLASSES, Shapes
+from tinyldm.errors import BadInput
 from tinyldm.guidance import drop_condition, guided
-from tinyldm.shapes import CLASSES, Shapes
-from tinyldm.tasks import TASKS, inpaint_ctx, layout_y, superres_ctx
-from tinyldm.unet import UNet, UNetConfig
+from tinyldm.model import LatentDiffusion
+from tinyldm.tasks import TASKS, Class, Inpainting, Layout, Semantic, SuperResolution, Text
 
-ROW = dict(size=32, ch=8, ch_mult=(1, 2), n_res=1, attn_res=(8, 4), d_head=4, n_head=None, depth=1,
-           groups=4, scale_shift=False, res_updown=False, d_ctx=12, n_classes=None, n_token=12,
-           vocab_size=None, text_depth=1, text_heads=2, text_d_head=4, text_clip=False)
+CONDITION_FLAGS = {"prompt", "prompts", "label", "boxes", "map", "image", "mask"}
 
 
-def alive(net, seed=0):
-    """No parameter is zero, so that all of a net can be seen in what it says."""
-    g = torch.Generator().manual_seed(seed)
-    for p in net.parameters():
-        p.data = .3 * torch.randn(p.shape, generator=g)
-    return net.eval().requires_grad_(False)
+@dataclass
+class Case:
+    """A task in use: a random model of it, and three made-up items."""
+
+    model: LatentDiffusion
+    items: list[dict]
+
+    @property
+    def task(self):
+        return self.model.task
+
+    @property
+    def is_conditional(self) -> bool:
+        return len(self.task.fields) > 0
+
+    def y(self, items: list[dict]) -> dict[str, Tensor]:
+        """Return y as training makes it: of a whole batch of the data set."""
+        return self.task.encode(collate(items))
+
+    def null_like(self, y: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the null condition, stretched to the shape of one row of y."""
+        null = self.task.null()
+        return {name: null[name].expand(1, *v.shape[1:]).to(v) for name, v in y.items()}
+
+    def ctx(self, y: dict[str, Tensor]) -> Context:
+        return self.task.context(y, self.model.tau, self.model.ae)
 
 
-def stage_one(f=4):
-    levels = {2: (1, 2), 4: (1, 1, 2), 8: (1, 1, 1, 2)}
-    if f == 1:
-        return Pixels()
-    return alive(Autoencoder(AEConfig(ch=8, ch_mult=levels[f], n_res=1, c_z=4, groups=4, side=32,
-                                      attn_mid=False)))
+@pytest.fixture(scope="module", params=TASKS)
+def name(request):
+    """The name of each task in turn."""
+    return request.param
 
 
-def world(task, f=4):
-    """-> y(batch), the stretched null, ctx(y), the U-Net and a batch of three pictures."""
-    ae, data, row = stage_one(f), Shapes(8, 32), Namespace(task=task, **ROW)
-    tokenizer = TASKS[task].fit(row, data) if TASKS[task].fit else None
-    tau = presets.condition_encoder(vars(row), f)
-    unet = alive(UNet(presets.unet_config(vars(row), ae.cfg)))
-    if tau:
-        alive(tau, 1)
-    if task in ("superres", "inpaint"):
-        data = Degraded(Degraded(data, "mask", 0), "small", 0)
-
-    def y(batch):
-        return TASKS[task].y(batch, tau, tokenizer)
-
-    def ctx(y):
-        return TASKS[task].ctx(y, tau, ae)
-    return y, y(TASKS[task].null), ctx, unet, next(iter(loader(data, [[0, 1, 2]], 0)))
+@pytest.fixture(scope="module", params=[4, 1], ids=["latents", "pixels"])
+def case(request, name):
+    """Each task in turn, on the latents of a stage one with f = 4, and on pixels."""
+    return Case(made_up_model(name, request.param), made_up_items(3))
 
 
-def layout(n_vocab, n_token, *boxes):
-    tau = SimpleNamespace(cfg=TextConfig(n_vocab=n_vocab, n_token=n_token))
-    return layout_y({"boxes": [torch.tensor(b).reshape(-1, 5) for b in boxes]}, tau, None).tolist()
+def row(values: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+    """Return row i, as a batch of one."""
+    return {name: v[i:i + 1] for name, v in values.items()}
 
 
-WIDE, TALL, TINY = [5, 0, 1 / 3, 1, 2 / 3], [2, 1 / 3, 0, 1, 1], [1, 0, 0, .1, .1]
+def ports(ctx: Context) -> list[Tensor]:
+    """Return the tensors of the ports that are in use."""
+    return [port for port in ctx if port is not None]
+
+
+# ---- every task: y
+
+def test_y_has_one_row_per_item(case):
+    y = case.y(case.items)
+    assert bool(y) == case.is_conditional
+    for v in y.values():
+        assert len(v) == 3
+        assert torch.isfinite(v).all()
+
+
+def test_y_of_an_item_does_not_depend_on_the_rest_of_the_batch(case):
+    """Else a sample would depend on what it is sampled together with."""
+    y = case.y(case.items)
+    for i, item in enumerate(case.items):
+        assert_close(row(y, i), case.y([item]), rtol=0, atol=0)
+
+
+def test_y_is_made_of_the_named_fields_alone(case):
+    """Sampling has nothing but these fields to give."""
+    batch = {}
+    for field in case.task.fields:
+        batch[field] = [item[field] for item in case.items]
+    assert_close(case.task.encode(batch), case.y(case.items), rtol=0, atol=0)
+
+
+# ---- every task: the null condition
+
+@pytest.mark.parametrize("h,w", [(32, 32), (16, 48)])
+def test_null_is_one_row_that_stretches_to_images_of_any_size(case, h, w):
+    y = case.y(made_up_items(3, h, w))
+    null = case.task.null()
+    assert null.keys() == y.keys()
+    for name, v in y.items():
+        assert null[name].expand(1, *v.shape[1:]).shape == v[:1].shape
+
+
+def test_null_is_a_value_that_y_can_hold(case):
+    """It is cast to y's dtype, which must not change it."""
+    y = case.y(case.items)
+    for name, v in case.task.null().items():
+        assert torch.equal(v.to(y[name].dtype).double(), v.double())
+        assert torch.isfinite(v).all()
+
+
+def test_null_is_always_the_same_and_no_items_condition(case):
+    null = case.null_like(case.y(case.items))
+    y = case.y(case.items)
+    assert_close(case.null_like(y), null, rtol=0, atol=0)
+    for i in range(3):
+        different = [not torch.equal(v[i:i + 1], null[name]) for name, v in y.items()]
+        assert any(different) == case.is_conditional
+
+
+def test_dropped_rows_become_null_and_the_others_stay(case):
+    y = case.y(case.items)
+    null = case.null_like(y)
+    dropped = drop_condition(y, case.task.null(), torch.tensor([False, True, False]))
+    for name, v in y.items():
+        assert dropped[name].dtype == v.dtype
+        assert dropped[name].shape == v.shape
+    assert_close(row(dropped, 1), null, rtol=0, atol=0)
+    for i in (0, 2):
+        assert_close(row(dropped, i), row(y, i), rtol=0, atol=0)
+
+    # By whatever port it goes: ctx of a dropped row is that of the null condition.
+    for ctx, ctx_null in zip(ports(case.ctx(dropped)), ports(case.ctx(null))):
+        assert_close(ctx[1:2], ctx_null)
+
+
+# ---- every task: ctx and its ports
+
+@pytest.mark.parametrize("h,w", [(32, 32), (16, 48)])
+def test_ctx_comes_by_the_ports_that_the_class_names(case, h, w):
+    """tokens (B, M, d_ctx) where it attends; so many channels beside z_t, on its grid."""
+    ctx = case.ctx(case.y(made_up_items(3, h, w)))
+    unet = case.model.unet.cfg
+    c_z = case.model.ae.cfg.c_z
+    f = case.model.ae.cfg.f
+    n_beside = case.task.beside_channels(c_z)
+    assert (unet.c_in, unet.c_out) == (c_z + n_beside, c_z)
+
+    assert (ctx.tokens is not None) == case.task.attends
+    if ctx.tokens is not None:
+        n, _, width = ctx.tokens.shape
+        assert (n, width) == (3, unet.d_ctx)
+
+    assert (ctx.beside is not None) == (n_beside > 0)
+    if ctx.beside is not None:
+        assert ctx.beside.shape == (3, n_beside, h // f, w // f)
+
+    assert bool(ports(ctx)) == case.is_conditional
+    for port in ports(ctx):
+        assert port.dtype == torch.float32
+        assert torch.isfinite(port).all()
+
+
+def test_ctx_of_an_item_does_not_depend_on_the_rest_of_the_batch(case):
+    y = case.y(case.items)
+    ctx = case.ctx(y)
+    for i in range(3):
+        for port, alone in zip(ports(ctx), ports(case.ctx(row(y, i)))):
+            assert_close(port[i:i + 1], alone)
+
+
+def test_ctx_follows_each_field_of_the_item(case):
+    """Item 0 with one field of item 1 has another ctx than item 0, and neither has null's."""
+    first, second, _ = case.items
+    ctx = case.ctx(case.y([first]))
+    ctx_null = case.ctx(case.null_like(case.y([first])))
+    for field in case.task.fields:
+        changed = case.ctx(case.y([first | {field: second[field]}]))
+        assert far(ctx, changed)
+        assert far(ctx, ctx_null)
+        assert far(changed, ctx_null)
+
+
+def far(a: Context, b: Context) -> bool:
+    """True if two contexts differ by more than rounding, in some port."""
+    return any((v - w).abs().max() > 1e-3 for v, w in zip(ports(a), ports(b)))
+
+
+def test_gradients_reach_all_of_tau_and_none_of_stage_one(case):
+    y = case.y(case.items)
+    nets = [case.model.ae]
+    if case.model.tau is not None:
+        nets.append(case.model.tau)
+    for net in nets:
+        net.requires_grad_(True)
+    total = sum(port.square().sum() for port in ports(case.ctx(y)))
+    if case.model.tau is not None:
+        total.backward()
+        assert all(p.grad is not None for p in case.model.tau.parameters())
+    elif case.is_conditional:
+        assert not total.requires_grad
+    assert all(p.grad is None for p in case.model.ae.parameters())
+    for net in nets:
+        net.zero_grad()
+        net.requires_grad_(False)
+
+
+def test_the_unet_heeds_the_condition_and_guidance_is_the_formula(case):
+    """(1 - s) eps(null) + s eps(ctx), whatever the ports are."""
+    unet = case.model.unet
+    f = case.model.ae.cfg.f
+    rng = torch.Generator().manual_seed(0)
+    z_t = torch.randn(3, unet.cfg.c_out, 32 // f, 32 // f, generator=rng)
+    t = torch.tensor([5, 600, 7])
+    eps_theta = case.model.eps_theta()
+
+    y = case.y(case.items)
+    ctx = case.ctx(y)
+    ctx_null = case.ctx(case.null_like(y))
+    if not case.is_conditional:
+        assert ctx == ctx_null == Context()
+        assert eps_theta(z_t, t, ctx).shape == z_t.shape
+        return
+
+    null_rows = [None if port is None else port.expand(3, *port.shape[1:]) for port in ctx_null]
+    eps = eps_theta(z_t, t, ctx)
+    eps_null = eps_theta(z_t, t, Context(*null_rows))
+    assert eps.shape == z_t.shape
+    for i in range(3):
+        assert (eps[i] - eps_null[i]).abs().max() > 1e-3
+
+    s = 2.5
+    found = guided(eps_theta, ctx_null, s)(z_t, t, ctx)
+    assert_close(found, (1 - s) * eps_null + s * eps, rtol=1e-3, atol=1e-3)
+
+
+# ---- every task: from the data set and from the user, for people
+
+def test_a_data_set_decides_only_what_the_flags_leave_open_and_always_the_same(name):
+    data = made_up_data()
+    values = vars(train_ldm.parse_args(["--task", name]))
+    decided = TASKS[name].decide(values, data, data)
+    assert decided == TASKS[name].decide(values, data, data)
+    for key in decided:
+        assert key == "tokenizer" or values[key] is None
+
+
+def test_what_training_shows_are_conditions_of_the_task(case):
+    """examples() has as many as asked for, also of a data set that holds out nothing."""
+    data = made_up_data()
+    for held_out in (data, made_up_data(0)):
+        items = case.task.examples(11, data, held_out)
+        assert len(items) == 11
+        batch = {field: [item[field] for item in items] for field in case.task.fields}
+        for v in case.task.encode(batch).values():
+            assert len(v) == 11
+
+
+def test_without_any_flag_conditions_are_of_the_task_or_held_out_items(case):
+    assert set(case.task.flags) <= CONDITION_FLAGS
+    conditions, size = case.task.read({"prompts": [], "label": []}, (32, 32), 8)
+    assert size == (32, 32)
+    if conditions is None:
+        assert case.is_conditional
+        return
+    for condition in conditions:
+        assert set(condition) == set(case.task.fields)
+
+
+def test_a_condition_is_shown_as_an_image_of_the_samples_size_or_not_at_all(case):
+    for item in case.items:
+        shown = case.task.show(item, 32, 32)
+        if shown is not None:
+            assert shown.shape == (3, 32, 32)
+            assert -1 <= shown.min() <= shown.max() <= 1
+
+
+def test_true_images_of_the_built_in_world_score_better_than_noise(case):
+    """In the first figure, which is the one that a learner looks at."""
+    data = open_dataset("shapes", "held-out", size=32, fields=case.task.fields)
+    items = [data[i] for i in range(3)]
+    case.task.check_scorable(items)
+    images = torch.stack([item["image"] for item in items])
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    of_truth = case.task.score(images, items)
+    of_noise = case.task.score(noise, items)
+    assert of_truth.keys() == of_noise.keys()
+    assert all(isinstance(v, float) for v in of_truth.values())
+    first = next(iter(of_truth))
+    assert of_truth[first] > of_noise[first]
+
+
+def test_a_task_explains_itself_and_is_guided_by_at_least_1(name):
+    task = TASKS[name]
+    assert task.__doc__
+    assert task.guidance_scale >= 1
+    assert task.size_multiple >= 1
+
+
+# ---- class
+
+def test_the_null_class_is_the_last():
+    task = Class({"n_classes": 6, "d": 4})
+    tau = ClassEmbedder(6, 4)
+    assert task.encode({"label": [3, 0]})["label"].tolist() == [3, 0]
+    assert task.null()["label"].tolist() == [5]
+    tokens = task.context({"label": torch.tensor([3, 5])}, tau, None).tokens
+    assert_close(tokens[:, 0], tau.embedding.weight[[3, 5]])
+
+
+# ---- layout
+
+WIDE = [5, 0, 1 / 3, 1, 2 / 3]
+TALL = [2, 1 / 3, 0, 1, 1]
+TINY = [1, 0, 0, 0.1, 0.1]
+
+
+def layout_tokens(n_vocab: int, n_token: int, *boxes: list) -> list:
+    """The token ids of layouts, each a list of boxes."""
+    task = Layout({"n_vocab": n_vocab, "n_token": n_token})
+    tensors = [torch.tensor(rows).reshape(-1, 5) for rows in boxes]
+    return task.encode({"boxes": tensors})["boxes"].tolist()
 
 
 def test_layout_tokens_by_hand():
-    """A grid of 4 x 4 places: WIDE is from (x 0, y 1) = 4 to (3, 2) = 11, TALL from 1 to 15.
-
-    The largest first, two boxes in eight tokens, and 16 for none.
+    """On a grid of 4 x 4 cells WIDE goes from (x 0, y 1), cell 4, to (3, 2), cell 11; TALL from 1
+    to 15. The largest come first, eight tokens hold two boxes, and 16 means no box.
     """
-    assert layout(17, 8, [WIDE, TINY, TALL], [WIDE], []) == [
-        [2, 1, 15, 5, 4, 11, 16, 16], [5, 4, 11, 16, 16, 16, 16, 16], [16] * 8]
+    assert layout_tokens(17, 8, [WIDE, TINY, TALL], [WIDE], []) == [
+        [2, 1, 15, 5, 4, 11, 16, 16],
+        [5, 4, 11, 16, 16, 16, 16, 16],
+        [16] * 8,
+    ]
 
 
-def test_layout_corners_are_of_the_nearest_place_and_the_last_token_is_none():
-    """side = isqrt(n_vocab - 1): 25 numbers leave a grid of 4 x 4 and 24 for none."""
-    assert layout(25, 4, [[3, .18, .82, .49, .84]]) == [[3, 2 * 4 + 1, 3 * 4 + 1, 24]]
-    assert layout(26, 3, [[3, 0, .24, .26, 1]]) == [[3, 1 * 5 + 0, 4 * 5 + 1]]
+def test_corners_are_the_nearest_cells_and_the_last_token_is_no_box():
+    """The grid has isqrt(n_vocab - 1) cells a side: 24 numbers give 4 x 4, and 24 is no box."""
+    assert layout_tokens(25, 4, [[3, 0.18, 0.82, 0.49, 0.84]]) == [[3, 2 * 4 + 1, 3 * 4 + 1, 24]]
+    assert layout_tokens(26, 3, [[3, 0, 0.24, 0.26, 1]]) == [[3, 1 * 5 + 0, 4 * 5 + 1]]
 
 
-def test_layout_boxes_of_one_area_keep_their_order():
-    boxes = [[k, 0, k / 64, .5, (k + 1) / 64] for k in range(64)]
-    assert layout(17, 192, boxes)[0][::3] == list(range(64))
-    assert layout(17, 192, boxes[::-1])[0][::3] == list(range(63, -1, -1))
+def test_boxes_of_equal_area_keep_their_order():
+    boxes = [[k, 0, k / 64, 0.5, (k + 1) / 64] for k in range(64)]
+    upwards = layout_tokens(17, 192, boxes)[0]
+    downwards = layout_tokens(17, 192, boxes[::-1])[0]
+    assert upwards[::3] == list(range(64))
+    assert downwards[::3] == list(range(63, -1, -1))
 
 
-def test_label_maps_and_their_one_hot_form_are_one_and_minus_1_says_nothing():
+def test_boxes_of_a_user_are_in_pixels_and_their_classes_names_or_numbers():
+    task = Layout({"n_vocab": 17, "n_token": 8}, None, ("cat", "dog"))
+    rows = [["dog", 8, 0, 16, 5], [0, 0, 0, 32, 10]]
+    conditions, size = task.read({"boxes": rows}, (20, 32), 8)
+    assert size == (20, 32)
+    expected = [[1, 0.25, 0, 0.5, 0.25], [0, 0, 0, 1, 0.5]]
+    assert_close(conditions[0]["boxes"], torch.tensor(expected))
+
+
+# ---- semantic
+
+def test_a_label_map_may_also_be_given_one_hot():
     tau = SpatialRescaler(5, 3, 2)
     y = torch.randint(5, (2, 8, 12), generator=torch.Generator().manual_seed(0))
-    assert_close(tau(y.to(torch.int16)), tau(F.one_hot(y, 5).movedim(3, 1).float()))
+    one_hot = F.one_hot(y, 5).movedim(3, 1).float()
     assert tau(y).shape == (2, 3, 2, 3)
-    by_hand = torch.stack([tau.conv.weight[:, k, 0, 0] for k in y[0, :4, :4].flatten()]).mean(0)
-    assert_close(tau(y)[0, :, 0, 0], by_hand)
-    assert (tau(torch.full((1, 8, 8), -1)) == 0).all()
+    assert_close(tau(y.to(torch.int16)), tau(one_hot))
 
 
-def test_a_label_that_the_model_has_not_is_bad_input():
+def test_a_label_that_the_model_does_not_have_is_bad_input():
     """Labels beyond a byte's 127 stay what they are."""
-    tau, semantic = SpatialRescaler(200, 3, 2), TASKS["semantic"].y
+    task = Semantic({"c_in": 200, "c_out": 3, "n": 2})
     good = torch.tensor([[0, 199], [128, 5]])
-    assert semantic({"segmentation": [good]}, tau, None)[0].tolist() == good.tolist()
+    assert task.encode({"segmentation": [good]})["segmentation"][0].tolist() == good.tolist()
     with pytest.raises(BadInput, match="labels 0..200, but the model's are 0..199"):
-        semantic({"segmentation": [good, good + 1]}, tau, None)
+        task.encode({"segmentation": [good, good + 1]})
 
 
-def test_what_lies_in_a_hole_is_unknown():
-    """The picture there changes neither y nor ctx; elsewhere it does."""
-    ae, g = stage_one(), torch.Generator().manual_seed(0)
-    x, mask = torch.rand(1, 3, 32, 32, generator=g) * 2 - 1, torch.zeros(1, 1, 32, 32)
-    mask[..., 8:16, 4:24] = 1
-    other = torch.where(mask > 0, torch.rand(1, 3, 32, 32, generator=g), x)
+# ---- superres
 
-    def ctx(x):
-        return inpaint_ctx(TASKS["inpaint"].y({"image": x, "mask": [mask[0]]}, None, None), None,
-                           ae)
-    assert (other != x).any() and torch.equal(ctx(x), ctx(other))
-    other[..., 8:16, 3] += .5
-    assert not torch.equal(ctx(x), ctx(other))
-    assert_close(ctx(x)[:, :4], ae.encode(x * (1 - mask)).mean)
+def ctx_of_small(small: Tensor, f: int) -> Tensor:
+    ae = SimpleNamespace(cfg=SimpleNamespace(f=f))
+    return SuperResolution({}).context({"small": small}, None, ae).beside
 
 
-def test_the_mask_is_1_in_holes_and_minus_1_elsewhere_on_the_latent_grid():
-    mask = torch.zeros(1, 32, 32)
-    mask[:, 8:16, 4:24] = 1
-    y = TASKS["inpaint"].y({"image": [torch.zeros(3, 32, 32)], "mask": [mask]}, None, None)
-    want = torch.full((8, 8), -1.)
-    want[2:4, 1:6] = 1
-    assert torch.equal(inpaint_ctx(y, None, stage_one())[0, 4], want)
-
-
-def small_picture():
+def small_images() -> Tensor:
     return torch.rand(2, 3, 6, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 @pytest.mark.parametrize("f,shape", [(1, (24, 32)), (2, (12, 16)), (4, (6, 8)), (8, (3, 4))])
-def test_the_small_picture_comes_to_the_latent_grid(f, shape):
-    ae, y = SimpleNamespace(cfg=SimpleNamespace(f=f)), small_picture()
-    ctx = superres_ctx(y, None, ae)
+def test_the_small_image_is_resized_to_the_latents_grid(f, shape):
+    small = small_images()
+    ctx = ctx_of_small(small, f)
     assert ctx.shape == (2, 3, *shape)
-    assert_close(superres_ctx(y.flip(3), None, ae), ctx.flip(3))
-    assert_close(superres_ctx(y.mT, None, ae), ctx.mT)
-    assert_close(superres_ctx(0 * y + .3, None, ae), 0 * ctx + .3)
-    assert (ctx - F.interpolate(y, shape, mode="bilinear")).abs().mean() < .2
+    assert (ctx - F.interpolate(small, shape, mode="bilinear")).abs().mean() < 0.2
+
+    # The same for a mirrored, a turned and a constant image.
+    assert_close(ctx_of_small(small.flip(3), f), ctx.flip(3))
+    assert_close(ctx_of_small(small.mT, f), ctx.mT)
+    assert_close(ctx_of_small(0 * small + 0.3, f), 0 * ctx + 0.3)
     if f == 4:
-        assert torch.equal(ctx, y)
+        assert torch.equal(ctx, small)
 
 
-def test_a_shrunk_small_picture_is_averaged_as_pillow_does():
-    y = small_picture()
-    want = [[np.array(Image.fromarray(c.numpy()).resize((4, 3), Image.Resampling.BICUBIC))
-             for c in x] for x in y]
-    got = superres_ctx(y, None, SimpleNamespace(cfg=SimpleNamespace(f=8)))
-    assert_close(got, torch.from_numpy(np.array(want)), atol=1e-4, rtol=0)
+def test_a_small_image_is_shrunk_further_as_pillow_does_it():
+    small = small_images()
+    rows = []
+    for channel in small.flatten(0, 1):
+        image = Image.fromarray(channel.numpy())
+        rows.append(np.array(image.resize((4, 3), Image.Resampling.BICUBIC)))
+    expected = torch.from_numpy(np.stack(rows)).view(2, 3, 3, 4)
+    assert_close(ctx_of_small(small, 8), expected, atol=1e-4, rtol=0)
 
 
-def test_class_none_is_the_last_class():
-    tau = ClassEmbedder(6, 4)
-    assert TASKS["class"].y({"label": [3, None, 0]}, tau, None).tolist() == [3, 5, 0]
-    assert_close(tau(torch.tensor([3, 5]))[:, 0], tau.embedding.weight[[3, 5]])
+# ---- inpaint
+
+def hole() -> Tensor:
+    mask = torch.zeros(1, 32, 32)
+    mask[:, 8:16, 4:24] = 1
+    return mask
 
 
-CASES = [(task, 4) for task in TASKS] + [(t, 1) for t in ("uncond", "semantic", "superres",
-                                                          "inpaint")]
+def ctx_of_masked(image: Tensor, mask: Tensor) -> Tensor:
+    task = Inpainting({})
+    y = task.encode({"image": [image], "mask": [mask]})
+    return task.context(y, None, stage_one(4)).beside
 
 
-@pytest.mark.parametrize("task,f", CASES)
-def test_from_a_batch_through_its_port_to_eps(task, f):
-    """null stretches to y of a real batch, dropped rows are null, and the U-Net heeds ctx."""
-    to_y, null, to_ctx, unet, batch = world(task, f)
-    y = to_y(batch)
-    assert len(y) == 3 and null.shape[0] == 1
-    dropped = drop_condition(y, null[0].to(y.dtype), torch.tensor([False, True, False]))
-    whole = null.expand(1, *y.shape[1:])
-    assert dropped.dtype == y.dtype and dropped.shape == y.shape
-    assert torch.equal(dropped[1], whole[0].to(y.dtype)) and torch.equal(dropped[::2], y[::2])
+def test_what_lies_in_a_hole_is_unknown():
+    """The image there does not change ctx; elsewhere it does."""
+    rng = torch.Generator().manual_seed(0)
+    image = torch.rand(3, 32, 32, generator=rng) * 2 - 1
+    noise = torch.rand(3, 32, 32, generator=rng)
+    other = torch.where(hole() > 0, noise, image)
+    ctx = ctx_of_masked(image, hole())
+    assert torch.equal(ctx, ctx_of_masked(other, hole()))
 
-    z, t = torch.randn(3, unet.cfg.c_out, 32 // f, 32 // f), torch.tensor([5, 6, 7])
-    ctx, ctx_null = to_ctx(y), to_ctx(whole)
-    assert unet(z, t, ctx).shape == z.shape
-    if task == "uncond":
-        assert ctx is None and ctx_null is None and unet.cfg.c_in == unet.cfg.c_out
-        return
-    if TASKS[task].beside:
-        assert ctx.shape == (3, unet.cfg.c_in - unet.cfg.c_out, *z.shape[2:])
-        assert unet.cfg.d_ctx is None
-    else:
-        assert ctx.ndim == 3 and ctx.shape[2] == unet.cfg.d_ctx
-    assert_close(to_ctx(dropped)[1], ctx_null[0])
-    assert not torch.allclose(ctx[0], ctx[1]) and not torch.allclose(ctx[0], ctx_null[0])
-    one = unet(z, t, ctx)
-    assert not torch.allclose(one[0], unet(z, t, ctx_null.expand_as(ctx))[0], atol=1e-4)
+    other[:, 8:16, 3] += 0.5
+    assert not torch.equal(ctx, ctx_of_masked(other, hole()))
+    masked_image = (image * (1 - hole()))[None]
+    assert_close(ctx[:, :4], stage_one(4).encode(masked_image).mean)
 
 
-@pytest.mark.parametrize("task", ["class", "layout", "semantic", "inpaint"])
-def test_guidance_by_hand_for_both_ports(task):
-    """(1 - s) eps(null) + s eps(ctx), for tokens and for maps."""
-    to_y, null, to_ctx, unet, batch = world(task)
-    y, z, t, s = to_y(batch), torch.randn(3, 4, 8, 8), torch.tensor([5, 600, 7]), 2.5
-    ctx, ctx_null = to_ctx(y), to_ctx(null.expand(1, *y.shape[1:]))
-    e, e_null = unet(z, t, ctx), unet(z, t, ctx_null.expand_as(ctx))
-    got = guided(unet, ctx_null, s)(z, t, ctx)
-    assert (got - e).abs().max() > .01
-    assert_close(got, (1 - s) * e_null + s * e, rtol=1e-3, atol=1e-4)
+def test_the_mask_is_1_in_holes_and_minus_1_elsewhere_on_the_latents_grid():
+    expected = torch.full((8, 8), -1.0)
+    expected[2:4, 1:6] = 1
+    ctx = ctx_of_masked(torch.zeros(3, 32, 32), hole())
+    assert torch.equal(ctx[0, 4], expected)
 
 
-def tiny_unet(c_in, d_ctx=None):
-    return alive(UNet(UNetConfig(c_in, 4, 8, 8, (1, 2), 1, (4,), 4, None, d_ctx, groups=4)))
+# ---- what the data set decides
+
+NOT_GIVEN = {"n_classes": None, "vocab_size": None, "n_token": 12}
 
 
-def test_maps_lie_behind_z_t():
-    """UNet(z_t, t, ctx) is UNet(z_t and ctx in one, t)."""
-    unet, z, ctx = tiny_unet(7), torch.randn(2, 4, 8, 8), torch.randn(2, 3, 8, 8)
-    t = torch.tensor([3, 900])
-    assert torch.equal(unet(z, t, ctx), unet(torch.cat([z, ctx], 1), t))
-    assert not torch.allclose(unet(z, t, ctx), unet(torch.cat([ctx, z], 1), t), atol=1e-4)
-
-
-def test_no_condition_is_ignored_and_none_is_missed_in_silence():
-    z, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 900])
-    assert tiny_unet(4)(z, t).shape == tiny_unet(4)(z, t, None).shape == z.shape
-    for bad in (torch.randn(2, 3, 8, 8), torch.randn(2, 5, 12)):
-        with pytest.raises(RuntimeError):
-            tiny_unet(4)(z, t, bad)
-    with pytest.raises(RuntimeError):
-        tiny_unet(7)(z, t)
-    with pytest.raises(ValueError, match="pass ctx"):
-        tiny_unet(4, d_ctx=12)(z, t)
-
-
-def test_flags_that_are_left_open_follow_from_the_set():
-    data, row = Shapes(20, 32), Namespace(task="", **ROW)
-    TASKS["class"].fit(row, data)
-    assert row.n_classes == 29                                      # 28, and the null class
-    TASKS["layout"].fit(row, data)
-    assert row.vocab_size == 32 * 32 + 1
-    row.n_classes = row.vocab_size = None
-    TASKS["semantic"].fit(row, data)
-    assert row.n_classes == 1 + max(int(data[i]["segmentation"].max()) for i in range(20))
-    tokenizer = TASKS["text"].fit(row, data)
-    assert row.vocab_size == tokenizer.get_vocab_size() == 2 + len(
-        {word for text in data.captions() for word in text.split()})
-
-
-def test_flags_that_are_given_stay():
+def test_values_that_are_not_given_follow_from_the_data_set():
     data = Shapes(20, 32)
-    row = Namespace(n_classes=29, vocab_size=len(CLASSES) + 1, n_token=12)
-    assert TASKS["class"].fit(row, data) is None and TASKS["layout"].fit(row, data) is None
-    assert vars(row) == {"n_classes": 29, "vocab_size": 29, "n_token": 12}
-    row.n_classes = 5
-    TASKS["semantic"].fit(row, data)
-    assert row.n_classes == 5
+    assert Class.decide(NOT_GIVEN, data, data) == {"n_classes": 29}     # 28, and the null class
+    assert Layout.decide(NOT_GIVEN, data, data) == {"vocab_size": 32 * 32 + 1}
+
+    largest = max(int(data[i]["segmentation"].max()) for i in range(20))
+    assert Semantic.decide(NOT_GIVEN, data, data) == {"n_classes": 1 + largest}
+
+    words = {word for caption in data.captions() for word in caption.split()}
+    assert Text.decide(NOT_GIVEN, data, data)["vocab_size"] == 2 + len(words)
+
+
+def test_values_that_are_given_stay():
+    data = Shapes(20, 32)
+    given = {"n_classes": 29, "vocab_size": len(CLASSES) + 1, "n_token": 12}
+    for task in (Class, Layout):
+        assert given | task.decide(given, data, data) == given
+    given["n_classes"] = 5
+    assert given | Semantic.decide(given, data, data) == given
 
 
 def test_too_few_classes_or_tokens_are_bad_input():
-    row = Namespace(n_classes=28, vocab_size=28, n_token=12)
-    with pytest.raises(BadInput, match="--n-classes 28: there are 28, and the null class"):
-        TASKS["class"].fit(row, Shapes(1))
-    with pytest.raises(BadInput, match="--vocab-size 28: there are 28 classes, and a token for"):
-        TASKS["layout"].fit(row, Shapes(1))
-    row.n_token = 2
-    with pytest.raises(BadInput, match="--n-token 2: a box takes three"):
-        TASKS["layout"].fit(row, Shapes(1))
+    data = Shapes(1)
+    few = {"n_classes": 28, "vocab_size": 28, "n_token": 12}
+    with pytest.raises(BadInput, match="n_classes = 28: the data set has 28, and the null class"):
+        Class.decide(few, data, data)
+    with pytest.raises(BadInput, match="vocab_size = 28: there are 28 classes, and a token for"):
+        Layout.decide(few, data, data)
+    with pytest.raises(BadInput, match="n_token = 2: a box takes three"):
+        Layout.decide(few | {"n_token": 2}, data, data)

@@ -1,133 +1,284 @@
-"""Stage one: the encoder E, the decoder D and the regularised latent space between them.
+"""Stage one: the encoder E, the decoder D, and the regularised latent space between.
 
-Paper:   Sec. 3.1, App. G (KL and VQ regularisation, the rescaling of z by its std), Table 8.
-Symbols: x image (B, 3, H, W) in [-1, 1]; z latent (B, c_z, h, w); f = H/h = 2^(len(ch_mult) - 1).
-Reads:   layers.py, attention.py, quantize.py"""
+Paper:   Sec. 3.1; App. G (both regularisers, and the scaling of z); Table 8.
+Symbols: x image (B, 3, H, W) in [-1, 1]; x_rec its reconstruction; z latent
+         (B, c_z, h, w); f = H / h = 2^(len(ch_mult) - 1); z_std the standard deviation
+         of z over a training set, the paper's sigma-hat.
+"""
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tinyldm.attention import SelfAttention2d
+from tinyldm.config import option
 from tinyldm.layers import Downsample, ResBlock, Upsample
-from tinyldm.quantize import Codebook
+from tinyldm.quantize import Codebook, Quantised
+
 
 @dataclass(frozen=True)
 class AEConfig:
-    """What shapes E, D and the latent space; presets.py has Table 8's values."""
-    c_x: int = 3                        # image channels
-    ch: int = 128                       # width at full resolution
-    ch_mult: tuple[int, ...] = (1, 2, 4)        # width of each level; f = 2^(levels - 1)
-    n_res: int = 2                      # ResBlocks a level in E; D has one more
-    c_z: int = 3                        # latent channels
-    groups: int = 32                    # of GroupNorm
-    side: int = 256                     # of the pictures it is built for; others work too
-    attn_res: tuple[int, ...] = ()      # sides of grids that attend, for pictures of that side
-    attn_mid: bool = True               # attention in the middle
-    n_codes: int | None = None          # size of the codebook; None: KL, not VQ
-    c_e: int | None = None              # channels that E ends and D begins with; None: c_z
+    """The shape of E, D and the latent space; for Table 8's, see engine/presets.py.
+
+    A level is all that has the same resolution; level 0 is full resolution.
+    """
+
+    c_x: int = 3                    # channels of the image
+    ch: int = option(128, "channels at full resolution")
+    ch_mult: tuple[int, ...] = option(
+        (1, 2, 4), "channels of each level, as multiples of ch; f = 2^(levels - 1)"
+    )
+    n_res: int = option(2, "number of ResBlocks per level of E; D has one more")
+    c_z: int = option(3, "channels of the latent")
+    groups: int = option(32, "number of groups of GroupNorm")
+
+    # The side of the training images. It decides which levels are those of attn_res;
+    # images of other sides work too.
+    side: int = 256
+    attn_res: tuple[int, ...] = option(
+        (), "sides of the feature maps that have self-attention"
+    )
+    attn_mid: bool = option(True, "have self-attention at the lowest resolution")
+
+    n_codes: int | None = option(None, "number of codes of a VQ model; without it, KL")
+    c_e: int | None = None          # channels at E's end and D's start; None: c_z
+
     @property
     def f(self) -> int:
+        """The downsampling factor H / h."""
         return 2 ** (len(self.ch_mult) - 1)
 
-class Coder(nn.Sequential):
-    """What E and, going up, its mirror image D share: one list of layers, in running order."""
-    def __init__(self, cfg: AEConfig, c_in: int, c_out: int, up: bool):
+    def attends(self, level: int) -> bool:
+        """Return whether each ResBlock of a level is followed by self-attention."""
+        return self.side // 2 ** level in self.attn_res
+
+
+# ---- E and D, which mirror one another
+
+class Encoder(nn.Module):
+    """E: x (B, c_x, H, W) -> (B, c_out, H/f, W/f).
+
+    Level by level, from full to lowest resolution: n_res ResBlocks, and then
+    downsampling.
+    """
+
+    def __init__(self, cfg: AEConfig, c_out: int):
         super().__init__()
-        g, levels = cfg.groups, list(enumerate(cfg.ch_mult))
-        c = cfg.ch * cfg.ch_mult[-1] if up else cfg.ch
-        def middle():                                       # of both, at the lowest resolution
-            attn = [SelfAttention2d(c, groups=g)] if cfg.attn_mid else []
-            return [ResBlock(c, c, groups=g), *attn, ResBlock(c, c, groups=g)]
-        layers = [nn.Conv2d(c_in, c, 3, padding=1), *(middle() if up else ())]
-        for level, mult in reversed(levels) if up else levels:
-            if level > 0 and not up:
+        c = cfg.ch
+        layers = [nn.Conv2d(cfg.c_x, c, 3, padding=1)]
+
+        for level, mult in enumerate(cfg.ch_mult):
+            if level > 0:
                 layers.append(Downsample(c, asymmetric=True))
-            for _ in range(cfg.n_res + up):
-                layers.append(ResBlock(c, cfg.ch * mult, groups=g))
+            for _ in range(cfg.n_res):
+                layers += res_layers(cfg, level, c, cfg.ch * mult)
                 c = cfg.ch * mult
-                if cfg.side >> level in cfg.attn_res:
-                    layers.append(SelfAttention2d(c, groups=g))
-            if level > 0 and up:
+
+        layers += middle_layers(cfg, c)
+        layers += output_layers(cfg, c, c_out)
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Decoder(nn.Module):
+    """D: (B, c_in, h, w) -> (B, c_x, f h, f w), roughly in [-1, 1], but not clamped.
+
+    Level by level, from lowest to full resolution: n_res + 1 ResBlocks, and then
+    upsampling. It mirrors E: what E does first, D undoes last.
+    """
+
+    def __init__(self, cfg: AEConfig, c_in: int):
+        super().__init__()
+        c = cfg.ch * cfg.ch_mult[-1]
+        layers = [nn.Conv2d(c_in, c, 3, padding=1)]
+        layers += middle_layers(cfg, c)
+
+        for level, mult in reversed(list(enumerate(cfg.ch_mult))):
+            for _ in range(cfg.n_res + 1):
+                layers += res_layers(cfg, level, c, cfg.ch * mult)
+                c = cfg.ch * mult
+            if level > 0:
                 layers.append(Upsample(c))
-        layers += [] if up else middle()
-        self.layers = nn.Sequential(*layers, nn.GroupNorm(g, c, 1e-6), nn.SiLU(),
-                                    nn.Conv2d(c, c_out, 3, padding=1))
 
-class Encoder(Coder):
-    """x (B, c_x, H, W) -> (B, c_out, H/f, W/f), what quant_conv reads; c_out = 2 c_e for KL."""
+        layers += output_layers(cfg, c, cfg.c_x)
+        self.layers = nn.Sequential(*layers)
 
-class Decoder(Coder):
-    """(B, c_in, h, w) from post_quant_conv -> (B, c_x, f h, f w), about [-1, 1]; not clamped."""
+    @property
+    def last_weight(self) -> nn.Parameter:
+        """The weight of the last convolution, at which losses.py measures lam."""
+        return self.layers[-1].weight
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z)
+
+
+def res_layers(cfg: AEConfig, level: int, c_in: int, c_out: int) -> list[nn.Module]:
+    """Return a ResBlock, and self-attention if the level attends."""
+    layers = [ResBlock(c_in, c_out, groups=cfg.groups)]
+    if cfg.attends(level):
+        layers.append(SelfAttention2d(c_out, groups=cfg.groups))
+    return layers
+
+
+def middle_layers(cfg: AEConfig, c: int) -> list[nn.Module]:
+    """Return ResBlock, self-attention and ResBlock, for the lowest resolution."""
+    # Why self-attention is made first, though it runs second: layers take their random
+    # initial weights in the order in which they are made. In another order the same
+    # seed would give other weights.
+    attention = []
+    if cfg.attn_mid:
+        attention.append(SelfAttention2d(c, groups=cfg.groups))
+    before = ResBlock(c, c, groups=cfg.groups)
+    after = ResBlock(c, c, groups=cfg.groups)
+    return [before, *attention, after]
+
+
+def output_layers(cfg: AEConfig, c_in: int, c_out: int) -> list[nn.Module]:
+    """Return the layers at the end of E and of D: norm, SiLU, convolution."""
+    norm = nn.GroupNorm(cfg.groups, c_in, 1e-6)
+    conv = nn.Conv2d(c_in, c_out, 3, padding=1)
+    return [norm, nn.SiLU(), conv]
+
+
+# ---- the latent space
 
 @dataclass
 class Posterior:
-    """q(z | x) = N(mean, exp(logvar)), diagonal; mean, logvar (B, c_z, h, w); VQ: logvar -inf."""
+    """q(z | x) = N(mean, exp(logvar)), diagonal; mean and logvar are (B, c_z, h, w).
+
+    The E of a VQ model is deterministic: logvar is -inf, and a sample is the mean.
+    """
+
     mean: Tensor
     logvar: Tensor
+
+    def to(self, device: torch.device) -> "Posterior":
+        """Return the posterior on a device."""
+        return Posterior(self.mean.to(device), self.logvar.to(device))
+
     def sample(self, noise: Tensor) -> Tensor:
-        """z = mean + std * noise, noise ~ N(0, 1). NB: stage two trains on samples (ddpm.py)."""
-        return self.mean + (0.5 * self.logvar).exp() * noise
+        """Return z = mean + std * noise, where noise ~ N(0, 1) has the shape of mean.
+
+        NB: the released code trains stage two on samples, not on means (ddpm.py).
+        """
+        std = (0.5 * self.logvar).exp()
+        return self.mean + std * noise
+
     def kl(self) -> Tensor:
-        """KL(q || N(0, 1)) in nats, summed over c, h, w -> (B,); App. G."""
-        return 0.5 * (self.mean ** 2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
+        """Return KL(q || N(0, 1)) in nats, summed over each image's latent -> (B,).
+
+        App. G.
+        """
+        twice_kl = self.mean ** 2 + self.logvar.exp() - 1 - self.logvar
+        return 0.5 * twice_kl.flatten(1).sum(1)
+
     def scaled(self, z_std: Tensor) -> "Posterior":
-        """The posterior of z / z_std."""
+        """Return the posterior of z / z_std."""
         return Posterior(self.mean / z_std, self.logvar - 2 * z_std.log())
+
     def std(self) -> Tensor:
-        """The paper's sigma-hat (App. G), a number: the std of samples over everything.
-        NB: the paper's code takes the first batch only; give this one many pictures."""
-        return (self.mean.var() + self.logvar.exp().mean()).sqrt()
+        """Return the standard deviation of samples, over all of their values: a number.
+
+        This is the paper's sigma-hat (App. G). It needs no sampling: the variance of
+        samples is the variance of the means plus the mean of the variances.
+        NB: the released code uses one batch only. Call this on a Posterior of many.
+        """
+        variance = self.mean.var() + self.logvar.exp().mean()
+        return variance.sqrt()
+
 
 class Autoencoder(nn.Module):
-    """E, D and the 1x1 convs beside the latent; all scaling happens here. z_std is 1 in stage one;
-    stage two sets it to its training set's sigma-hat, so that the z it sees have variance 1.
-    NB: the released VQ models are not scaled; their z has about variance 1 as it is (App. G)."""
+    """E and D, and the latent space between them.
+
+    The latent space consists of 1x1 convolutions, of a codebook for VQ, and of scaling:
+    `encode` divides latents by z_std and `decode` multiplies them by it. No other place
+    scales latents.
+
+    z_std is 1 in stage one. Stage two sets it to the sigma-hat of its training set, so
+    that the z it diffuses has variance 1, which the noise schedule assumes (App. G).
+    NB: the released VQ models are not scaled; their z has a variance of about 1 anyway.
+    """
+
     def __init__(self, cfg: AEConfig):
         super().__init__()
-        self.cfg, c_e = cfg, cfg.c_e or cfg.c_z
-        moments = 1 if cfg.n_codes else 2                               # KL: mean and logvar
-        self.encoder = Encoder(cfg, cfg.c_x, moments * c_e, up=False)
-        self.decoder = Decoder(cfg, c_e, cfg.c_x, up=True)
-        self.quant_conv = nn.Conv2d(moments * c_e, moments * cfg.c_z, 1)
+        self.cfg = cfg
+        c_e = cfg.c_e or cfg.c_z
+        n_moments = 1 if cfg.n_codes else 2         # VQ: z alone; KL: mean and logvar
+
+        self.encoder = Encoder(cfg, n_moments * c_e)
+        self.decoder = Decoder(cfg, c_e)
+        self.quant_conv = nn.Conv2d(n_moments * c_e, n_moments * cfg.c_z, 1)
         self.post_quant_conv = nn.Conv2d(cfg.c_z, c_e, 1)
-        self.codebook = Codebook(cfg.n_codes, cfg.c_z) if cfg.n_codes else None
+
+        self.codebook = None
+        if cfg.n_codes:
+            self.codebook = Codebook(cfg.n_codes, cfg.c_z)
+
         self.register_buffer("z_std", torch.ones(()))
+
     def encode(self, x: Tensor) -> Posterior:
-        """x (B, c_x, H, W) in [-1, 1], sides divisible by f -> q(z | x) of the scaled latents.
-        NB: a VQ model's z is not quantised here but in decode: stage two learns E's own output."""
-        h = self.quant_conv(self.encoder(x))
+        """Return q(z | x) of the scaled latents: x (B, c_x, H, W) in [-1, 1].
+
+        H and W must be multiples of f.
+
+        Why a VQ model's z is not quantised here but in `decode`: quantisation counts as
+        the first layer of D (Sec. 3.1, App. G). So stage two learns E's own, continuous
+        output, which suits Gaussian noise; and what it samples is rounded to codes
+        before the rest of D, which has never seen anything else.
+        """
+        h = self.quant_conv(self.encoder(x))                # (B, n_moments * c_z, h, w)
+
         if self.codebook is not None:
-            return Posterior(h, torch.full_like(h, -torch.inf)).scaled(self.z_std)
-        mean, logvar = h.chunk(2, dim=1)
+            no_noise = torch.full_like(h, -torch.inf)
+            return Posterior(h, no_noise).scaled(self.z_std)
+
+        mean, logvar = h.chunk(2, dim=1)                    # (B, c_z, h, w) each
         return Posterior(mean, logvar.clamp(-30, 20)).scaled(self.z_std)
+
     def decode(self, z: Tensor, quantise: bool = True) -> Tensor:
-        """Scaled latents (B, c_z, h, w) -> x_rec (B, c_x, f h, f w)."""
+        """Return x_rec (B, c_x, f h, f w) of scaled latents z (B, c_z, h, w).
+
+        quantise=False: do not round the latents of a VQ model to codes.
+        """
         z = z * self.z_std
         if self.codebook is not None and quantise:
             z = self.codebook(z).straight_through()
         return self.decoder(self.post_quant_conv(z))
-    def forward(self, x: Tensor, noise: Tensor) -> tuple:
-        """Stage one in one call, for DDP and compile: x, noise (B, c_z, h, w) -> x_rec and what is
-        regularised: the Posterior, or for VQ the unscaled z and their codes, Quantised."""
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Posterior | Quantised]:
+        """Return x_rec and what the loss regularises: all that stage one trains on.
+
+        x (B, c_x, H, W); noise (B, c_z, h, w) ~ N(0, 1), unused for VQ. The second
+        result is the Posterior, or for VQ the Quantised latents, before scaling.
+        """
         q = self.encode(x)
         if self.codebook is None:
             return self.decode(q.sample(noise)), q
-        q = self.codebook(q.mean * self.z_std)
-        return self.decode(q.straight_through() / self.z_std, quantise=False), q
+
+        quantised = self.codebook(q.mean * self.z_std)
+        z = quantised.straight_through() / self.z_std
+        return self.decode(z, quantise=False), quantised
+
 
 class Pixels(nn.Module):
-    """In stage one's place for diffusion in pixel space, f = 1: z = x / z_std, nothing learned."""
+    """Stands for stage one if pixels are diffused: f = 1, z = x / z_std, no weights."""
+
     cfg = AEConfig(ch=0, ch_mult=(1,), c_z=3)
+
     def __init__(self):
         super().__init__()
         self.register_buffer("z_std", torch.ones(()))
+
     def encode(self, x: Tensor) -> Posterior:
-        return Posterior(x, torch.full_like(x, -torch.inf)).scaled(self.z_std)
+        no_noise = torch.full_like(x, -torch.inf)
+        return Posterior(x, no_noise).scaled(self.z_std)
+
     def decode(self, z: Tensor) -> Tensor:
         return z * self.z_std
 
-def build_autoencoder(shape: dict) -> Autoencoder | Pixels:
-    """Of AEConfig's fields, as a checkpoint says them; width 0 stands for pixels."""
-    cfg = AEConfig(**shape)
+
+def build_autoencoder(cfg: AEConfig) -> Autoencoder | Pixels:
+    """Return an untrained stage one of this shape; ch = 0 stands for Pixels."""
     return Autoencoder(cfg) if cfg.ch else Pixels()

@@ -1,20 +1,72 @@
-"""Classifier-free guidance: drop the condition in training, extrapolate away from none in sampling.
+"""Classifier-free guidance: make images follow their condition more closely.
 
-Paper:   Sec. 4.3.1, Table 10; Ho and Salimans 2021, Eq. (6). s = 1: no guidance (their w = s - 1).
-Shapes:  z_t (B, c, h, w); t (B,); ctx, y (B, ...); ctx_null (1 or B, ...). Reads: nothing of ours.
-NB: the released code reports guided results but contains no dropping of conditions."""
+Paper:   Sec. 4.3.1, Table 10; Ho and Salimans 2021, Eq. (6).
+Symbols: s is the guidance scale; y the condition; ctx = tau(y), a Context. The null
+         condition says nothing: it is the empty caption, or a class of its own.
+Shapes:  z_t (B, c, h, w); t (B,); y {name: (B, ...)}; the tensors of ctx (B, ...).
+
+In training, a share p_drop of the conditions is replaced by the null condition, so one
+network learns eps_theta both with and without a condition. In sampling, the difference
+of the two is the direction in which the condition pulls, and s > 1 goes further there.
+
+NB: the paper reports guided results, but its released code never drops a condition.
+"""
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-def drop_condition(y: torch.Tensor, y_null: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
-    """y with the rows where drop (B,) is true replaced by the null condition y_null (...)."""
-    return torch.where(drop.view(-1, *[1] * (y.ndim - 1)), y_null, y)
+from tinyldm.conditioning import Context
 
-def guided(eps_theta: Callable, ctx_null: torch.Tensor, s: float) -> Callable:
-    """eps = eps_theta(ctx_null) + s (eps_theta(ctx) - eps_theta(ctx_null)), both in one call."""
-    def eps(z_t: torch.Tensor, t: torch.Tensor, ctx: torch.Tensor) -> torch.Tensor:
-        both = torch.cat([ctx_null.expand_as(ctx), ctx])
-        e_null, e = eps_theta(torch.cat([z_t, z_t]), torch.cat([t, t]), both).chunk(2)
-        return e_null + s * (e - e_null)
-    return eps_theta if s == 1 else eps
+
+def drop_condition(
+    y: dict[str, Tensor], y_null: dict[str, Tensor], drop: Tensor
+) -> dict[str, Tensor]:
+    """Return y with the null condition in the rows where drop (B,) is true.
+
+    y_null has the names of y; its tensors are (1, ...), or broadcast to one row of y. A
+    row loses all of its condition or nothing. The dtypes are those of y.
+    """
+    dropped = {}
+    for name, values in y.items():
+        # drop as (B, 1, ..., 1), which broadcasts over whole rows of values.
+        rows = drop.view(-1, *[1] * (values.ndim - 1))
+        dropped[name] = torch.where(rows, y_null[name].to(values), values)
+    return dropped
+
+
+def guided(eps_theta: Callable, ctx_null: Context, s: float) -> Callable:
+    """Return an eps_theta that is guided with scale s, Ho and Salimans Eq. (6):
+
+        eps = eps_theta(ctx_null) + s (eps_theta(ctx) - eps_theta(ctx_null))
+
+    s = 0 ignores the condition, s = 1 is no guidance, s > 1 exaggerates the condition.
+    NB: Ho and Salimans write (1 + w) eps_theta(ctx) - w eps_theta(ctx_null). It is the
+    same with w = s - 1: their w = 0 is s = 1 here.
+
+    Both terms are computed in one call of twice the batch, the null condition first.
+    The batch size of ctx_null is 1 or B.
+    """
+    if s == 1:
+        return eps_theta
+
+    def guided_eps_theta(z_t: Tensor, t: Tensor, ctx: Context) -> Tensor:
+        both = Context(
+            tokens=null_first(ctx_null.tokens, ctx.tokens),
+            beside=null_first(ctx_null.beside, ctx.beside),
+        )
+        output = eps_theta(torch.cat([z_t, z_t]), torch.cat([t, t]), both)
+        eps_null, eps = output.chunk(2)                 # (B, c, h, w) each
+        return eps_null + s * (eps - eps_null)
+
+    return guided_eps_theta
+
+
+def null_first(null: Tensor | None, values: Tensor | None) -> Tensor | None:
+    """Return the null condition B times, then the B conditions: (2B, ...).
+
+    A port that is not in use is None, and stays None.
+    """
+    if values is None:
+        return None
+    return torch.cat([null.expand_as(values), values])

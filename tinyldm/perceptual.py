@@ -1,63 +1,108 @@
-"""The perceptual distance: how far two pictures lie apart in the features of a VGG16.
+"""The perceptual distance: how far two images lie apart in the features of a VGG16.
 
-Paper:   Sec. 3.1, L_rec (Zhang et al. 2018); App. G. Reads: nothing of ours.
-Shapes:  x, x_rec (B, 3, H, W) in [-1, 1] -> (B,), 0 = equal; sides of at least 16.
-NB: the paper weighs the channels by LPIPS's learned weights, here all weigh the same: torchvision's
-VGG16 file is all it needs. `random`, an eighth as wide, with fixed random weights, needs none."""
-import warnings
+Paper:   Sec. 3.1 and App. G, part of L_rec; Zhang et al. 2018 (LPIPS).
+Shapes:  x, x_rec (B, 3, H, W) in [-1, 1] -> (B,); 0 means equal. Sides of at least 16.
+
+Why: a mean of pixel errors prefers a blurred texture to a sharp one that is shifted by
+a pixel. A classifier's features change little with the shift and much with the blur.
+"""
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from tinyldm import BadInput
-
-URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+# The widths of VGG16's convolutions. Between two stages, a pooling halves the sides.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
-def load_public(net: nn.Module, url: str, path: str | None, flag: str, prefix="") -> nn.Module:
-    """Fill net with a public state dict's keys of that prefix: from a file, or fetched once into
-    torch's hub cache. Raises BadInput, for TorchScript too: to load that is to run code in it."""
-    how = dict(map_location="cpu", weights_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", ".*TorchScript")
-            state = (torch.hub.load_state_dict_from_url(url, check_hash=True, **how)
-                     if path is None else torch.load(path, **how))
-        net.load_state_dict({k: v for k, v in state.items() if k.startswith(prefix)})
-        return net
-    except Exception as e:
-        why = "TorchScript, which is code" if isinstance(e, Warning) else type(e).__name__
-        raise BadInput(f"no weights from {path or url} ({why}): give {url.split('/')[-1]} by "
-                       f"{flag} PATH; or use --perceptual random, --features shapes") from e
+
+class VGG16(nn.Module):
+    """The convolutions of VGG16, all their widths divided by `divisor`.
+
+    The weights have the names of torchvision's file: features.0.weight and so on. Here
+    they are untrained: engine/weights.py fills in torchvision's, random_vgg() fixed
+    random ones.
+    """
+
+    def __init__(self, divisor: int = 1):
+        super().__init__()
+        layers: list[nn.Module] = []
+        self.taps: list[int] = []       # last layer of each stage: relu1_2 to relu5_3
+        c_in = 3
+        for number, widths in enumerate(STAGES):
+            if number > 0:
+                layers.append(nn.MaxPool2d(2))
+            for width in widths:
+                c_out = width // divisor
+                layers.append(nn.Conv2d(c_in, c_out, 3, padding=1))
+                layers.append(nn.ReLU())
+                c_in = c_out
+            self.taps.append(len(layers) - 1)
+        self.features = nn.Sequential(*layers)
+
+        # torchvision's mean and std are those of pixels in [0, 1]; ours are in [-1, 1].
+        # They are constants and so not part of the state dict.
+        mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) * 2 - 1
+        std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 2
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def stages(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the outputs of the five stages, each as soon as it is computed.
+
+        Their shapes are (B, 64, H, W) to (B, 512, H/16, W/16), if the divisor is 1.
+        """
+        h = (x - self.mean) / self.std                  # (B, 3, H, W)
+        for number, layer in enumerate(self.features):
+            h = layer(h)
+            if number in self.taps:
+                yield h
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return the outputs of the five stages."""
+        return list(self.stages(x))
+
+
+def random_vgg() -> VGG16:
+    """Return a VGG16 an eighth as wide, with random weights that are always the same.
+
+    Why: it needs no download, and even random features tell a blurred image from a
+    sharp one. The weights have variance 2 / fan-in (He et al. 2015), so that no stage
+    fades or explodes.
+    """
+    vgg = VGG16(divisor=8)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in vgg.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.zero_()
+        else:
+            fan_in = parameter[0].numel()
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data = noise * (2 / fan_in) ** 0.5
+    return vgg
+
 
 class Perceptual(nn.Module):
-    """kind: `vgg16`, torchvision's weights (load_public), or `random`; frozen. Raises BadInput."""
-    def __init__(self, kind: str, weights: str | None = None):
+    """The distance of two images in the features of a frozen VGG16.
+
+    NB: the paper uses LPIPS, which weighs the channels by learned weights. Here all
+    channels weigh the same, so that torchvision's VGG16 file is all that is needed.
+    """
+
+    def __init__(self, vgg: VGG16):
         super().__init__()
-        self.taps, layers, c = [], [], 3
-        for i, stage in enumerate(STAGES):
-            layers += [nn.MaxPool2d(2)] if i else []
-            for width in stage:
-                c_in, c = c, width // (8 if kind == "random" else 1)
-                layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU()]
-            self.taps.append(len(layers) - 1)       # relu1_2, 2_2, 3_3, 4_3, 5_3
-        self.features = nn.Sequential(*layers)      # torchvision's names: features.0.weight ...
-        if kind == "random":
-            g = torch.Generator().manual_seed(0)
-            for p in self.parameters():
-                p.data = (torch.randn(p.shape, generator=g) * (2 / p[0].numel()) ** 0.5
-                          if p.ndim > 1 else p * 0)
-        else:
-            load_public(self, URL, weights, "--vgg-weights", "features.")
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) * 2 - 1)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 2)
+        self.vgg = vgg
         self.requires_grad_(False).eval()
+
     def forward(self, x: Tensor, x_rec: Tensor) -> Tensor:
-        """Mean over five layers and all places of |f/|f| - f_rec/|f_rec||^2, in 0..4 -> (B,)."""
-        h, total = (torch.cat([x, x_rec]) - self.mean) / self.std, 0
-        for i, layer in enumerate(self.features):
-            h = layer(h)
-            if i in self.taps:
-                f, f_rec = nn.functional.normalize(h, eps=1e-6).chunk(2)
-                total = total + (f - f_rec).square().sum(1).mean((1, 2))
-        return total / len(self.taps)
+        """Return the mean over stages and places of |f/|f| - f_rec/|f_rec||^2, in 0..4.
+
+        f is the vector of all channels at one place. Its length is divided out, so that
+        each stage and each place counts the same.
+        """
+        total = 0
+        for output in self.vgg.stages(torch.cat([x, x_rec])):
+            unit = nn.functional.normalize(output, eps=1e-6)
+            f, f_rec = unit.chunk(2)                    # (B, C, h, w) each
+            distance = (f - f_rec).square().sum(1)      # (B, h, w)
+            total = total + distance.mean((1, 2))       # (B,)
+        return total / len(self.vgg.taps)

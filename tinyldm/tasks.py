@@ -1,132 +1,565 @@
-"""The tasks of the paper: which fields of an item are the condition y, and how y becomes ctx.
+"""The tasks of the paper: one class per task, with everything that is particular to it.
 
-Paper:   Sec. 3.3 and 4.3-4.5, Table 15. Two ports: tokens (B, M, D) that the U-Net attends to
-         (class, text, layout), and maps (B, c, h, w) beside z_t (semantic, superres, inpaint).
-Symbols: y (B, ...), one condition a picture; null the condition that says nothing, for guidance.
-Reads:   conditioning.py, tokens.py. A new task is a row of TASKS and what it names."""
+Paper:   Sec. 3.3 and 4.3-4.5, Table 15.
+Symbols: y the condition of a batch, a dict of tensors (B, ...); ctx = tau(y), a Context.
+
+A condition reaches the U-Net by one of two ports, or by both:
+- tokens (B, M, D), which the U-Net attends to: class, text, layout. Why: they have no place
+  in the image, or not a fixed one, so each place must look for what concerns it.
+- maps beside z_t (B, c, h, w): semantic, superres, inpaint. Why: they are aligned with the
+  image, place by place, so a convolution sees at once what belongs together.
+
+A new task is one class and one row of TASKS; the tests run over that table.
+"""
+import dataclasses
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+import warnings
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
-from tinyldm import require
-from tinyldm.conditioning import ClassEmbedder, SpatialRescaler, TextConfig, TextTransformer
-from tinyldm.tokens import encode, train_tokenizer
+from tinyldm.conditioning import (
+    ClassEmbedder,
+    Context,
+    SpatialRescaler,
+    TextConfig,
+    TextTransformer,
+)
+from tinyldm.data import scorer, shapes
+from tinyldm.data.dataset import ImageDataset
+from tinyldm.data.images import NEAREST, fit_image, to_tensor
+from tinyldm.data.tokenizer import encode, train_tokenizer
+from tinyldm.errors import require, trying
+from tinyldm.show.grids import show_boxes, show_label_map, show_masked, show_small
 
-# ---- what the flags leave open and the data set decides
-def fit_text(args, data, *_):
-    """-> the tokenizer of the set's captions."""
-    tokenizer = train_tokenizer(data.captions(), args.vocab_size or 8192)
-    args.vocab_size = tokenizer.get_vocab_size()
-    return tokenizer
 
-def fit_class(args, data, *_) -> None:
-    """One class more than the set has: the null one. Raises BadInput."""
-    args.n_classes = args.n_classes or len(data.labels) + 1
-    k, n = args.n_classes, len(data.labels)
-    require(k > n, f"--n-classes {k}: there are {n}, and the null class")
+class Task:
+    """A kind of condition. This base class is the unconditional case: there is none.
 
-def fit_layout(args, data, *_) -> None:
-    """A grid of 32 x 32 places unless --vocab-size says otherwise. Raises BadInput."""
-    args.vocab_size = args.vocab_size or 32 * 32 + 1
-    require((args.n_token or 0) >= 3, f"--n-token {args.n_token}: a box takes three")
-    k, n = args.vocab_size, len(data.classes)
-    require(k > n, f"--vocab-size {k}: there are {n} classes, and a token for none")
+    A task object belongs to one model: `tau` says the shape of its condition encoder (the
+    keyword arguments of build_tau), `tokenizer` and `class_names` are the model's.
+    """
 
-def fit_semantic(args, *sets) -> None:
-    """As many classes as the largest label of the sets asks for; looks at all their maps."""
-    args.n_classes = args.n_classes or 1 + max(
-        int(data[i]["segmentation"].max()) for data in sets for i in range(len(data)))
+    # Fields of a data set's items that y is made of.
+    fields: tuple[str, ...] = ()
+    # The guidance scale s to sample with, unless the user gives one.
+    guidance_scale = 1.0
+    # True if the U-Net attends to tokens of width d_ctx.
+    attends = False
+    # The sides of training images must be multiples of it.
+    size_multiple = 1
+    # Flags of sample.py that give the condition.
+    flags: tuple[str, ...] = ()
+    # True if score() compares with the true image, False if it looks for the built-in world.
+    scores_any_world = False
 
-# ---- from a batch of items to y
-def class_y(batch: dict, tau: ClassEmbedder, tokenizer) -> Tensor:
-    """labels, or None for the last class, the null one -> (B,)."""
-    null = tau.embedding.num_embeddings - 1
-    return torch.tensor([null if v is None else v for v in batch["label"]])
+    def __init__(
+        self, tau: dict, tokenizer: Tokenizer | None = None, class_names: Sequence[str] = ()
+    ):
+        self.tau = tau
+        self.tokenizer = tokenizer
+        self.class_names = tuple(class_names)
 
-def text_y(batch: dict, tau: TextTransformer, tokenizer) -> Tensor:
-    """captions -> token ids (B, M); the empty one is M times [PAD]."""
-    return encode(tokenizer, batch["caption"], tau.cfg.n_token)
+    # ---- what shapes the model
 
-def layout_y(batch: dict, tau: TextTransformer, tokenizer) -> Tensor:
-    """boxes (K, 5) [class, x0, y0, x1, y1 in 0..1] -> token ids (B, M), the largest boxes first.
-    Three tokens a box: class, two corners as places of a grid, row by row; the last id is none.
-    NB: as in taming's objects_bbox.py classes and places share numbers; order tells which."""
-    none, M = tau.cfg.n_vocab - 1, tau.cfg.n_token
-    side = math.isqrt(none)
-    y = torch.full((len(batch["boxes"]), M), none)
-    for row, b in zip(y, batch["boxes"]):
-        area = (b[:, 3:] - b[:, 1:3]).prod(1)
-        b = b[area.argsort(descending=True, stable=True)][:M // 3]
-        x0, y0, x1, y1 = (b[:, 1:] * (side - 1)).round().long().unbind(1)
-        ids = torch.stack([b[:, 0].long(), y0 * side + x0, y1 * side + x1], dim=1)
-        row[:ids.numel()] = ids.flatten()
-    return y
+    @staticmethod
+    def beside_channels(c_z: int) -> int:
+        """Return the number of channels that lie beside the c_z channels of z_t."""
+        return 0
 
-def semantic_y(batch: dict, tau: SpatialRescaler, tokenizer) -> Tensor:
-    """Label maps -> (B, H, W) int32. Raises BadInput for a label that the model has not."""
-    y, n = torch.stack(batch["segmentation"]), tau.conv.in_channels
-    low, high = y.aminmax()
-    require(-1 <= low and high < n,
-            f"label maps: there are labels {low}..{high}, but the model's are 0..{n - 1}")
-    return y.int()
+    @staticmethod
+    def decide(values: dict, train: ImageDataset, held_out: ImageDataset) -> dict:
+        """Return the hyperparameters that the data set decides, unless `values` has them.
 
-def inpaint_y(batch: dict, tau, tokenizer) -> Tensor:
-    """Pictures, grey (0) where their mask is 1, and that mask -> (B, 4, H, W)."""
-    image, hole = torch.stack(list(batch["image"])), torch.stack(batch["mask"])
-    return torch.cat([image * (1 - hole), hole], dim=1)
+        Raises BadInput for values that the data set does not fit.
+        """
+        return {}
 
-# ---- from y to ctx
-def superres_ctx(y: Tensor, tau, ae) -> Tensor:
-    """The picture of a quarter of the side, on the latents' grid: as it is where f = 4."""
-    f = ae.cfg.f
-    return y if f == 4 else interpolate(y, scale_factor=4 / f, mode="bicubic", antialias=f > 4)
+    @staticmethod
+    def tau_shape(values: dict, f: int) -> dict:
+        """Return what shapes tau, from flags or a preset's row, and stage one's factor f."""
+        return {}
 
-@torch.no_grad()
-def inpaint_ctx(y: Tensor, tau, ae) -> Tensor:
-    """Latents of the masked picture, and the mask: 1 in holes, -1 elsewhere; (B, c_z + 1, h, w)."""
-    z = ae.encode(y[:, :3]).mean
-    return torch.cat([z, 2 * interpolate(y[:, 3:], z.shape[2:]) - 1], dim=1)
+    @staticmethod
+    def build_tau(shape: dict) -> nn.Module | None:
+        """Return tau, untrained; None where there is nothing to learn."""
+        return None
 
-class Task(NamedTuple):
-    """A kind of condition. A batch has a list, or a tensor, of each field of its items."""
-    fields: tuple[str, ...]         # of an item of the data set, which y is made of
-    y: Callable                     # (batch, tau, tokenizer) -> y (B, ...)
-    null: dict                      # the batch whose y, stretched, is the null condition
-    ctx: Callable = lambda y, tau, ae: tau(y)
-    net: Callable | None = None     # tau(**shape); None: nothing to learn
-    shape: Callable = lambda row, f: {}     # (row of flags, f) -> what shapes tau
-    fit: Callable | None = None     # (flags, *sets) -> tokenizer or None; fills in flags
-    beside: Callable | None = None  # c_z -> channels that lie beside z_t
-    s: float = 1.0                  # guidance scale to sample with, unless a flag says otherwise
-    takes: tuple[str, ...] = ()     # flags of sample.py that say the condition
+    @staticmethod
+    def names_in(data: ImageDataset) -> Sequence[str]:
+        """Return the names of the classes that the condition speaks of."""
+        return data.box_names
 
-FLAGS = dict(n_vocab="vocab_size", n_token="n_token", d="d_ctx", depth="text_depth",
-             n_head="text_heads", d_head="text_d_head", clip="text_clip")      # of TextConfig
-TEXT = dict(net=lambda **shape: TextTransformer(TextConfig(**shape)), s=2.0,
-            shape=lambda row, f: {k: row[flag] for k, flag in FLAGS.items()})
-BLANK, ALL, PROMPTS = torch.zeros(3, 1, 1), torch.ones(1, 1, 1), ("prompt", "prompts")
-TASKS = {
-    "uncond": Task((), lambda batch, *_: torch.zeros(len(batch["image"])), {"image": [None]},
-                 lambda *_: None),
-    "class": Task(("label",), class_y, {"label": [None]}, net=ClassEmbedder, fit=fit_class, s=2.0,
-                  shape=lambda row, f: dict(n_classes=row["n_classes"], d=row["d_ctx"]),
-                  takes=(*PROMPTS, "label")),
-    "text": Task(("caption",), text_y, {"caption": [""]}, fit=fit_text, **TEXT, takes=PROMPTS),
-    "layout": Task(("boxes",), layout_y, {"boxes": [torch.zeros(0, 5)]}, fit=fit_layout, **TEXT,
-                   takes=("boxes",)),
-    "semantic": Task(
-        ("segmentation",), semantic_y, {"segmentation": [-torch.ones(1, 1)]}, net=SpatialRescaler,
-        fit=fit_semantic, beside=lambda c_z: 3, s=1.5, takes=("map",),
-        shape=lambda row, f: dict(c_in=row["n_classes"], c_out=3, n=int(math.log2(f)))),
-    "superres": Task(("small",), lambda batch, *_: torch.stack(batch["small"]), {"small": [BLANK]},
-                     superres_ctx, beside=lambda c_z: 3, takes=("image",)),
-    "inpaint": Task(("image", "mask"), inpaint_y, {"image": [BLANK], "mask": [ALL]}, inpaint_ctx,
-                    beside=lambda c_z: c_z + 1)}
+    # ---- from items to y and ctx
 
-def build_tau(task: str, shape: dict) -> nn.Module | None:
-    """tau of a shape, as Task.shape or a checkpoint says it; None where nothing is learned."""
-    return TASKS[task].net(**shape) if TASKS[task].net else None
+    def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return y of a batch, which has a list (or a tensor) of each of the fields."""
+        return {}
+
+    def null(self) -> dict[str, Tensor]:
+        """Return the y (1, ...) that says nothing: for guidance, and for dropped conditions."""
+        return {}
+
+    def context(self, y: dict[str, Tensor], tau: nn.Module | None, ae: nn.Module) -> Context:
+        """Return ctx = tau(y), by the ports that this task uses."""
+        return Context()
+
+    # ---- for people
+
+    def read(
+        self, given: dict[str, Any], size: tuple[int, int], multiple: int
+    ) -> tuple[list[dict] | None, tuple[int, int]]:
+        """Return the conditions in what a user gives to sample.py, and the size (H, W).
+
+        given: by flag, what the files hold: prompts, label (lists of str), boxes (JSON), map,
+        image, mask (images). multiple: the sides of a sampled image must be multiples of it.
+        No conditions (None) means: take those of a data set's held-out items.
+        Raises BadInput for what is no condition of this model.
+        """
+        return [{}], size
+
+    def examples(self, n: int, train: ImageDataset, held_out: ImageDataset) -> list[dict]:
+        """Return n items whose conditions show how training goes on; held out, if any are."""
+        data = held_out if len(held_out) else train
+        return [data[i % len(data)] for i in range(n)]
+
+    def show(self, item: dict, h: int, w: int) -> Tensor | None:
+        """Return the condition as an image (3, h, w) to show above its sample, if it is one."""
+        return None
+
+    def score(self, images: Tensor, items: list[dict], unit: float | None = None) -> dict:
+        """Return how well images (n, 3, H, W) of the built-in world follow their conditions.
+
+        unit: pixels per unit of that world; default: the shorter side is 32 units.
+        """
+        return scorer.well_formed_score(images, items, unit)
+
+    def check_data(self, data: ImageDataset, path: str) -> None:
+        """Raise BadInput if a data set's conditions mean something else than the model's."""
+
+    def check_scorable(self, items: Sequence[dict]) -> None:
+        """Raise BadInput for a condition that the scorer does not understand."""
+
+    def class_number(self, name: str, n: int) -> int:
+        """Return the number, in 0..n-1, of a class given by name or number, or raise BadInput."""
+        numbers = {str(i): i for i in range(n)}
+        numbers |= {known: i for i, known in enumerate(self.class_names)}
+        examples = ", ".join(self.class_names[:3])
+        or_names = f", or a name, like {examples}" if examples else ""
+        require(
+            name in numbers,
+            f"{name!r:.99} is no class of this model; classes are numbers, 0..{n - 1}{or_names}",
+        )
+        return numbers[name]
+
+
+class Unconditional(Task):
+    """No condition: the model samples from the whole distribution of the images (Sec. 4.2)."""
+
+
+class Class(Task):
+    """A class label as a single token (Sec. 4.3.1).
+
+    The last class is the null condition, which no item has.
+    """
+
+    fields = ("label",)
+    guidance_scale = 2.0
+    attends = True
+    flags = ("prompt", "prompts", "label")
+
+    @staticmethod
+    def decide(values: dict, train: ImageDataset, held_out: ImageDataset) -> dict:
+        """The number of classes is the data set's, and one for the null condition."""
+        found = len(train.label_names)
+        n_classes = values["n_classes"] or found + 1
+        require(
+            n_classes > found,
+            f"n_classes = {n_classes}: the data set has {found}, and the null class comes on top",
+        )
+        return {"n_classes": n_classes}
+
+    @staticmethod
+    def tau_shape(values: dict, f: int) -> dict:
+        return {"n_classes": values["n_classes"], "d": values["d_ctx"]}
+
+    @staticmethod
+    def build_tau(shape: dict) -> ClassEmbedder:
+        return ClassEmbedder(**shape)
+
+    @staticmethod
+    def names_in(data: ImageDataset) -> Sequence[str]:
+        return data.label_names
+
+    def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return {"label": torch.tensor(list(batch["label"]))}            # (B,)
+
+    def null(self) -> dict[str, Tensor]:
+        return self.encode({"label": [self.tau["n_classes"] - 1]})
+
+    def context(self, y: dict[str, Tensor], tau: nn.Module, ae: nn.Module) -> Context:
+        return Context(tokens=tau(y["label"]))                          # (B, 1, D)
+
+    def read(
+        self, given: dict[str, Any], size: tuple[int, int], multiple: int
+    ) -> tuple[list[dict] | None, tuple[int, int]]:
+        """Classes by name or number; by default, every class that training has seen."""
+        names = given.get("prompts", []) + given.get("label", [])
+        numbers = [self.class_number(name, self.tau["n_classes"]) for name in names]
+        if not numbers:
+            is_built_in = self.class_names == tuple(shapes.CLASSES)
+            numbers = shapes.SEEN if is_built_in else range(len(self.class_names))
+        return [{"label": number} for number in numbers], size
+
+    def examples(self, n: int, train: ImageDataset, held_out: ImageDataset) -> list[dict]:
+        labels = train.seen_labels()
+        return [{"label": labels[i % len(labels)]} for i in range(n)]
+
+    def score(self, images: Tensor, items: list[dict], unit: float | None = None) -> dict:
+        return scorer.class_score(images, items, unit)
+
+
+class Text(Task):
+    """A caption as tokens, through a transformer (Sec. 4.3.1, App. E.2.1)."""
+
+    fields = ("caption",)
+    guidance_scale = 2.0
+    attends = True
+    flags = ("prompt", "prompts")
+
+    @staticmethod
+    def decide(values: dict, train: ImageDataset, held_out: ImageDataset) -> dict:
+        """The vocabulary is learned from the captions of the training set."""
+        tokenizer = train_tokenizer(train.captions(), values["vocab_size"] or 8192)
+        return {"vocab_size": tokenizer.get_vocab_size(), "tokenizer": tokenizer.to_str()}
+
+    @staticmethod
+    def tau_shape(values: dict, f: int) -> dict:
+        config = TextConfig(
+            n_vocab=values["vocab_size"],
+            n_token=values["n_token"],
+            d=values["d_ctx"],
+            depth=values["text_depth"],
+            n_head=values["text_heads"],
+            d_head=values["text_d_head"],
+            clip=values["text_clip"],
+        )
+        return dataclasses.asdict(config)
+
+    @staticmethod
+    def build_tau(shape: dict) -> TextTransformer:
+        return TextTransformer(TextConfig(**shape))
+
+    def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        ids = encode(self.tokenizer, batch["caption"], self.tau["n_token"])
+        return {"caption": ids}                                         # (B, M)
+
+    def null(self) -> dict[str, Tensor]:
+        """The empty caption."""
+        return self.encode({"caption": [""]})
+
+    def context(self, y: dict[str, Tensor], tau: nn.Module, ae: nn.Module) -> Context:
+        return Context(tokens=tau(y["caption"]))                        # (B, M, D)
+
+    def read(
+        self, given: dict[str, Any], size: tuple[int, int], multiple: int
+    ) -> tuple[list[dict] | None, tuple[int, int]]:
+        return [{"caption": prompt} for prompt in given.get("prompts", [])], size
+
+    def examples(self, n: int, train: ImageDataset, held_out: ImageDataset) -> list[dict]:
+        prompts = held_out.prompts(n)
+        if prompts is None:
+            return super().examples(n, train, held_out)
+        return [{"caption": prompt} for prompt in prompts]
+
+    def check_scorable(self, items: Sequence[dict]) -> None:
+        for item in items:
+            scorer.parse_prompt(item["caption"])
+
+    def score(self, images: Tensor, items: list[dict], unit: float | None = None) -> dict:
+        return scorer.text_score(images, items, unit)
+
+
+class Layout(Task):
+    """Bounding boxes as tokens, three per box: class, top left, bottom right (Sec. 4.3.2).
+
+    A corner is a cell of a grid over the image, numbered row by row. The largest boxes come
+    first; the last token of the vocabulary means "no box" and fills the rest. Why tokens: boxes
+    overlap and vary in number, which no map of fixed depth can hold.
+
+    NB: as in taming-transformers' objects_bbox.py, classes and cells share their numbers; the
+    position in the sequence tells them apart.
+    """
+
+    fields = ("boxes",)
+    guidance_scale = 2.0
+    attends = True
+    flags = ("boxes",)
+
+    @staticmethod
+    def decide(values: dict, train: ImageDataset, held_out: ImageDataset) -> dict:
+        """The grid has 32 x 32 cells unless vocab_size says otherwise."""
+        n_vocab = values["vocab_size"] or 32 * 32 + 1
+        n_token = values["n_token"] or 0
+        found = len(train.box_names)
+        require(n_token >= 3, f"n_token = {n_token}: a box takes three tokens")
+        require(
+            n_vocab > found,
+            f"vocab_size = {n_vocab}: there are {found} classes, and a token for no box",
+        )
+        return {"vocab_size": n_vocab}
+
+    tau_shape = Text.tau_shape
+    build_tau = Text.build_tau
+
+    def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """boxes (K, 5) [class, x0, y0, x1, y1 in 0..1] of each item -> ids (B, M)."""
+        return {"boxes": torch.stack([self._tokens(boxes) for boxes in batch["boxes"]])}
+
+    def _tokens(self, boxes: Tensor) -> Tensor:
+        """One item's boxes (K, 5) -> ids (M,)."""
+        n_token = self.tau["n_token"]
+        no_box = self.tau["n_vocab"] - 1
+        side = math.isqrt(no_box)                       # cells along a side of the grid
+
+        area = (boxes[:, 3:] - boxes[:, 1:3]).prod(1)
+        largest_first = area.argsort(descending=True, stable=True)
+        boxes = boxes[largest_first][:n_token // 3]
+
+        label = boxes[:, 0].long()
+        x0, y0, x1, y1 = (boxes[:, 1:] * (side - 1)).round().long().unbind(1)
+        ids = torch.stack([label, y0 * side + x0, y1 * side + x1], dim=1).flatten()
+        return pad(ids, (0, n_token - len(ids)), value=no_box)
+
+    def null(self) -> dict[str, Tensor]:
+        """No boxes at all."""
+        return self.encode({"boxes": [torch.zeros(0, 5)]})
+
+    def context(self, y: dict[str, Tensor], tau: nn.Module, ae: nn.Module) -> Context:
+        return Context(tokens=tau(y["boxes"]))                          # (B, M, D)
+
+    def read(
+        self, given: dict[str, Any], size: tuple[int, int], multiple: int
+    ) -> tuple[list[dict] | None, tuple[int, int]]:
+        """Boxes [[class, x0, y0, x1, y1 in pixels], ...]; the class is a name or a number."""
+        if "boxes" not in given:
+            return None, size
+        rows = given["boxes"] if isinstance(given["boxes"], list) else [given["boxes"]]
+        boxes = [self._read_box(row, size) for row in rows]
+        boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 5)
+        return [{"boxes": boxes}], size
+
+    def _read_box(self, row: Any, size: tuple[int, int]) -> list[float]:
+        """One box in pixels -> [class, x0, y0, x1, y1 in 0..1]."""
+        h, w = size
+        n_classes = len(self.class_names) or self.tau["n_vocab"] - 1
+        text = str(row)[:80]
+        with trying(f"{text}: a box is [class, x0, y0, x1, y1]"):
+            name, x0, y0, x1, y1 = row[:5]
+            inside = 0 <= x0 < x1 <= w and 0 <= y0 < y1 <= h
+        require(inside, f"{text}: must have 0 <= x0 < x1 <= {w} and 0 <= y0 < y1 <= {h}, in pixels")
+        number = self.class_number(str(name), n_classes)
+        return [number, x0 / w, y0 / h, x1 / w, y1 / h]
+
+    def check_data(self, data: ImageDataset, path: str) -> None:
+        is_same = not self.class_names or tuple(data.box_names) == self.class_names
+        require(is_same, f"{path}: its classes are not those of the model")
+
+    def show(self, item: dict, h: int, w: int) -> Tensor:
+        return show_boxes(item["boxes"], self.class_names, h, w)
+
+    def score(self, images: Tensor, items: list[dict], unit: float | None = None) -> dict:
+        return scorer.layout_score(images, items, unit)
+
+
+class Semantic(Task):
+    """A label map beside z_t: one class number per pixel (Sec. 4.3.2, Table 15)."""
+
+    fields = ("segmentation",)
+    guidance_scale = 1.5
+    flags = ("map",)
+
+    @staticmethod
+    def beside_channels(c_z: int) -> int:
+        return 3
+
+    @staticmethod
+    def decide(values: dict, train: ImageDataset, held_out: ImageDataset) -> dict:
+        """As many classes as the largest label asks for; this looks at every map of the set."""
+        if values["n_classes"]:
+            return {}
+        largest = 0
+        for data in (train, held_out):
+            for i in range(len(data)):
+                largest = max(largest, int(data[i]["segmentation"].max()))
+        return {"n_classes": largest + 1}
+
+    @staticmethod
+    def tau_shape(values: dict, f: int) -> dict:
+        n_halvings = int(math.log2(f))
+        return {"c_in": values["n_classes"], "c_out": 3, "n": n_halvings}
+
+    @staticmethod
+    def build_tau(shape: dict) -> SpatialRescaler:
+        return SpatialRescaler(**shape)
+
+    @staticmethod
+    def names_in(data: ImageDataset) -> Sequence[str]:
+        return data.map_names
+
+    def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Raises BadInput for a label that the model does not have."""
+        maps = torch.stack(list(batch["segmentation"]))
+        n_classes = self.tau["c_in"]
+        low, high = maps.aminmax()
+        require(
+            -1 <= low and high < n_classes,
+            f"label maps: there are labels {low}..{high}, but the model's are 0..{n_classes - 1}",
+        )
+        return {"segmentation": maps.int()}                             # (B, H, W)
+
+    def null(self) -> dict[str, Tensor]:
+        """-1, "nothing is known", everywhere."""
+        return self.encode({"segmentation": [-torch.ones(1, 1)]})
+
+    def context(self, y: dict[str, Tensor], tau: nn.Module, ae: nn.Module) -> Context:
+        return Context(beside=tau(y["segmentation"]))                   # (B, 3, h, w)
+
+    def read(
+        self, given: dict[str, Any], size: tuple[int, int], multiple: int
+    ) -> tuple[list[dict] | None, tuple[int, int]]:
+        """An image of one channel whose pixels are class numbers, fitted to the size."""
+        if "map" not in given:
+            return None, size
+        h, w = size
+        label_map = fit_image(given["map"], (w, h), NEAREST, "map")
+        return [{"segmentation": label_tensor(label_map)}], size
+
+    def show(self, item: dict, h: int, w: int) -> Tensor:
+        # In the built-in world, whose classes have names, label 0 is the background.
+        has_background = bool(self.class_names)
+        return show_label_map(item["segmentation"], self.class_names, has_background)
+
+    def score(self, images: Tensor, items: list[dict], unit: float | None = None) -> dict:
+        return scorer.semantic_score(images, items, unit)
+
+
+class SuperResolution(Task):
+    """A small image, a quarter of each side, beside z_t (Sec. 4.4).
+
+    It is resized to the latents' grid; with f = 4 it fits as it is. There is no tau.
+    """
+
+    fields = ("small",)
+    size_multiple = 4
+    flags = ("image",)
+    scores_any_world = True
+
+    @staticmethod
+    def beside_channels(c_z: int) -> int:
+        return 3
+
+    def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return {"small": torch.stack(list(batch["small"]))}             # (B, 3, H/4, W/4)
+
+    def null(self) -> dict[str, Tensor]:
+        """A grey image."""
+        return {"small": torch.zeros(1, 3, 1, 1)}
+
+    def context(self, y: dict[str, Tensor], tau: nn.Module | None, ae: nn.Module) -> Context:
+        f = ae.cfg.f
+        small = y["small"]
+        if f != 4:
+            small = interpolate(small, scale_factor=4 / f, mode="bicubic", antialias=f > 4)
+        return Context(beside=small)                                    # (B, 3, h, w)
+
+    def read(
+        self, given: dict[str, Any], size: tuple[int, int], multiple: int
+    ) -> tuple[list[dict] | None, tuple[int, int]]:
+        """A small image; the sample has four times its sides."""
+        if "image" not in given:
+            return None, size
+        image: Image.Image = given["image"]
+        step = -(-multiple // 4)                        # in pixels of the small image
+        w = image.width - image.width % step
+        h = image.height - image.height % step
+        if (w, h) != image.size:
+            warnings.warn(
+                f"image: {image.width}x{image.height} is cropped to {w}x{h}, multiples of {step}",
+                stacklevel=2,
+            )
+        require(
+            0 < w * h <= 4e6,
+            f"image: its sides must be {step} or more, and it may have 4,000,000 px at most",
+        )
+        return [{"small": to_tensor(image.crop((0, 0, w, h)))}], (4 * h, 4 * w)
+
+    def show(self, item: dict, h: int, w: int) -> Tensor:
+        return show_small(item["small"], h, w)
+
+    def score(self, images: Tensor, items: list[dict], unit: float | None = None) -> dict:
+        return scorer.superres_score(images, items, unit)
+
+
+class Inpainting(Task):
+    """An image with holes, beside z_t: the latents of what is left, and the mask (Sec. 4.5).
+
+    A mask is 1 in the holes. There is no tau: stage one encodes the masked image.
+    """
+
+    fields = ("image", "mask")
+
+    @staticmethod
+    def beside_channels(c_z: int) -> int:
+        return c_z + 1
+
+    def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The holes of the image are filled with grey (0)."""
+        image = torch.stack(list(batch["image"]))
+        mask = torch.stack(list(batch["mask"]))
+        return {"image": image * (1 - mask), "mask": mask}      # (B, 3, H, W), (B, 1, H, W)
+
+    def null(self) -> dict[str, Tensor]:
+        """One hole everywhere."""
+        return {"image": torch.zeros(1, 3, 1, 1), "mask": torch.ones(1, 1, 1, 1)}
+
+    @torch.no_grad()
+    def context(self, y: dict[str, Tensor], tau: nn.Module | None, ae: nn.Module) -> Context:
+        """Latents of the masked image, and the mask: 1 in the holes, -1 elsewhere."""
+        z = ae.encode(y["image"]).mean
+        mask = 2 * interpolate(y["mask"], z.shape[2:]) - 1
+        return Context(beside=torch.cat([z, mask], dim=1))              # (B, c_z + 1, h, w)
+
+    def read(
+        self, given: dict[str, Any], size: tuple[int, int], multiple: int
+    ) -> tuple[list[dict] | None, tuple[int, int]]:
+        """Image and mask are added to every condition by sample.py, as for any model."""
+        return ([{}] if "mask" in given else None), size
+
+    def show(self, item: dict, h: int, w: int) -> Tensor:
+        return show_masked(item["image"], item["mask"])
+
+    def score(self, images: Tensor, items: list[dict], unit: float | None = None) -> dict:
+        return scorer.inpaint_score(images, items, unit)
+
+
+TASKS: dict[str, type[Task]] = {
+    "uncond": Unconditional,
+    "class": Class,
+    "text": Text,
+    "layout": Layout,
+    "semantic": Semantic,
+    "superres": SuperResolution,
+    "inpaint": Inpainting,
+}
+
+
+def label_tensor(label_map: Image.Image) -> Tensor:
+    """An image of class numbers, one channel -> (H, W) int64."""
+    return torch.from_numpy(np.int64(label_map))

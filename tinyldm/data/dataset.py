@@ -1,0 +1,182 @@
+"""What a data set is: ImageDataset, and ListDataset for a list that fits into memory.
+
+An item is a dict of what is known about one image:
+
+    image         (3, H, W) in [-1, 1]; all images of a data set have one size
+    caption       str
+    label         int, a class: its place in `label_names`
+    boxes         (K, 5) [class, x0, y0, x1, y1]: a place in `box_names`, and corners as
+                  shares of width and height, 0..1, from the top left
+    segmentation  (H, W) int64, the class number of each pixel
+    small         (3, H / 4, W / 4) in [-1, 1], the image with fewer pixels
+    mask          (1, H, W), 1 in the holes of the image and 0 elsewhere
+
+Only `image` is always there. A task needs some of the others (tasks.py); degrade.py
+adds `small` and `mask` to any data set.
+"""
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tinyldm.errors import require
+
+# The fields that are images, which mirroring exchanges left and right in.
+SPATIAL_FIELDS = ("image", "segmentation", "small", "mask")
+
+
+class ImageDataset(Dataset):
+    """A set of images. A new format is a subclass that defines `__len__` and `load`.
+
+    Everything else has a default, which a subclass may replace. For example, images and
+    labels from an .npz file:
+
+        class Digits(ImageDataset):
+            label_names = tuple("0123456789")
+
+            def __init__(self, path):
+                arrays = np.load(path)
+                self.pixels = arrays["images"]          # (n, 32, 32) in 0..255
+                self.labels = arrays["labels"]          # (n,)
+
+            def __len__(self):
+                return len(self.pixels)
+
+            def load(self, k):
+                grey = torch.tensor(self.pixels[k]) / 127.5 - 1
+                image = grey.expand(3, 32, 32)
+                return {"image": image, "label": int(self.labels[k])}
+    """
+
+    # True if the images of every second epoch are mirrored.
+    flip: bool = False
+
+    # The names of the classes of labels and of boxes.
+    label_names: Sequence[str] = ()
+    box_names: Sequence[str] = ()
+
+    # The names of the classes 1, 2, ... of label maps whose 0 is the background.
+    map_names: Sequence[str] = ()
+
+    # The archive that each image lies in, if images are best read one after another.
+    shards: Sequence[str] | None = None
+
+    # True if scorer.py can tell whether an image fits its condition.
+    has_exact_scorer: bool = False
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        raise NotImplementedError
+
+    def load(self, k: int) -> dict[str, Any]:
+        """Return the item of image k, not mirrored; k is in 0..len(self)-1."""
+        raise NotImplementedError
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Return item i: with n images, image k in epoch e is item e * n + k."""
+        epoch, k = divmod(i, len(self))
+        item = self.load(k)
+        if self.flip and epoch % 2 == 1:
+            return mirrored(item)
+        return item
+
+    @property
+    def epochs_that_differ(self) -> int:
+        """The number of epochs after which the items are the same again."""
+        return 2 if self.flip else 1
+
+    def captions(self) -> list[str]:
+        """Return the captions of all images. By default it loads the images."""
+        return [self.load(k)["caption"] for k in range(len(self))]
+
+    def prompts(self, n: int) -> list[str] | None:
+        """Return n prompts to evaluate with; None means: take captions of images."""
+        return None
+
+    def seen_labels(self) -> Sequence[int]:
+        """Return the classes that training images have."""
+        return range(len(self.label_names))
+
+    def require_field(self, name: str) -> None:
+        """Raise BadInput if an item lacks a field. By default one item is looked at."""
+        if len(self) > 0:
+            require(name in self.load(0), f"the items of the data set have no {name}")
+
+    def fingerprint(self) -> Any:
+        """Return values, of the kinds that JSON has, that change whenever an item does.
+
+        The latent cache belongs to them. By default they are a hash of all items, so
+        each start of a run loads every image. A faster one has the sizes and times of
+        change of the files, and everything else that `load` depends on.
+        """
+        contents = hashlib.sha256()
+        for k in range(len(self)):
+            item = self.load(k)
+            for name in sorted(item):
+                contents.update(name.encode())
+                contents.update(content_bytes(item[name]))
+        names = [list(self.label_names), list(self.box_names), list(self.map_names)]
+        return [len(self), self.flip, names, contents.hexdigest()]
+
+
+class ListDataset(ImageDataset):
+    """A list of items is a data set:
+
+        items = [{"image": x, "caption": "a red square"}, ...]
+        data = ListDataset(items)
+
+    If label_names is not given, the classes of labels are named after their numbers.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[dict[str, Any]],
+        *,
+        label_names: Sequence[str] = (),
+        box_names: Sequence[str] = (),
+        map_names: Sequence[str] = (),
+        flip: bool = False,
+    ):
+        if not label_names:
+            n_classes = 1 + max((item.get("label", -1) for item in items), default=-1)
+            label_names = [str(label) for label in range(n_classes)]
+        self.items = items
+        self.label_names = label_names
+        self.box_names = box_names
+        self.map_names = map_names
+        self.flip = flip
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def load(self, k: int) -> dict[str, Any]:
+        return self.items[k]
+
+    def require_field(self, name: str) -> None:
+        for k, item in enumerate(self.items):
+            require(name in item, f"item {k} of the data set has no {name}")
+
+
+def mirrored(item: dict[str, Any]) -> dict[str, Any]:
+    """Return the item with left and right exchanged. NB: the caption stays as it is."""
+    turned = dict(item)
+    for name in SPATIAL_FIELDS:
+        if name in item:
+            turned[name] = item[name].flip(-1)
+
+    if "boxes" in item:
+        # The new left end is the old right end: x0 = 1 - x1, x1 = 1 - x0.
+        boxes = item["boxes"].clone()
+        boxes[:, [1, 3]] = 1 - boxes[:, [3, 1]]
+        turned["boxes"] = boxes
+    return turned
+
+
+def content_bytes(value: Any) -> bytes:
+    """Return bytes that are the same for two values only if they are equal."""
+    if isinstance(value, Tensor):
+        kind = f"{value.dtype} {tuple(value.shape)}"
+        return kind.encode() + value.contiguous().numpy().tobytes()
+    return repr(value).encode()

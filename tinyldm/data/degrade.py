@@ -1,0 +1,160 @@
+"""Images that lack something, for the tasks that restore it: superres and inpaint.
+
+Paper:  Sec. 4.4 (bicubic), App. D.6.1 (a chain of degradations, here a shorter one),
+        Sec. 4.5 (masks of boxes and strokes, as LaMa has them).
+Shapes: image (3, H, W) in [-1, 1] -> small (3, H / 4, W / 4) in [-1, 1];
+        mask (1, H, W), 1 in the holes and 0 elsewhere.
+"""
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor
+
+from tinyldm.data.dataset import ImageDataset
+from tinyldm.data.images import to_image, to_tensor
+
+BICUBIC = Image.Resampling.BICUBIC
+SHRINKING_FILTERS = (BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.BOX)
+
+
+class Degraded(ImageDataset):
+    """The items of a data set, each with a field more: `small` or `mask`.
+
+    What item i lacks follows from (seed, i) alone.
+    """
+
+    def __init__(self, data: ImageDataset, field: str, seed: int, chain: bool = False):
+        """field: "small" or "mask"; chain: how small images are made (see shrink)."""
+        self.data = data
+        self.field = field
+        self.seed = seed
+        self.chain = chain
+
+        self.flip = data.flip
+        self.label_names = data.label_names
+        self.box_names = data.box_names
+        self.map_names = data.map_names
+        self.shards = data.shards
+        self.has_exact_scorer = data.has_exact_scorer
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def load(self, k: int) -> dict[str, Any]:
+        return self[k]
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        item = dict(self.data[i])
+        rng = np.random.default_rng([self.seed, i])
+        if self.field == "mask":
+            side = item["image"].shape[1]
+            item["mask"] = random_mask(side, rng)
+        else:
+            item["small"] = shrink(item["image"], rng, self.chain)
+        return item
+
+    def captions(self) -> list[str]:
+        return self.data.captions()
+
+    def prompts(self, n: int) -> list[str] | None:
+        return self.data.prompts(n)
+
+    def seen_labels(self) -> Sequence[int]:
+        return self.data.seen_labels()
+
+    def require_field(self, name: str) -> None:
+        if name != self.field:
+            self.data.require_field(name)
+
+    def fingerprint(self) -> list:
+        return [self.data.fingerprint(), self.field, self.seed, self.chain]
+
+
+# ---- superres: fewer pixels
+
+def bicubic(x: Tensor, w: int, h: int) -> Tensor:
+    """Resize (3, H, W) -> (3, h, w) by Pillow's bicubic filter.
+
+    Pillow's filter grows with the factor by which it shrinks, so it averages over all
+    pixels.
+    """
+    return to_tensor(to_image(x).resize((w, h), BICUBIC))
+
+
+def shrink(x: Tensor, rng: np.random.Generator, chain: bool) -> Tensor:
+    """Shrink (3, H, W) to a quarter of each side.
+
+    chain: blur the image, shrink it by a random filter, then add noise and JPEG's
+    artefacts; else shrink it by the bicubic filter.
+    """
+    h = x.shape[1] // 4
+    w = x.shape[2] // 4
+    if not chain:
+        return bicubic(x, w, h)
+
+    # Blur with a radius of up to 2 pixels.
+    radius = 2 * rng.random()
+    image = to_image(x).filter(ImageFilter.GaussianBlur(radius))
+
+    # Shrink.
+    image = image.resize((w, h), SHRINKING_FILTERS[rng.integers(3)])
+
+    # Add noise, whose std is up to 8 of the 255 levels.
+    std = 8 * rng.random()
+    pixels = np.asarray(image) + rng.normal(0, std, (h, w, 3))
+    image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+    # Save as JPEG, with a quality from 60 to 95.
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=int(rng.integers(60, 96)), subsampling=0)
+    return to_tensor(Image.open(file))
+
+
+# ---- inpaint: holes
+
+def random_mask(side: int, rng: np.random.Generator) -> Tensor:
+    """Return a mask (1, side, side) of boxes, or of wide or narrow strokes.
+
+    It is never empty, and never covers the whole image.
+    """
+    while True:
+        canvas = Image.new("L", (side, side))
+        pen = ImageDraw.Draw(canvas)
+        if rng.random() < 0.5:
+            draw_boxes(pen, side, rng)
+        else:
+            draw_strokes(pen, side, rng)
+
+        mask = torch.from_numpy(np.array(canvas))[None] / 255.0     # (1, side, side)
+        if 0 < mask.mean() < 1:
+            return mask
+
+
+def draw_boxes(pen: ImageDraw.ImageDraw, side: int, rng: np.random.Generator) -> None:
+    """Draw 1 to 3 boxes, whose sides are 0.15 to 0.5 of the image's."""
+    for _ in range(rng.integers(1, 4)):
+        w, h = side * rng.uniform(0.15, 0.5, 2)
+        x, y = rng.random(2) * (side - w, side - h)
+        pen.rectangle((x, y, x + w, y + h), 255)
+
+
+def draw_strokes(pen: ImageDraw.ImageDraw, side: int, rng: np.random.Generator) -> None:
+    """Draw 1 to 3 strokes of one width, each of 1 to 4 straight parts, round ends."""
+    is_wide = rng.random() < 0.5
+    if is_wide:
+        width = side * rng.uniform(0.12, 0.25)
+    else:
+        width = side * rng.uniform(0.04, 0.1)
+
+    for _ in range(rng.integers(1, 4)):
+        start = side * rng.random(2)
+        for _ in range(rng.integers(1, 5)):
+            step = side * rng.uniform(-0.4, 0.4, 2)
+            end = (start + step).clip(0, side)
+            pen.line((*start, *end), 255, max(1, round(width)))
+            pen.ellipse((*(end - width / 2), *(end + width / 2)), 255)
+            start = end

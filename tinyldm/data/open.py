@@ -1,0 +1,53 @@
+"""Open the data set that a run asks for."""
+from collections.abc import Sequence
+
+from tinyldm.data.dataset import ImageDataset
+from tinyldm.data.degrade import Degraded
+from tinyldm.data.folder import Folder
+from tinyldm.data.shapes import Shapes
+
+N_HELD_OUT_SHAPES = 256
+
+
+def open_dataset(
+    path: str,
+    split: str = "train",
+    *,
+    size: int,
+    seed: int = 0,
+    n_shapes: int = 10_000,
+    resize: bool = True,
+    flip: bool = False,
+    label_column: str = "label",
+    fields: Sequence[str] = (),
+    degrade: str = "bicubic",
+) -> ImageDataset:
+    """Open a data set. To make `--data` know a new kind of data set, open it here.
+
+    path: "shapes" for the built-in world, or a folder, .zip or .tar.
+    split: "train" or "held-out".
+    size: the side of the images, in pixels.
+    seed: of the built-in world, and of what images lack (degrade.py).
+    n_shapes: the number of training images of the built-in world.
+    resize, label_column: see Folder.
+    flip: mirror training images in every second epoch.
+    fields: what each item must have for the task; `small` and `mask` are made for it.
+    degrade: how `small` is made, "bicubic" or "chain" (degrade.py).
+
+    Raises BadInput if there are no images at the path, or one of them lacks a field.
+    """
+    flip = flip and split == "train"
+    if path == "shapes":
+        n = n_shapes if split == "train" else N_HELD_OUT_SHAPES
+        data = Shapes(n, size, seed, split)
+        # NB: this world is not mirrored; as always, its second epoch has new images.
+        data.flip = flip
+    else:
+        data = Folder(path, size, split, resize, flip, label_column)
+
+    for field in fields:
+        if field in ("small", "mask"):
+            data = Degraded(data, field, seed, chain=degrade == "chain")
+        else:
+            data.require_field(field)
+    return data

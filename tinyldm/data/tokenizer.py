@@ -1,0 +1,245 @@
+"""From captions to token ids, with a vocabulary learned from the training captions.
+
+Paper:  App. E.2.1. The text-to-image model has BERT's WordPiece vocabulary, Stable
+        Diffusion has CLIP's byte pairs; open_vocab reads either.
+Shapes: n captions -> ids (n, M) int64. Id 0 is [PAD], so an empty caption is M zeros.
+"""
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import (
+    Encoding,
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from torch import Tensor
+
+from tinyldm.errors import require, trying
+
+# Special tokens, here and in BERT's vocabulary; then those of CLIP's.
+PAD = "[PAD]"
+UNK = "[UNK]"
+CLIP_BEGIN = "<|startoftext|>"
+CLIP_END = "<|endoftext|>"
+
+MAX_LETTERS = 9_999         # of a caption: many more than the M tokens that are read
+MAX_LEARNED_FROM = 100_000  # captions from which the pieces of words are learned
+MAX_NAMED = 8               # words that a warning names
+
+
+# ---- a vocabulary of one's own
+
+def train_tokenizer(captions: list[str], vocab_size: int = 8192) -> Tokenizer:
+    """Learn a WordPiece vocabulary of at most vocab_size pieces from captions.
+
+    Only the pieces that some caption uses are kept. Why: training teaches nothing about
+    the others. A word that needs one is read as [UNK], and `encode` warns of it.
+    """
+    captions = [clean_text(caption) for caption in captions]
+    words = set()
+    for caption in captions:
+        words.update(caption.split())
+    words = sorted(words)
+
+    # Learn the pieces; of very many captions, some are enough. Why the trainer is given
+    # all single letters: on its own it numbers them in random order, and where two
+    # pieces are as frequent, their numbers decide which one is kept.
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, UNK, *single_letters(words)],
+        show_progress=False,
+    )
+    learner = wordpiece_tokenizer({UNK: 0})
+    every = -(-len(captions) // MAX_LEARNED_FROM)
+    learner.train_from_iterator(captions[::every], trainer)
+    learned = wordpiece_tokenizer(learner.get_vocab())
+
+    # Keep the pieces that the words need.
+    used = set()
+    for encoding in learned.encode_batch(words):
+        used.update(encoding.tokens)
+    pieces = [PAD, UNK, *sorted(used - {PAD, UNK})]
+    return wordpiece_tokenizer({piece: i for i, piece in enumerate(pieces)})
+
+
+def single_letters(words: list[str]) -> list[str]:
+    """Return the letters of words as pieces: x, and ##x where it continues a word."""
+    blank = wordpiece_tokenizer({UNK: 0})
+    letters = set()
+    continuing = set()
+    for word in words:
+        normal = blank.normalizer.normalize_str(word)
+        for part, _ in blank.pre_tokenizer.pre_tokenize_str(normal):
+            letters.update(part)
+            continuing.update(part[1:])
+    return sorted(letters) + ["##" + letter for letter in sorted(continuing)]
+
+
+def wordpiece_tokenizer(pieces: dict[str, int]) -> Tokenizer:
+    """Return BERT's kind of tokenizer: lower case, words cut into longest pieces."""
+    tokenizer = Tokenizer(models.WordPiece(pieces, unk_token=UNK))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def clean_text(caption: str) -> str:
+    """Return a caption of sane length, without lone surrogates (which are not text)."""
+    return caption[:MAX_LETTERS].encode("utf8", "replace").decode()
+
+
+# ---- captions to ids
+
+def encode(tokenizer: Tokenizer, captions: list[str], M: int) -> Tensor:
+    """Return the ids (n, M) of captions, padded with 0.
+
+    Warns of words that are cut off after M tokens, and of words that are read as [UNK].
+    """
+    captions = [clean_text(caption) for caption in captions]
+    ids = []
+    cut_off = []
+    unknown = []
+    for caption, encoding in zip(captions, tokenizer.encode_batch(captions)):
+        padded = encoding.ids + [0] * M
+        ids.append(padded[:M])
+        cut_off += text_cut_off(caption, encoding, M)
+        unknown += unknown_words(caption, encoding)
+
+    limit = f"prompts are limited to {M} tokens, so these words are ignored"
+    warn_of_words(limit, cut_off)
+    warn_of_words("words that no training caption has are read as [UNK]", unknown)
+    return torch.tensor(ids)
+
+
+def text_cut_off(caption: str, encoding: Encoding, M: int) -> list[str]:
+    """Return, in a list, the end of a caption that the first M tokens do not reach."""
+    # The (start, end) of each further token in the caption. The tokenizers of
+    # open_vocab cut by themselves, and keep the rest in `overflowing`.
+    spans = list(encoding.offsets[M:])
+    for rest in encoding.overflowing[:1]:
+        spans += rest.offsets
+
+    # Special tokens are nowhere in the caption: their span is (0, 0).
+    starts = [start for start, end in spans if end > 0]
+    return [caption[min(starts):]] if starts else []
+
+
+def unknown_words(caption: str, encoding: Encoding) -> list[str]:
+    """Return the parts of a caption that are read as [UNK]."""
+    unknown = []
+    for (start, end), token in zip(encoding.offsets, encoding.tokens):
+        if token == UNK:
+            unknown.append(caption[start:end])
+    return unknown
+
+
+def warn_of_words(message: str, words: Iterable[str]) -> None:
+    """Warn of words, if there are any; a warning names the first few, each once."""
+    words = list(dict.fromkeys(words))
+    if not words:
+        return
+    named = ", ".join(repr(word[:80]) for word in words[:MAX_NAMED])
+    n_more = len(words) - MAX_NAMED
+    more = f" and {n_more} more" if n_more > 0 else ""
+    warnings.warn(f"{message}: {named}{more}", stacklevel=3)
+
+
+# ---- vocabularies of released text encoders
+
+def open_vocab(path: Path, n_vocab: int, M: int) -> Tokenizer:
+    """Open the tokenizer of a released text encoder; it makes M tokens of any caption.
+
+    path: a file, or the folder that holds it: vocab.txt (BERT's: one piece per line),
+    vocab.json with merges.txt beside it (CLIP's), or tokenizer.json. CLIP pads with its
+    end token, BERT with 0.
+
+    Raises BadInput for another file, and if there are not n_vocab tokens.
+    """
+    file = vocab_file(path)
+    with trying(f"{file}: no vocabulary of CLIP or BERT"):
+        if file.name == "vocab.json":
+            tokenizer = clip_tokenizer(file)
+        elif file.suffix == ".txt":
+            tokenizer = bert_tokenizer(file)
+        else:
+            tokenizer = Tokenizer.from_file(str(file))
+    check_tokenizer(tokenizer, n_vocab, str(file))
+
+    is_clip = tokenizer.token_to_id(CLIP_END) is not None
+    pad = CLIP_END if is_clip else PAD
+    pad_id = tokenizer.token_to_id(pad) or 0
+    tokenizer.enable_truncation(M)
+    tokenizer.enable_padding(length=M, pad_id=pad_id, pad_token=pad)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, n_vocab: int, source: str) -> Tokenizer:
+    """Return the tokenizer, if its ids are the rows of an embedding of n_vocab tokens.
+
+    source: where the tokenizer comes from, for messages. Raises BadInput if the number
+    of tokens differs, or if the tokenizer fails at words that it does not know.
+    """
+    rare_ideograph = "\U0002a700"
+    with trying(f"{source}: no tokenizer"):
+        tokenizer.encode(rare_ideograph)
+        n_found = 1 + max(tokenizer.get_vocab().values())
+    require(
+        n_found == n_vocab,
+        f"{source}: {n_found} tokens, where the model's embedding has {n_vocab}",
+    )
+    return tokenizer
+
+
+def vocab_file(path: Path) -> Path:
+    """Return the file of a vocabulary: path itself, or the first in the folder path."""
+    if not path.is_dir():
+        return path
+    files = [path / name for name in ("vocab.json", "vocab.txt", "tokenizer.json")]
+    for file in files:
+        if file.exists():
+            return file
+    return files[0]
+
+
+def clip_tokenizer(file: Path) -> Tokenizer:
+    """Return CLIP's tokenizer, of vocab.json and merges.txt: byte pairs, lower case."""
+    merges = file.with_name("merges.txt")
+    byte_pairs = models.BPE.from_file(
+        str(file), str(merges), unk_token=CLIP_END, end_of_word_suffix="</w>"
+    )
+    tokenizer = Tokenizer(byte_pairs)
+
+    single_spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    steps = [normalizers.NFC(), single_spaces, normalizers.Lowercase()]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+
+    # A word is an English ending, letters, one digit, or other characters.
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    into_words = pre_tokenizers.Split(words, "removed", invert=True)
+    into_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([into_words, into_bytes])
+
+    add_ends(tokenizer, CLIP_BEGIN, CLIP_END)
+    return tokenizer
+
+
+def bert_tokenizer(file: Path) -> Tokenizer:
+    """Return BERT's tokenizer, of vocab.txt: a piece's id is the number of its line."""
+    tokenizer = wordpiece_tokenizer(models.WordPiece.read_file(str(file)))
+    add_ends(tokenizer, "[CLS]", "[SEP]")
+    return tokenizer
+
+
+def add_ends(tokenizer: Tokenizer, begin: str, end: str) -> None:
+    """Let every caption begin and end with these special tokens."""
+    tokenizer.post_processor = processors.BertProcessing(
+        (end, tokenizer.token_to_id(end)),
+        (begin, tokenizer.token_to_id(begin)),
+    )

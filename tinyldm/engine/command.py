@@ -1,0 +1,56 @@
+"""The command line's frame: what went wrong becomes one line and an exit code.
+
+0: done. 2: bad input, one line on stderr. 130: interrupted.
+"""
+import argparse
+import gc
+import sys
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import distributed as dist
+from tqdm import tqdm
+
+from tinyldm.errors import BadInput
+
+
+def run(
+    main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]
+) -> None:
+    """Run main(parse_args()) as a program: an expected error is one line and exit code 2."""
+    warnings.showwarning = show_warning
+    try:
+        main(parse_args())
+        return
+    except BadInput as error:
+        message = str(error)
+    except OSError as error:
+        name = error.filename or "output"
+        message = f"{name}: cannot be written: {error.strerror or error}"
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0][:200]
+        message = f"{reason} Try a smaller --batch or --micro-batch, or --ckpt-grad"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        leave_process_group()
+
+    # Here main's frame is gone, and with it its progress bar.
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def show_warning(message: Warning | str, *_: object) -> None:
+    """Print a warning as one line, above any progress bar."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def leave_process_group() -> None:
+    """End what torchrun's processes share.
+
+    Why collect first: DDP objects hold threads, which must end before Python does.
+    """
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()

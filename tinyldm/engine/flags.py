@@ -1,0 +1,250 @@
+"""Command-line flags: those of the hyperparameter dataclasses, and those that programs share.
+
+A hyperparameter is declared once, in the dataclass that it shapes (config.py's `option`); this
+file makes its flag. `--preset NAME` sets the defaults of a row of presets.py, and any flag that
+is given wins over its row.
+"""
+import argparse
+import dataclasses
+import json
+import types
+import typing
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from tinyldm.data.dataset import ImageDataset
+from tinyldm.data.open import open_dataset
+from tinyldm.errors import naming, require
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.MetavarTypeHelpFormatter):
+    """Prints the program's docstring as it is, and the type of each flag's value."""
+
+
+def new_parser(doc: str) -> ArgumentParser:
+    """Return a parser whose help begins with the program's docstring."""
+    return ArgumentParser(
+        usage="%(prog)s [flags]",
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+
+
+def parse(
+    parser: ArgumentParser, presets: dict[str, dict], argv: Sequence[str] | None
+) -> Namespace:
+    """Parse argv with the row of --preset as defaults, so that a given flag always wins."""
+    parser.add_argument(
+        "--preset", type=str,
+        default="toy",
+        choices=presets,
+        metavar="NAME",
+        help="row of defaults for all flags below (engine/presets.py), one of: "
+        + ", ".join(presets),
+    )
+    preset = parser.parse_args(argv).preset
+    parser.set_defaults(**presets[preset])
+    return parser.parse_args(argv)
+
+
+def plain_values(args: Namespace) -> dict:
+    """Return the flags as plain values, for checkpoints and for printing."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+
+# ---- hyperparameters
+
+def option_fields(config: type) -> list[dataclasses.Field]:
+    """Return the fields of a dataclass that are flags."""
+    return [field for field in dataclasses.fields(config) if "help" in field.metadata]
+
+
+def flag_name(field: dataclasses.Field) -> str:
+    """Return the flag of a field, such as --ch-mult."""
+    return field.metadata["flag"] or "--" + field.name.replace("_", "-")
+
+
+def destination(field: dataclasses.Field) -> str:
+    """Return the name under which argparse keeps a field's flag."""
+    return flag_name(field).removeprefix("--").replace("-", "_")
+
+
+def add_config_flags(parser: ArgumentParser, config: type, title: str) -> None:
+    """Add one flag for each option of a dataclass; type, default and help are the field's."""
+    group = parser.add_argument_group(title)
+    hints = typing.get_type_hints(config)
+    for field in option_fields(config):
+        how = argument_type(hints[field.name])
+        if field.metadata["choices"]:
+            how = {"type": str, "choices": field.metadata["choices"]}
+        group.add_argument(
+            flag_name(field), default=field.default, help=field.metadata["help"], **how
+        )
+
+
+def argument_type(hint: type) -> dict:
+    """Return add_argument's keywords for a field's type.
+
+    `int | None` is an int that may be left out, `tuple[int, ...]` is any number of ints,
+    `tuple[float, float]` is two floats, and a bool has a --no- form.
+    """
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    if hint is bool:
+        return {"action": BooleanOptionalAction}
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        nargs = "*" if kinds[1:] == (Ellipsis,) else len(kinds)
+        return {"type": kinds[0], "nargs": nargs}
+    return {"type": hint}
+
+
+def config_values(config: type, values: dict) -> dict:
+    """Return a dataclass's keyword arguments from flags' values, by their destinations."""
+    found = {}
+    for field in option_fields(config):
+        value = values[destination(field)]
+        found[field.name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+# ---- flags that several programs share
+
+def add_data_flags(parser: ArgumentParser) -> None:
+    """Add the flags that say what the images are (data/open.py)."""
+    g = parser.add_argument_group("data")
+    g.add_argument("--data", type=str,
+                   help="'shapes' (the built-in world), or a folder, .zip or .tar")
+    g.add_argument("--n-shapes", type=int, default=10_000,
+                   help="number of training images of the built-in world")
+    g.add_argument("--size", type=int, help="side of the square training images, in pixels")
+    g.add_argument("--resize", action=BooleanOptionalAction, default=True,
+                   help="scale the shorter side to --size before the central crop")
+    g.add_argument("--flip", action="store_true", help="mirror the images in every second epoch")
+
+
+def open_data(args: Namespace, split: str, **conditions: object) -> ImageDataset:
+    """Open the data set that the data flags describe.
+
+    split is "train" or "held-out". conditions are open_dataset's keyword arguments about the
+    conditions: fields, label_column, degrade. Raises BadInput.
+    """
+    require(
+        args.data,
+        f"--data: preset {args.preset} has none of its own; give a folder of images",
+    )
+    with naming("--data"):
+        return open_dataset(
+            args.data,
+            split,
+            size=args.size,
+            seed=args.seed,
+            n_shapes=args.n_shapes,
+            resize=args.resize,
+            flip=args.flip,
+            **conditions,
+        )
+
+
+def add_feature_flags(parser: ArgumentParser) -> None:
+    """Add the flags that say in whose features two sets of images are compared."""
+    g = parser.add_argument_group("features of the metrics")
+    g.add_argument("--features", type=str, default="shapes",
+                   choices=["shapes", "vgg16", "inception"],
+                   help="network of the Frechet distance: inception gives FID, shapes needs "
+                        "no file")
+    g.add_argument("--inception", type=str,
+                   help="path of pt_inception-2015-12-05-6726825d.pth; default: fetched")
+    g.add_argument("--vgg-weights", type=str,
+                   help="path of torchvision's vgg16-397923af.pth; default: fetched")
+
+
+def add_system_flags(parser: ArgumentParser) -> None:
+    """Add the flags that say on what the program runs."""
+    g = parser.add_argument_group("system")
+    g.add_argument("--device", type=str, default="auto",
+                   help="auto (CUDA if there is any), cpu or cuda")
+    g.add_argument("--dtype", type=str, choices=["auto", "fp32", "bf16"], default="auto",
+                   help="precision of the networks; auto is bf16 on CUDA and fp32 elsewhere")
+    g.add_argument("--compile", action="store_true",
+                   help="run the networks through torch.compile")
+    g.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    g.add_argument("--workers", type=int, default=0, help="processes that load images")
+
+
+def add_training_flags(parser: ArgumentParser, *, out: str, every: int, eval_n: int) -> None:
+    """Add the flags of a training run: its length, its output, its optimiser, its device.
+
+    out, every and eval_n are the defaults of the output folder, of the steps between
+    checkpoints, and of the number of images to evaluate with.
+    """
+    g = parser.add_argument_group("run")
+    g.add_argument("--out", type=Path, default=Path(out),
+                   help="folder of everything that is written")
+    g.add_argument("--steps", type=int, help="training steps in all")
+    g.add_argument("--save-every", type=int, default=every, help="steps between checkpoints")
+    g.add_argument("--log-every", type=int, default=50, help="steps between log lines")
+    g.add_argument("--eval-every", type=int, default=every, help="steps between evaluations")
+    g.add_argument("--eval-n", type=int, default=eval_n,
+                   help="number of images to evaluate with; 0 turns evaluation off")
+    g.add_argument("--dry-run", action="store_true",
+                   help="print the sizes and the memory of the model, then exit")
+
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--batch", type=int, help="images per step, over all processes")
+    g.add_argument("--micro-batch", type=int,
+                   help="images at a time in each process; gradients add up; default: all")
+    g.add_argument("--lr", type=float, help="learning rate; it is not multiplied by the batch")
+    g.add_argument("--betas", type=float, nargs=2, help="Adam's two decay rates")
+    g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    g.add_argument("--cosine", action=BooleanOptionalAction,
+                   help="let the learning rate fall to 0 at the end")
+    g.add_argument("--warmup", type=int, help="steps in which the learning rate rises from 0")
+    g.add_argument("--skip-nan", type=int, default=0,
+                   help="most steps to skip because loss or gradient is not finite")
+
+    add_system_flags(parser)
+
+
+def check_training_flags(args: Namespace, world: int) -> int:
+    """Return the number of micro-batches per step of each of `world` processes.
+
+    Raises BadInput where flags do not fit together.
+    """
+    for name in ("save_every", "eval_every", "log_every"):
+        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')}: must be at least 1")
+    require(args.size >= 16, "--size: must be at least 16")
+    require(
+        args.batch > 0 and args.batch % world == 0,
+        f"--batch {args.batch} cannot be shared evenly by {world} process(es)",
+    )
+
+    per_process = args.batch // world
+    micro_batch = args.micro_batch or per_process
+    require(
+        micro_batch > 0 and per_process % micro_batch == 0,
+        f"--micro-batch {micro_batch} does not divide the {per_process} images of each process",
+    )
+    return per_process // micro_batch
+
+
+def print_dry_run(args: Namespace, *nets: nn.Module | None) -> None:
+    """Print the configuration, and the memory of what training keeps of the weights.
+
+    Why 20 bytes per parameter: weight, gradient, Adam's two moments and the EMA, 4 bytes each.
+    """
+    n = sum(n_params(net) for net in nets)
+    print(json.dumps(plain_values(args), indent=1))
+    print(
+        f"{n:,} parameters in training: {20 * n / 2 ** 30:.2f} GiB with gradients, Adam and EMA; "
+        "activations come on top"
+    )
+
+
+def n_params(net: nn.Module | None) -> int:
+    """Return the number of parameters of a network; 0 for None."""
+    return sum(p.numel() for p in net.parameters()) if net is not None else 0

@@ -1,0 +1,84 @@
+"""Open a model from any file: a checkpoint of ours, or a released model.
+
+Ours hold all that is needed (ckpt.pt also what resuming needs, model.pt the averaged weights
+alone). Released files hold weights only; their shapes say which preset they are.
+"""
+import contextlib
+import zipfile
+from pathlib import Path
+
+import torch
+
+from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, build_autoencoder
+from tinyldm.data.tokenizer import check_tokenizer
+from tinyldm.engine.checkpoint import load_checkpoint
+from tinyldm.engine.released import load_released
+from tinyldm.errors import require, trying
+from tinyldm.model import LatentDiffusion, ModelConfig, build_model
+
+
+def open_model(
+    path: Path,
+    *,
+    ema: bool = True,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    preset: str | None = None,
+    vocab: Path | None = None,
+) -> LatentDiffusion:
+    """Open the model in a file, frozen, for sampling.
+
+    ema: take the averaged weights, where the file has both. dtype: None keeps the file's, in a
+    released file. preset and vocab are for released models: the row of presets.LDM, if its
+    shapes leave that open, and the path of its tokenizer's vocabulary.
+    Raises BadInput that names the file and what is wrong with it.
+    """
+    if not is_ours(path):
+        return load_released(path, preset, ema, vocab, device, dtype)
+
+    checkpoint = load_checkpoint(path, "ldm")
+    require(ema or "nets" in checkpoint, f"{path} has averaged weights only; take ckpt.pt")
+    weights = checkpoint["ema" if ema else "nets"]
+
+    with trying(f"{path}: its parts do not fit together"):
+        config = ModelConfig.from_checkpoint(checkpoint)
+        # On the meta device, so that a file with absurd sizes takes no memory.
+        with torch.device("meta"):
+            model = build_model(config)
+        model.ae.load_state_dict(checkpoint["ae"], assign=True)
+        model.unet.load_state_dict(weights["unet"], assign=True)
+        if model.tau is not None:
+            model.tau.load_state_dict(weights["tau"], assign=True)
+        if model.tokenizer is not None:
+            check_tokenizer(model.tokenizer, config.tau["n_vocab"], str(path))
+        model.run = checkpoint["args"]
+        return model.for_sampling(device, torch.float32)
+
+
+def open_stage_one(path: Path | str) -> Autoencoder | Pixels:
+    """Open the frozen autoencoder in a checkpoint of stage one; "none" is diffusion in pixels.
+
+    Raises BadInput that names the file and what is wrong with it.
+    """
+    if str(path) == "none":
+        return Pixels()
+    checkpoint = load_checkpoint(path, "autoencoder")
+    with trying(f"{path}: its parts do not fit together"):
+        with torch.device("meta"):
+            ae = build_autoencoder(AEConfig(**checkpoint["config"]["autoencoder"]))
+        ae.load_state_dict(checkpoint["nets"]["ae"], assign=True)
+    return ae.eval().requires_grad_(False)
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether a file is a checkpoint of ours; no code in it runs.
+
+    torch.save writes a .zip whose pickle holds the names and plain values, "kind" first. A file
+    that cannot be read is ours if the checkpoint before it lies beside it.
+    """
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(pickled) as file:
+            if b"tinyldm " in file.read(1000):
+                return True
+    return path.with_suffix(".old.pt").exists()

@@ -1,0 +1,158 @@
+"""What to sample: the conditions that a user gives in files, or a data set's held-out ones."""
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyldm.data.images import (
+    LANCZOS,
+    NEAREST,
+    fit_image,
+    load_map,
+    load_rgb,
+    to_tensor,
+)
+from tinyldm.data.open import open_dataset
+from tinyldm.data.tokenizer import clean_text
+from tinyldm.errors import naming, require, trying
+from tinyldm.model import LatentDiffusion
+
+# How the file of each condition is decoded.
+DECODERS: dict[str, Callable] = {
+    "boxes": json.loads,
+    "map": load_map,
+    "image": load_rgb,
+    "mask": load_rgb,
+    "init": load_rgb,
+}
+
+
+@dataclass
+class Given:
+    """What a user gives: words, and files by their kind (the keys of DECODERS)."""
+
+    prompts: list[str]
+    labels: list[str]
+    files: dict[str, Path] = field(default_factory=dict)
+
+
+@dataclass
+class Request:
+    """What to sample: n_each images for each condition.
+
+    shared is added to every condition: the image and mask of a repainting, or an image to begin
+    from.
+    """
+
+    conditions: Sequence[dict]
+    shared: dict[str, Tensor]
+    size: tuple[int, int]               # (H, W)
+    n_each: int
+
+    def __len__(self) -> int:
+        return len(self.conditions) * self.n_each
+
+    def batch(self, first: int, n: int) -> list[dict]:
+        """Return the conditions of up to n images, from image `first` on."""
+        last = min(first + n, len(self))
+        return [self.conditions[i // self.n_each] | self.shared for i in range(first, last)]
+
+
+def read_request(
+    model: LatentDiffusion,
+    given: Given,
+    size: tuple[int, int],
+    *,
+    n: int | None = None,
+    data: str | None = None,
+) -> Request:
+    """Read all that says what to sample.
+
+    size: (H, W) of the images, unless the condition itself decides it.
+    n: images per condition, or the number of held-out items; default: 16 in all.
+    data: the data set to take held-out items from; default: the one of training.
+    Raises BadInput that names the file or the value.
+    """
+    decoded = {"prompts": clean_lines(given.prompts), "label": clean_lines(given.labels)}
+    for kind, path in given.files.items():
+        with trying(f"{path}: cannot be read"):
+            decoded[kind] = DECODERS[kind](path.read_bytes())
+
+    # The condition: given, or else of held-out items, which are as many as are asked for.
+    source = ", ".join(str(path) for path in given.files.values())
+    with naming(source or "prompt or label"):
+        conditions, size = model.task.read(decoded, size, model.size_multiple)
+    if conditions is None:
+        conditions = held_out_conditions(model, size, n or 16, data)
+        n = 1
+    require(len(conditions), 'no prompt: give one, like "a red circle above a blue square"')
+
+    # What all conditions share.
+    shared = {}
+    if "mask" in decoded:
+        shared = image_and_mask(decoded, size)
+    if "init" in decoded:
+        h, w = size
+        shared["init"] = to_tensor(fit_image(decoded["init"], (w, h), LANCZOS, "init"))
+
+    n_each = n or 16 // min(len(conditions), 16)
+    return Request(conditions, shared, size, n_each)
+
+
+def clean_lines(lines: Sequence[str]) -> list[str]:
+    """Return the lines that say something, without what no text may hold."""
+    cleaned = [clean_text(line).strip() for line in lines]
+    return [line for line in cleaned if line]
+
+
+def held_out_conditions(
+    model: LatentDiffusion, size: tuple[int, int], n: int, path: str | None
+) -> Sequence[dict]:
+    """Return n held-out items of a data set; path None: of the one that the model learned."""
+    path = path or model.run.get("data")
+    require(path, "data: a released model has none of its own; give a condition or a folder")
+    h, w = size
+    require(h == w, f"size {h}x{w}: a set's images are square; give one number, or a condition")
+
+    data = open_dataset(
+        path,
+        "held-out",
+        size=h,
+        fields=model.task.fields,
+        seed=model.run.get("seed", 0),
+        resize=model.run.get("resize", True),
+        label_column=model.run.get("label_column", "label"),
+        degrade=model.run.get("degrade", "bicubic"),
+    )
+    require(len(data), f"{path}: it has no held-out images; give a condition")
+    model.task.check_data(data, str(path))
+    return torch.utils.data.Subset(data, [i % len(data) for i in range(n)])
+
+
+def image_and_mask(decoded: dict, size: tuple[int, int]) -> dict[str, Tensor]:
+    """Return the image to repaint (3, H, W), and the mask (1, H, W): 1 where it is repainted."""
+    h, w = size
+    image = decoded["image"]
+    mask = decoded["mask"].convert("L")
+    if mask.size != image.size:
+        warnings.warn(
+            f"mask: {mask.width}x{mask.height} is resized (nearest) to the image's "
+            f"{image.width}x{image.height}",
+            stacklevel=2,
+        )
+        mask = mask.resize(image.size, NEAREST)
+
+    mask = fit_image(mask, (w, h), NEAREST, "mask")
+    mask = torch.from_numpy(np.array(mask) > 127).float()[None]
+    covered = "all" if mask.any() else "nothing"
+    require(
+        0 < mask.mean() < 1,
+        f"mask: it covers {covered}; white is repainted, black is kept",
+    )
+    image = fit_image(image, (w, h), LANCZOS, "image")
+    return {"image": to_tensor(image), "mask": mask}

@@ -1,0 +1,269 @@
+"""A latent diffusion model as one thing: what it is made of, and how it samples.
+
+Paper:   Sec. 3.2, 3.3, 4.3-4.5; SDEdit (Meng et al. 2022) for sampling from an image.
+Shapes:  images (n, 3, H, W) in [-1, 1]; z (n, c_z, h, w), h = H / f.
+
+Training, resuming, sampling and exporting all build a model here. engine/open.py opens one
+from a file.
+"""
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, build_autoencoder
+from tinyldm.conditioning import Context
+from tinyldm.diffusion import DiffusionConfig, as_eps_theta, q_sample
+from tinyldm.errors import require
+from tinyldm.guidance import guided
+from tinyldm.samplers import SAMPLERS, TIMESTEPS, each, later, masked
+from tinyldm.seeds import generator
+from tinyldm.tasks import TASKS, Task
+from tinyldm.unet import UNet, UNetConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that says what a model is, except for its weights.
+
+    One more number belongs to the weights: z_std, the std of stage one's latents, is a buffer
+    of the autoencoder, as only the trained E can say what it is.
+    """
+
+    task: str                           # a key of tasks.TASKS
+    size: int                           # side of the training images, in pixels
+    autoencoder: AEConfig
+    unet: UNetConfig
+    tau: dict                           # keyword arguments of the task's build_tau
+    diffusion: DiffusionConfig
+    class_names: tuple[str, ...] = ()
+    tokenizer: str | None = None        # its JSON, for captions
+    p_drop: float = 0.1                 # share of conditions dropped in training; 0: no guidance
+
+    def to_checkpoint(self) -> dict:
+        """Return the config as the plain values that a checkpoint holds."""
+        diffusion = dataclasses.asdict(self.diffusion)
+        diffusion["name"] = diffusion.pop("schedule")
+        config = {
+            "task": {"name": self.task},
+            "autoencoder": dataclasses.asdict(self.autoencoder),
+            "unet": dataclasses.asdict(self.unet),
+            "tau": self.tau,
+            "schedule": diffusion,
+        }
+        return {
+            "config": config,
+            "size": self.size,
+            "classes": list(self.class_names),
+            "tokenizer": self.tokenizer,
+            "p_drop": self.p_drop,
+        }
+
+    @staticmethod
+    def from_checkpoint(checkpoint: dict) -> "ModelConfig":
+        """Return the config that a checkpoint holds.
+
+        Raises KeyError or TypeError for a dict that is no checkpoint of a model.
+        """
+        config = checkpoint["config"]
+        diffusion = dict(config["schedule"])
+        diffusion["schedule"] = diffusion.pop("name")
+        p_drop = checkpoint.get("p_drop", checkpoint.get("args", {}).get("p_drop", 0.1))
+        return ModelConfig(
+            task=config.get("task", {"name": "text"})["name"],
+            size=checkpoint["size"],
+            autoencoder=AEConfig(**config["autoencoder"]),
+            unet=UNetConfig(**config["unet"]),
+            tau=config["tau"],
+            diffusion=DiffusionConfig(**diffusion),
+            class_names=tuple(checkpoint.get("classes", ())),
+            tokenizer=checkpoint["tokenizer"],
+            p_drop=p_drop,
+        )
+
+
+@dataclass
+class LatentDiffusion:
+    """A model: stage one, eps_theta, tau, and the process that they were trained for."""
+
+    config: ModelConfig
+    ae: Autoencoder | Pixels
+    unet: UNet
+    tau: nn.Module | None
+    task: Task
+    abar: Tensor                        # (T,) float64
+    run: dict = field(default_factory=dict)     # the flags of its training run, or a preset's row
+
+    @property
+    def z_std(self) -> Tensor:
+        """The std of stage one's latents, by which they are divided (App. G's sigma-hat)."""
+        return self.ae.z_std
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the captions."""
+        return self.task.tokenizer
+
+    @property
+    def size_multiple(self) -> int:
+        """The sides of a sampled image must be multiples of it."""
+        return self.ae.cfg.f * self.unet.cfg.factor
+
+    @property
+    def can_be_guided(self) -> bool:
+        """True if training dropped conditions, so that the null condition is known."""
+        return self.config.p_drop > 0
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale that suits the task; 1, no guidance, where there can be none."""
+        return self.task.guidance_scale if self.can_be_guided else 1.0
+
+    def eps_theta(self) -> Callable[[Tensor, Tensor, Context], Tensor]:
+        """Return eps_theta(z_t, t, ctx), whatever it is that the U-Net predicts."""
+        return as_eps_theta(self.unet, self.abar, self.config.diffusion.predict)
+
+    def for_sampling(
+        self, device: torch.device | str, dtype: torch.dtype | None = None
+    ) -> "LatentDiffusion":
+        """Move the model to a device, frozen and in eval mode; dtype None keeps each weight's."""
+        for net in (self.ae, self.unet, self.tau):
+            if net is not None:
+                net.to(device, dtype).eval().requires_grad_(False)
+        self.abar = self.abar.to(device)
+        return self
+
+    @torch.no_grad()
+    def sample(
+        self,
+        conditions: Sequence[dict],
+        *,
+        seeds: Sequence[tuple[int, int]],
+        size: tuple[int, int] | None = None,
+        steps: int = 50,
+        timesteps: str = "even",
+        sampler: str = "ddim",
+        eta: float = 0.0,
+        guidance_scale: float | None = None,
+        strength: float = 0.5,
+        z_T: Tensor | None = None,
+        watch: Callable[[Callable], Callable] | None = None,
+    ) -> Tensor:
+        """Sample one image per condition -> (n, 3, H, W) in [-1, 1], on the CPU.
+
+        conditions: dicts with the fields of the model's task. Besides, each of them may have
+            `init` (3, H, W), an image to begin from, noised as far as `strength` in 0..1 says;
+            or `image` (3, H, W) and `mask` (1, H, W): what is 0 in the mask is kept.
+        seeds: a pair (seed, index) per image, which determines all its noise.
+        size: (H, W), multiples of size_multiple; default: as in training.
+        steps, timesteps: how many of the T timesteps to visit, and the rule that picks them.
+        sampler, eta: a row of SAMPLERS; eta is DDIM's share of noise, 0..1.
+        guidance_scale: s of classifier-free guidance; 1 is none; default: the model's.
+        z_T: noise (n, c_z, h, w) to begin from, in place of the seeds' own.
+        watch: wraps the eps_theta that the sampler calls, to record what it says.
+
+        Raises BadInput for steps that the schedule does not have, and for a mask with a
+        sampler that builds on its past steps.
+        """
+        device = self.abar.device
+        H, W = size or (self.config.size, self.config.size)
+        f = self.ae.cfg.f
+        shape = (self.ae.cfg.c_z, H // f, W // f)
+        if guidance_scale is None:
+            guidance_scale = self.guidance_scale
+
+        # The condition, and the one that says nothing, each as the U-Net receives it.
+        ctx, ctx_null = self._contexts(conditions)
+        if ctx.tokens is None and ctx.beside is None:
+            guidance_scale = 1.0
+
+        # What the sampler calls.
+        eps_theta = guided(self.eps_theta(), ctx_null, guidance_scale)
+        if watch is not None:
+            eps_theta = watch(eps_theta)
+
+        # The noise: image i has the same, whichever images it is sampled together with.
+        generators = [generator(seed, index) for seed, index in seeds]
+
+        def randn() -> Tensor:
+            noise = [torch.randn(shape, generator=g) for g in generators]
+            return torch.stack(noise).to(device)
+
+        z = randn()                                             # (n, c_z, h, w)
+        if z_T is not None:
+            z = z_T.to(device)
+
+        # The timesteps. From an image (SDEdit): begin late, at that image noised so far.
+        ts = TIMESTEPS[timesteps](len(self.abar), steps)
+        if "init" in conditions[0]:
+            ts = later(ts, strength)
+            init = self._stack(conditions, "init")
+            z = q_sample(self.ae.encode(init).mean, each(ts[0], z), z, self.abar)
+
+        def run_sampler(z_t: Tensor, ts: list[int]) -> Tensor:
+            return SAMPLERS[sampler](eps_theta, z_t, ctx, self.abar, ts, randn, eta=eta)
+
+        if "mask" not in conditions[0]:
+            return self._decode(run_sampler(z, ts)).cpu()
+
+        # Some of the image is known. Before each step its latents are put back, which a sampler
+        # with a past would take for its own work.
+        require(
+            not SAMPLERS[sampler].has_past,
+            f"sampler {sampler}: it builds on its past steps, which a mask changes; use ddim",
+        )
+
+        # Keep the latents that no hole reaches into, then the pixels.
+        image = self._stack(conditions, "image")
+        mask = self._stack(conditions, "mask")
+        known = 1 - torch.max_pool2d(mask, f)                   # (n, 1, h, w)
+        z_known = self.ae.encode(image).mean
+        z = masked(run_sampler, z, z_known, known, self.abar, ts, randn)
+        return torch.where(mask > 0, self._decode(z), image).cpu()
+
+    def _contexts(self, conditions: Sequence[dict]) -> tuple[Context, Context]:
+        """ctx of the conditions and, of batch size 1, ctx of the null condition."""
+        device = self.abar.device
+        batch = {}
+        for name in self.task.fields:
+            batch[name] = [condition[name] for condition in conditions]
+
+        y = self.task.encode(batch)
+        y_null = self.task.null()
+        for name, v in y.items():
+            y[name] = v.to(device)
+            y_null[name] = y_null[name].to(device).expand(1, *v.shape[1:])
+
+        ctx = self.task.context(y, self.tau, self.ae)
+        ctx_null = self.task.context(y_null, self.tau, self.ae)
+        return ctx, ctx_null
+
+    def _stack(self, conditions: Sequence[dict], name: str) -> Tensor:
+        """One field of all conditions, as a batch on the model's device."""
+        return torch.stack([condition[name] for condition in conditions]).to(self.abar.device)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return self.ae.decode(z).float().clamp(-1, 1)
+
+
+def build_model(config: ModelConfig, ae: Autoencoder | Pixels | None = None) -> LatentDiffusion:
+    """Build a model with random weights, on torch's default device.
+
+    ae: a trained stage one to use; default: a new one.
+    """
+    if ae is None:
+        ae = build_autoencoder(config.autoencoder)
+    unet = UNet(config.unet)
+    task_class = TASKS[config.task]
+    tau = task_class.build_tau(config.tau)
+
+    tokenizer = Tokenizer.from_str(config.tokenizer) if config.tokenizer else None
+    task = task_class(config.tau, tokenizer, config.class_names)
+
+    # Networks may be built on the meta device, to be filled later; the schedule is computed.
+    with torch.device("cpu"):
+        abar = config.diffusion.abar()
+    return LatentDiffusion(config, ae, unet, tau, task, abar)
