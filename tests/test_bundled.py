@@ -85,7 +85,7 @@ def mask_over_second_object(item):
 
 
 def hidden_class(item):
-    """The class of the object under the mask: what is left if all else is as light as the ground."""
+    """The class of the object under the mask, which is found if all else is light."""
     mask = item["mask"]
     light = item["image"].amax()
     return find(item["image"] * mask + light * (1 - mask))[0].class_name

@@ -91,7 +91,9 @@ def test_every_option_of_a_dataclass_is_a_flag():
     assert parse_shape("--no-deep", "--mult") == Shape(mult=())
 
 
-@pytest.mark.parametrize("argv", [["--side", "3"], ["--kind", "c"], ["--ends", "1"], ["--heads", "2"]])
+@pytest.mark.parametrize("argv", [
+    ["--side", "3"], ["--kind", "c"], ["--ends", "1"], ["--heads", "2"],
+])
 def test_what_is_no_option_is_no_flag(argv, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_shape(*argv)

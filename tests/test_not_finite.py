@@ -3,7 +3,15 @@
 import pytest
 import torch
 from conftest import TINY_AE, TINY_LDM, TINY_VQ
-from runs import assert_same_state, figures, log_rows, spoiled_at, steps_of, times_nan, trained_state
+from runs import (
+    assert_same_state,
+    figures,
+    log_rows,
+    spoiled_at,
+    steps_of,
+    times_nan,
+    trained_state,
+)
 from torch.testing import assert_close
 
 import train_ae
