@@ -220,7 +220,7 @@ def check_request(args: Namespace, model: LatentDiffusion, request: Request) -> 
     if model.task.scores_any_world:
         can_score = "image" in request.conditions[0]
     else:
-        can_score = model.run.get("data") == "shapes"
+        can_score = (args.data or model.run.get("data")) == "shapes"
     require(can_score, "--score: needs the built-in world, or superres with the true images")
     h, w = request.size
     require(h == w, "--score: needs square images")

@@ -46,7 +46,8 @@ def plot_by_token(weights: Tensor, tokens: Sequence[str], title: str) -> None:
     plt.figure(figsize=(9, 2.6))
     for head, heights in enumerate(weights):
         places = torch.arange(len(tokens)) + head / (n_head + 1)
-        plt.bar(places, heights, width=1 / (n_head + 1), label=f"head {head}")
+        width = 1 / (n_head + 1)
+        plt.bar(places.tolist(), heights.tolist(), width, label=f"head {head}")
     plt.xticks(range(len(tokens)), tokens, rotation=45)
     plt.title(title)
     plt.legend()

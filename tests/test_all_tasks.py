@@ -18,7 +18,7 @@ from tinyldm.engine.open import open_model
 from tinyldm.tasks import TASKS
 
 # With so few timesteps an evaluation samples in 8 steps, not in 25.
-SMALL = [*TINY_LDM, "--size", 16, "--T", 8]
+SMALL = [*TINY_LDM, "--size", 16, "--T", 8, "--text-heads", 2, "--attn-res", 4]
 
 # What a new folder's images can be without; the other fields are made of the image.
 GIVEN_FIELDS = {"caption", "label", "boxes", "segmentation"}
@@ -45,11 +45,12 @@ def images(tmp_path_factory):
 def models(tmp_path_factory, trained, cli):
     """models(task) -> the folder of a tiny model of it: a run of one step, then of one more."""
     out = tmp_path_factory.mktemp("tasks")
+    how = [*SMALL, "--ae", trained / "ae/ckpt.pt", "--no-cache-latents"]
 
     def model(task):
         folder = out / task
         if not folder.exists():
-            flags = [*SMALL, "--ae", trained / "ae/ckpt.pt", "--task", task, "--out", folder]
+            flags = [*how, "--task", task, "--out", folder]
             cli("train_ldm.py", *flags, "--steps", 1, "--eval-n", 0)
             output = cli("train_ldm.py", *flags, "--steps", 2)
             assert "1 of 2 steps are done" in output
@@ -74,10 +75,21 @@ def pixels(path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
-def is_shown(task, size: int = 16) -> bool:
+def default_conditions(task) -> list[dict] | None:
+    """What sample.py takes if no condition is given: None is for held-out items."""
+    conditions, _ = task.read({"prompts": [], "label": []}, (16, 16), 8)
+    return conditions
+
+
+def prompt_for(task) -> list[str]:
+    """A prompt, for a task that has nothing to sample from without one."""
+    return ["a red circle"] if default_conditions(task) == [] else []
+
+
+def is_shown(task) -> bool:
     """True if samples of a task are shown below their conditions."""
-    data = open_dataset("shapes", "held-out", size=size, fields=task.fields)
-    return task.show(data[0], size, size) is not None
+    data = open_dataset("shapes", "held-out", size=16, fields=task.fields)
+    return task.show(data[0], 16, 16) is not None
 
 
 # ---- every task
@@ -108,12 +120,12 @@ def test_a_task_trains_resumes_and_is_evaluated(models, trained, cli, name):
 def test_a_task_samples_and_scores(models, sample, tmp_path, name):
     """From a prompt where the task takes one, else from held-out items or all its classes."""
     task = open_model(models(name) / "model.pt").task
-    conditions, _ = task.read({"prompts": [], "label": []}, (16, 16), 8)
+    conditions = default_conditions(task)
     n = 2 if conditions is None else 2 * max(1, len(conditions))
-    prompt = ["a red circle"] if conditions == [] else []
-    output = sample(name, *prompt, "--n", 2, "--score")
+    output = sample(name, *prompt_for(task), "--n", 2, "--score")
 
-    found = re.search(rf"^{n} images, s = {task.guidance_scale:g}, 2 DDIM steps: (.*)", output, re.M)
+    line = rf"^{n} images, s = {task.guidance_scale:g}, 2 DDIM steps: (.*)"
+    found = re.search(line, output, re.M)
     assert found, output
     data = open_dataset("shapes", "held-out", size=16, fields=task.fields)
     figures = task.score(data[0]["image"][None], [data[0]])
@@ -126,21 +138,18 @@ def test_a_task_samples_and_scores(models, sample, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_learns_from_a_folder_with_and_without_a_cache(trained, images, tmp_path, cli, name):
+def test_a_task_learns_from_a_folder_with_cached_latents(trained, images, tmp_path, cli, name):
+    """Its class names are those of the folder; samples take conditions from held-out images."""
     of_data = ["--data", images, "--label-column", "kind", "--degrade", "chain", "--flip"]
-    flags = [*SMALL, "--ae", trained / "ae/ckpt.pt", "--task", name, *of_data, "--steps", 2]
-    saved = []
-    for way in ("--cache-latents", "--no-cache-latents"):
-        cli("train_ldm.py", *flags, way, "--eval-n", 0, "--out", tmp_path / way)
-        saved.append(torch.load(tmp_path / way / "ckpt.pt", weights_only=True))
+    flags = [*SMALL, "--ae", trained / "ae/ckpt.pt", "--task", name, *of_data]
+    cli("train_ldm.py", *flags, "--steps", 1, "--eval-n", 0, "--out", tmp_path / "x")
 
-    cached, uncached = saved
-    assert cached["config"] == uncached["config"]
     data = open_dataset(str(images), size=16, label_column="kind", fields=TASKS[name].fields)
-    assert cached["classes"] == list(TASKS[name].names_in(data))
+    checkpoint = torch.load(tmp_path / "x/model.pt", weights_only=True)
+    assert checkpoint["classes"] == list(TASKS[name].names_in(data))
 
-    prompt = ["picture 1"] if "caption" in TASKS[name].fields else []
-    cli("sample.py", "--ckpt", tmp_path / "--cache-latents/model.pt", "--steps", 2, "--n", 2,
+    prompt = prompt_for(open_model(tmp_path / "x/model.pt").task)
+    cli("sample.py", "--ckpt", tmp_path / "x/model.pt", "--steps", 2, "--n", 2,
         "--out", tmp_path / "x.png", *prompt)
     assert Image.open(tmp_path / "x.png").width > 90
 
@@ -173,7 +182,7 @@ def test_labels_that_only_held_out_maps_have_are_counted(trained, tmp_path, fold
     metadata.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     flags = [*SMALL, "--ae", trained / "ae/ckpt.pt", "--task", "semantic", "--data", path]
-    cli("train_ldm.py", *flags, "--steps", 1, "--out", tmp_path / "x")
+    cli("train_ldm.py", *flags, "--steps", 1, "--eval-n", 1, "--out", tmp_path / "x")
     checkpoint = torch.load(tmp_path / "x/ckpt.pt", weights_only=True)
     assert checkpoint["config"]["tau"]["c_in"] == 7
 
@@ -181,10 +190,10 @@ def test_labels_that_only_held_out_maps_have_are_counted(trained, tmp_path, fold
 def test_pixels_as_stage_one_and_a_diffusion_of_one_step(tmp_path, cli):
     """--ae none, and with it Table 5's regression: with T = 1 the U-Net predicts the image at once.
     """
-    flags = [*TINY_LDM, "--ae", "none", "--size", 16, "--task", "superres", "--eval-n", 0]
+    flags = [*SMALL, "--ae", "none", "--task", "superres", "--eval-n", 0, "--steps", 1]
     one_step = ["--T", 1, "--beta-range", 0.9999, 0.9999]
-    for name, more, n_steps in (("pixels", [], 50), ("one", one_step, 1)):
-        cli("train_ldm.py", *flags, "--steps", 2, *more, "--out", tmp_path / name)
+    for name, more, n_steps in (("pixels", [], 8), ("one", one_step, 1)):
+        cli("train_ldm.py", *flags, *more, "--out", tmp_path / name)
         output = cli("sample.py", "--ckpt", tmp_path / name / "model.pt", "--n", 2, "--score",
                      "--out", tmp_path / "x.png")
         assert f"{n_steps} DDIM steps: psnr" in output
@@ -192,14 +201,15 @@ def test_pixels_as_stage_one_and_a_diffusion_of_one_step(tmp_path, cli):
 
 # ---- files of a user
 
-@pytest.fixture
-def files(tmp_path):
-    """A folder with images, masks, label maps and boxes of a user."""
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with images, masks, label maps and boxes of a user. Only read it."""
+    path = tmp_path_factory.mktemp("files")
     rng = np.random.default_rng(0)
     for name, w, h in (("photo", 16, 16), ("wide", 40, 24), ("small", 6, 8), ("odd", 7, 9)):
         image = Image.fromarray(rng.integers(0, 255, (h, w, 3), np.uint8))
-        image.save(tmp_path / f"{name}.png")
-    Image.new("L", (2001, 2001)).save(tmp_path / "large.png")
+        image.save(path / f"{name}.png")
+    Image.new("L", (2001, 2001)).save(path / "large.png")
 
     hole = np.zeros((16, 16), np.uint8)
     hole[4:10, 6:12] = 255
@@ -211,8 +221,8 @@ def files(tmp_path):
         "high": hole,
     }
     for name, values in grey.items():
-        Image.fromarray(values).save(tmp_path / f"{name}.png")
-    Image.fromarray(hole).resize((8, 8), Image.Resampling.NEAREST).save(tmp_path / "hole8.png")
+        Image.fromarray(values).save(path / f"{name}.png")
+    Image.fromarray(hole).resize((8, 8), Image.Resampling.NEAREST).save(path / "hole8.png")
 
     boxes = {
         "boxes": [["red circle", 1, 2, 9, 10], [3, 8, 8, 16, 16]],
@@ -222,8 +232,8 @@ def files(tmp_path):
         "dict": {"a": 1},
     }
     for name, values in boxes.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(values))
-    return tmp_path
+        (path / f"{name}.json").write_text(json.dumps(values))
+    return path
 
 
 @pytest.mark.parametrize("task,flags,n", [
@@ -241,22 +251,20 @@ def test_a_condition_from_a_file_or_a_name(sample, files, task, flags, n):
 
 
 @pytest.mark.parametrize("name,w,h", [("small", 24, 32), ("odd", 28, 36)])
-def test_a_small_image_is_enlarged_fourfold(sample, files, name, w, h):
-    sample("superres", "--image", files / f"{name}.png", "--n", 1, "--out", files / "out")
-    assert Image.open(files / "out/000000.png").size == (w, h)
+def test_a_small_image_is_enlarged_fourfold(sample, files, tmp_path, name, w, h):
+    sample("superres", "--image", files / f"{name}.png", "--n", 1, "--out", tmp_path / "x")
+    assert Image.open(tmp_path / "x/000000.png").size == (w, h)
 
 
-@pytest.mark.parametrize("task,condition", [
-    ("inpaint", []),
-    ("uncond", []),
-    ("class", ["--label", 3]),
-    ("layout", []),
-    ("text", ["a red circle"]),
-])
-def test_any_model_repaints_the_hole_alone(sample, files, task, condition):
+REPAINTING = [name for name, task in TASKS.items() if "image" not in task.flags]
+
+
+@pytest.mark.parametrize("name", REPAINTING)
+def test_any_model_repaints_the_hole_alone(models, sample, files, tmp_path, name):
+    prompt = prompt_for(open_model(models(name) / "model.pt").task)
     flags = ["--image", files / "photo.png", "--mask", files / "hole.png", "--n", 1]
-    sample(task, *condition, *flags, "--out", files / "out")
-    repainted = pixels(files / "out/000000.png")
+    sample(name, *prompt, *flags, "--out", tmp_path / "x")
+    repainted = pixels(tmp_path / "x/000000.png")
     photo = pixels(files / "photo.png")
     hole = pixels(files / "hole.png") > 0
     assert (repainted[~hole] == photo[~hole]).all()

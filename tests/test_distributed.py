@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY_AE, TINY_LDM, TINY_VQ, write_images
+from conftest import ONE_LEVEL, ROOT, TINY_AE, TINY_LDM, TINY_VQ, write_images
 from runs import TIMING, figures, log_rows, steps_of, trained_state
 from torch.testing import assert_close
 
@@ -26,7 +26,7 @@ STAGE_ONE = ["train_ae.py", *TINY_AE, *RUN, "--eval-n", 0, "--disc-start", 2]
 VQ = ["train_ae.py", *TINY_VQ, *RUN, "--eval-n", 0, "--disc-weight", 0, "--batch", 4]
 
 # With one level, few timesteps and few held-out images, as FSDP and evaluations are slow here.
-STAGE_TWO = ["train_ldm.py", *TINY_LDM, *RUN, "--ch-mult", 1, "--attn-res", 8, "--T", 8]
+STAGE_TWO = ["train_ldm.py", *TINY_LDM, *ONE_LEVEL, *RUN, "--T", 8]
 
 PROMPTS = "a red circle\na blue square\na big green cross above a small cyan circle\n"
 N_IMAGES = 9
@@ -115,7 +115,7 @@ def run_in_two_processes(commands, folder, nan_at=None):
         [*torchrun, "--nproc-per-node", "2", ROOT / "tests/together.py", path],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=200,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert process.returncode == 0, process.stderr

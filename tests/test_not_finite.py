@@ -2,7 +2,7 @@
 """
 import pytest
 import torch
-from conftest import TINY_AE, TINY_LDM, TINY_VQ
+from conftest import ONE_LEVEL, TINY_AE, TINY_LDM, TINY_VQ
 from runs import (
     assert_same_state,
     figures,
@@ -69,7 +69,7 @@ def command(trained):
     """command(case) -> the script and flags of the stage that is spoiled."""
     def make(case):
         if case in ("loss", "gradient"):
-            return ["train_ldm.py", *TINY_LDM, *RUN, "--ae", trained / "ae/ckpt.pt"]
+            return ["train_ldm.py", *TINY_LDM, *ONE_LEVEL, *RUN, "--ae", trained / "ae/ckpt.pt"]
         tiny = TINY_VQ if case == "codebook" else TINY_AE
         return ["train_ae.py", *tiny, *RUN]
 

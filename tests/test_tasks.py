@@ -311,13 +311,33 @@ def test_a_task_explains_itself_and_is_guided_by_at_least_1(name):
     assert task.size_multiple >= 1
 
 
+# ---- what says nothing, by hand
+
+@pytest.mark.parametrize("task,expected", [
+    (Class({"n_classes": 6, "d": 4}), {"label": [5]}),
+    (Layout({"n_vocab": 17, "n_token": 6}), {"boxes": [[16] * 6]}),
+    (Semantic({"c_in": 5, "c_out": 3, "n": 2}), {"segmentation": [[[-1]]]}),
+    (SuperResolution({}), {"small": [[[[0]]] * 3]}),
+    (Inpainting({}), {"image": [[[[0]]] * 3], "mask": [[[[1]]]]}),
+], ids=lambda v: type(v).__name__)
+def test_the_null_condition_of_each_task(task, expected):
+    """The class that no item has, no box, labels that are unknown, grey, a hole everywhere."""
+    null = {name: v.tolist() for name, v in task.null().items()}
+    assert null == expected
+
+
+def test_the_null_caption_is_padding_alone():
+    task = made_up_model("text").task
+    padding = task.tokenizer.token_to_id("[PAD]")
+    assert task.null()["caption"].unique().tolist() == [padding]
+
+
 # ---- class
 
-def test_the_null_class_is_the_last():
+def test_a_class_is_one_token():
     task = Class({"n_classes": 6, "d": 4})
     tau = ClassEmbedder(6, 4)
     assert task.encode({"label": [3, 0]})["label"].tolist() == [3, 0]
-    assert task.null()["label"].tolist() == [5]
     tokens = task.context({"label": torch.tensor([3, 5])}, tau, None).tokens
     assert_close(tokens[:, 0], tau.embedding.weight[[3, 5]])
 

@@ -119,10 +119,12 @@ class Task:
 
         given: by flag, what the files hold: prompts, label (lists of str), boxes (JSON), map,
         image, mask (images). multiple: the sides of a sampled image must be multiples of it.
-        No conditions (None) means: take those of a data set's held-out items.
+        No conditions (None) means: take those of a data set's held-out items. By default there
+        are none, as no flag gives them, except where a condition has no fields at all.
         Raises BadInput for what is no condition of this model.
         """
-        return [{}], size
+        conditions = None if self.fields else [{}]
+        return conditions, size
 
     def examples(self, n: int, train: ImageDataset, held_out: ImageDataset) -> list[dict]:
         """Return n items whose conditions show how training goes on; held out, if any are."""

@@ -8,6 +8,7 @@ Units: the world is 32 units wide, whatever the size of an image in pixels. x po
        the right and y down, from the top left corner.
 """
 import dataclasses
+import functools
 import zlib
 from dataclasses import dataclass
 
@@ -106,6 +107,7 @@ class Scene:
         return f" {self.relation} ".join(names)
 
 
+@functools.cache                # there are thousands, and every Shapes needs them
 def scenes_of(split: str) -> tuple[list[Scene], list[Scene]]:
     """Return all scenes of a split: those of one object, and those of two.
 
