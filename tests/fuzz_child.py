@@ -19,14 +19,12 @@ import traceback
 import warnings
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from fuzz_files import image_files
+from fuzz_models import own_checkpoint, released_model
+from fuzz_readers import READERS, bundled_tokenizer
+from PIL import Image
 
-from fuzz_files import image_files, own_checkpoint, released_model  # noqa: E402
-from fuzz_readers import READERS, bundled_tokenizer  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from tinyldm.errors import BadInput  # noqa: E402
+from tinyldm.errors import BadInput
 
 MEMORY = 2 ** 30            # bytes that a reader may take on top of what it has
 SECONDS = 10                # of processor time that one input may take

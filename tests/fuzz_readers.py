@@ -10,18 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from fuzz_files import (
+from fuzz_files import image_file, image_files, label_map_files, odd_tar, odd_zip
+from fuzz_models import (
     BERT_PIECES,
     CLIP_MERGES,
     CLIP_PIECES,
-    image_file,
-    image_files,
-    label_map_files,
     odd_checkpoint,
     odd_released_pickle,
     odd_safetensors,
-    odd_tar,
-    odd_zip,
     own_tokenizer,
 )
 from fuzz_mutations import mutated, odd_json, odd_text

@@ -19,20 +19,31 @@ MAP_NAMES = ("ground", "fur", "grass", "sky", "sea")
 
 
 def made_up_items(n: int, h: int = 32, w: int = 32) -> list[dict]:
-    """Return n random items of (h, w) pixels; any two of them differ in every field."""
+    """Return n random items of (h, w) pixels.
+
+    Two neighbours differ in every field, not only in its values, but also in their range and mean:
+    so whatever is computed from a whole batch differs from what is computed from its items.
+    """
     rng = torch.Generator().manual_seed(0)
     items = []
     for i in range(n):
+        kind = 1 + i % 3
         items.append({
-            "image": torch.rand(3, h, w, generator=rng) * 2 - 1,
+            "image": made_up_image(kind / 3, h, w, rng),
             "caption": f"{LABEL_NAMES[i % 4]} number {i}",
             "label": i % len(LABEL_NAMES),
-            "boxes": made_up_boxes(1 + i % 3, rng),
-            "segmentation": torch.randint(len(MAP_NAMES), (h, w), generator=rng),
-            "small": torch.rand(3, h // 4, w // 4, generator=rng) * 2 - 1,
-            "mask": (torch.rand(1, h, w, generator=rng) < 0.5).float(),
+            "boxes": made_up_boxes(kind, rng),
+            "segmentation": torch.randint(2 + kind, (h, w), generator=rng),
+            "small": made_up_image(kind / 3, h // 4, w // 4, rng),
+            "mask": (torch.rand(1, h, w, generator=rng) < kind / 4).float(),
         })
     return items
+
+
+def made_up_image(contrast: float, h: int, w: int, rng: torch.Generator) -> Tensor:
+    """Return noise (3, h, w), uniform in +- contrast, and brighter for a lower contrast."""
+    noise = torch.rand(3, h, w, generator=rng) * 2 - 1
+    return contrast * noise + (1 - contrast) / 2
 
 
 def made_up_boxes(n: int, rng: torch.Generator) -> Tensor:

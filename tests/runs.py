@@ -1,10 +1,13 @@
 """Training runs: what they leave in their folder, read back, and losses that go wrong."""
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.testing import assert_close
+
+from tinyldm.engine.checkpoint import load_checkpoint
 
 # Figures of the log that the clock and the machine decide.
 TIMING = {"ms", "img_per_s", "gb", "eta_min"}
@@ -38,6 +41,13 @@ def trained_state(path: Path) -> dict:
         path = path / "ckpt.pt"
     checkpoint = torch.load(path, weights_only=True)
     return {name: checkpoint[name] for name in TRAINED if name in checkpoint}
+
+
+def step_in(path: Path) -> int:
+    """The step of a checkpoint, or of the one before it if it is damaged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load_checkpoint(path)["step"]
 
 
 def assert_same_state(a: Path, b: Path) -> None:

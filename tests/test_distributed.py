@@ -116,7 +116,7 @@ def run_in_two_processes(commands, folder, nan_at=None):
         capture_output=True,
         text=True,
         timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     assert process.returncode == 0, process.stderr
 

@@ -22,8 +22,11 @@ NAMES = (
 
 def run_readers(folder, names, seed, seconds, most=10 ** 9):
     """Let readers read in a process with limits; return what it says of each."""
-    single_threaded = {
-        "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "RAYON_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
     }
     flags = [",".join(names), str(seed), str(seconds), str(most), "--folder", folder]
     process = subprocess.run(
@@ -31,7 +34,7 @@ def run_readers(folder, names, seed, seconds, most=10 ** 9):
         capture_output=True,
         text=True,
         cwd=folder,
-        env=os.environ | single_threaded,
+        env=env,
     )
     now = folder / "now"
     number = now.read_text() if now.exists() else "before the first input"

@@ -15,12 +15,9 @@ from pathlib import Path
 
 from runs import spoiled_at, times_nan
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tinyldm.engine.command import leave_process_group  # noqa: E402
-from tinyldm.engine.processes import setup  # noqa: E402
-from tinyldm.errors import BadInput  # noqa: E402
+from tinyldm.engine.command import leave_process_group
+from tinyldm.engine.processes import setup
+from tinyldm.errors import BadInput
 
 
 def run_job(job):
