@@ -65,7 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                    help="guidance scale s; 1 is no guidance; default: the task's")
     g.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")
     g.add_argument("--to-seed", type=int,
-                   help="sample a strip of --n images whose noise goes from --seed to this seed")
+                   help="sample --n images whose noise is interpolated from --seed to this seed")
     g.add_argument("--batch", type=int, default=64, help="images at a time")
 
     g = parser.add_argument_group("system")
@@ -89,7 +89,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     g.add_argument("--trajectory", type=Path,
                    help="save FILE.png: z_0 as predicted along the way")
     g.add_argument("--at", type=int, nargs="+",
-                   help="sampling steps (from 1) for --attention, --trajectory; default: all, 8")
+                   help="sampling steps (from 1) to show; default: all for --attention, 8 spread "
+                        "evenly for --trajectory")
     return parser.parse_args(argv)
 
 
@@ -110,7 +111,7 @@ def add_condition_flags(parser: ArgumentParser) -> None:
     g.add_argument("--mask", type=Path, help="its white part is repainted; for any model")
     g.add_argument("--init", type=Path, help="an image to begin from, noised; for any model")
     g.add_argument("--strength", type=float,
-                   help="how much of --init is noised away, as a share of the steps; default: 0.5")
+                   help="share of the steps by which --init is noised first; default: 0.5")
     g.add_argument("--data", type=str,
                    help="take conditions from this set; default: the training set")
     g.add_argument("--n", type=int, help="images per condition; default: 16 in all")
@@ -357,7 +358,7 @@ def main(args: Namespace) -> None:
     bar = tqdm(
         total=len(starts) * steps.n_calls, unit="step", dynamic_ncols=True, disable=not machine.main
     )
-    if args.compile and not args.attention:     # whose hooks it would compile at each step
+    if args.compile and not args.attention:     # its hooks would be compiled again at each step
         model.unet.forward = torch.compile(model.unet.forward, dynamic=False)
     model.unet.register_forward_hook(lambda *_: bar.update() and None)
     attended_calls = set()

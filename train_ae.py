@@ -216,7 +216,7 @@ def prepare_evaluation(
 
     def evaluate(step: int) -> None:
         if x is None:
-            log.note("no image is held out, so none is evaluated; one in 20 of a set is")
+            log.note("no image is held out (one in 20 is), so evaluation is skipped")
             return
         with machine.autocast():
             x_rec, figures = evaluate_reconstructions(ae, features, x, device)

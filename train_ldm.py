@@ -84,9 +84,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
     group = parser.add_argument_group("training")
     group.add_argument("--loss", type=str, choices=["l1", "l2"], default="l2",
-                       help="norm of the error of eps")
+                       help="train with the l1 or the l2 loss of eps")
     group.add_argument("--snr-clamp", type=float, nargs=2,
-                       help="range of the weight of an error of z_0; Eq. (2) is 0 inf")
+                       help="clamp the SNR weight of z_0's error to this range; Eq. (2): 0 inf")
     group.add_argument("--p-drop", type=float, default=0.1,
                        help="share of conditions dropped, for guidance")
     group.add_argument("--ema", type=float, help="decay of the averaged weights")
@@ -163,7 +163,8 @@ def prepare_networks(
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Module], EMA]:
     """Move the model's trained networks to the device -> networks, the forms that run, EMA.
 
-    The forms that run are compiled and, among several processes, wrapped (DDP) or sharded (FSDP).
+    The forms that run are those to call in training: compiled if that is wanted and, among
+    several processes, wrapped in DDP or sharded by FSDP.
     """
     model.unet.ckpt_grad = args.ckpt_grad
     model.unet.to(machine.device, memory_format=torch.channels_last)
@@ -230,7 +231,7 @@ def z_std_of(
 
 
 def no_condition(batch: dict) -> dict[str, Tensor]:
-    """y where only the latents matter."""
+    """Return no condition, where only the latents are needed."""
     return {}
 
 
@@ -267,7 +268,7 @@ def held_out_loss(
 ) -> dict[str, float]:
     """Eq. (2) on held-out pairs, the mean over a latent, by noise level: each quarter of T.
 
-    The t of a part of 64 latents are spread evenly over the quarter.
+    Within each chunk of 64 latents, t is spread evenly over the quarter.
     """
     device = model.abar.device
     T = len(model.abar)
@@ -448,7 +449,8 @@ def main(args: Namespace) -> None:
             return
         ckpt = {"kind": "tinyldm ldm", "step": step, "args": flags.plain_values(args)}
         ckpt |= model.config.to_checkpoint()
-        # model.pt first: a run that is killed between the two makes it again.
+        # Write model.pt first: if the run is killed between the two writes, the resumed run
+        # repeats the last steps and writes both again.
         if step == args.steps:
             weights = {"ae": states["ae"], "ema": states["ema"]}
             save_checkpoint(ckpt | half(weights), args.out / "model.pt")
@@ -457,7 +459,8 @@ def main(args: Namespace) -> None:
 
     # The log, the evaluation (again, if the run was stopped before it), and the batches.
     log = Log(args.out, done=done, steps=args.steps, batch=args.batch, machine=machine)
-    log.note("healthy: loss falls fast from 1 to 0.1, then slowly; gnorm below 1; z_std 1")
+    log.note("healthy: loss falls fast by a factor of ten (with eps from 1), then slowly; "
+             "gnorm below 1; z_std 1")
     evaluate = None
     if args.eval_n > 0:
         evaluate = prepare_evaluation(args, model, ema, data, held_out, log, machine)
@@ -496,7 +499,8 @@ def main(args: Namespace) -> None:
                 (loss / n_micro).backward()
             total_loss = total_loss + loss.detach() * (1 / n_micro)
 
-        # The update, and the EMA's. A step that is not finite in some process changes nothing.
+        # The update, and the EMA's. If loss or gradient is not finite in any process, all of
+        # them skip the update.
         lr = learning_rate(step, args.lr, args.warmup, args.steps, args.cosine)
         grad_norm = clip_gradients(params, args.clip)
         is_bad = ~torch.isfinite(total_loss + grad_norm)
