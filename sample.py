@@ -37,6 +37,7 @@ from tinyldm.show.attention import attention_maps, record_z_0, save_attention
 from tinyldm.show.grids import save_grid, save_samples
 
 BUNDLED = Path(tinyldm.__file__).with_name("toy.pt")
+DEFAULT_STRENGTH = 0.5
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -157,8 +158,6 @@ def check_numbers(args: Namespace) -> None:
             f"--{flag} {value}: must be in {low:g}..{high:g}",
         )
     require(args.init or args.strength is None, "--strength: only with --init")
-    if args.strength is None:
-        args.strength = 0.5
     require(args.attention or args.trajectory or not args.at, "--at: for --attention, --trajectory")
 
 
@@ -243,9 +242,10 @@ def make_folders(args: Namespace) -> None:
 
 @dataclass
 class Steps:
-    """The sampling steps of a run: how many, and which calls of the U-Net belong to each."""
+    """The sampling steps of a run, and which calls of the U-Net belong to each."""
 
-    n: int
+    asked_for: int                      # --steps, or its default
+    n: int                              # as many are taken: fewer from --init
     first_calls: list[int]              # the number, from 0, of each step's first call
     n_calls: int
 
@@ -253,18 +253,18 @@ class Steps:
 def plan_steps(args: Namespace, model: LatentDiffusion) -> Steps:
     """Count the steps that the flags ask for. Raises BadInput."""
     T = len(model.abar)
-    if args.steps is None:
-        args.steps = min(50, T)
+    asked_for = min(50, T) if args.steps is None else args.steps
     with naming("--steps"):
-        ts = TIMESTEPS[args.timesteps](T, args.steps)
+        ts = TIMESTEPS[args.timesteps](T, asked_for)
     if args.init:
-        ts = later(ts, args.strength)
+        ts = later(ts, args.strength or DEFAULT_STRENGTH)
 
     n = len(ts) - 1
     in_range = all(1 <= step <= n for step in args.at or ())
     require(in_range, f"--at: steps must be 1..{n}")
     sampler = SAMPLERS[args.sampler]
-    return Steps(n, sampler.first_calls(n), sampler.n_calls(n))
+    n_calls = sampler.n_calls(n, to_z_0=ts[-1] == -1)
+    return Steps(asked_for, n, sampler.first_calls(n), n_calls)
 
 
 def strip_noise(
@@ -360,7 +360,7 @@ def main(args: Namespace) -> None:
     )
     if args.compile and not args.attention:     # its hooks would be compiled again at each step
         model.unet.forward = torch.compile(model.unet.forward, dynamic=False)
-    model.unet.register_forward_hook(lambda *_: bar.update() and None)
+    model.unet.register_forward_hook(lambda *_: bar.update() and None)  # a hook returns None
     attended_calls = set()
     if args.attention:
         attended_steps = args.at or range(1, steps.n + 1)
@@ -387,12 +387,12 @@ def main(args: Namespace) -> None:
                 batch,
                 seeds=[(args.seed, first + i) for i in range(len(batch))],
                 size=request.size,
-                steps=args.steps,
+                steps=steps.asked_for,
                 timesteps=args.timesteps,
                 sampler=args.sampler,
                 eta=args.eta,
                 guidance_scale=args.scale,
-                strength=args.strength,
+                strength=args.strength or DEFAULT_STRENGTH,
                 z_T=z_T,
                 watch=watch_z_0 if args.trajectory and first == 0 else None,
             )

@@ -300,7 +300,7 @@ def main(args: Namespace) -> None:
         rng = generator(args.seed, step)
         noise, = machine.shard(torch.randn(args.batch, cfg.c_z, side, side, generator=rng))
         adversarial = loss_cfg.disc_weight > 0 and step > loss_cfg.disc_start
-        disc_buffers = {name: v.clone() for name, v in disc.named_buffers()}
+        disc_buffers = {name: v.clone() for name, v in disc.named_buffers()}    # to undo a bad step
 
         # The autoencoder's gradient, Eq. (25), accumulated over micro-batches.
         figures = {}
@@ -331,7 +331,7 @@ def main(args: Namespace) -> None:
         # BatchNorm statistics included.
         lr = learning_rate(step, args.lr, args.warmup, args.steps, args.cosine)
         grad_norm = clip_gradients(ae.parameters(), args.clip)
-        disc_grad_norm = clip_gradients(disc.parameters(), math.inf)
+        disc_grad_norm = clip_gradients(disc.parameters(), math.inf)    # measured, not clipped
         is_bad = ~torch.isfinite(total_loss + grad_norm + disc_grad_norm)
         is_bad, stopping = any_process(is_bad, stop.as_tensor(device))
         if is_bad:

@@ -251,7 +251,7 @@ def latent_batches(
         n = len(data) * data.epochs_that_differ
         for indices in order:
             posterior, y = cache[[i % n for i in indices]]
-            yield posterior.scaled(model.z_std.cpu()), y
+            yield posterior.scaled(model.z_std.cpu()), y     # the cache is not scaled
         return
 
     for batch in load_batches(data, order, args.workers, pin=machine.device.type == "cuda"):
@@ -311,23 +311,27 @@ def prepare_evaluation(
     It saves the first samples, and the curves. Only the main process evaluates.
     """
     device = machine.device
+
+    # With FSDP, the other processes take part in gathering the averaged weights.
+    if not machine.main:
+        def take_part(step: int) -> None:
+            if args.fsdp:
+                gathered_states(ema.nets)
+
+        return take_part
+
     averaged = averaged_model(model, ema, args.fsdp)
-    if machine.main and log.evaluated < args.steps:
-        features = open_features(args.features, device, args.inception, args.vgg_weights)
-        items = model.task.examples(args.eval_n, data, held_out)
-        real = Statistics(features, spread_images(data, 2048, args.workers, device))
-        posterior, y = encode_pairs(args, model, held_out if len(held_out) else data, machine)
-        captions = [item["caption"] for item in items[:16] if "caption" in model.task.fields]
-        if captions:
-            log.note("each grid shows\n  " + "\n  ".join(captions))
+    features = open_features(args.features, device, args.inception, args.vgg_weights)
+    items = model.task.examples(args.eval_n, data, held_out)
+    real = Statistics(features, spread_images(data, 2048, args.workers, device))
+    posterior, y = encode_pairs(args, model, held_out if len(held_out) else data, machine)
+    if "caption" in model.task.fields:
+        captions = [item["caption"] for item in items[:16]]
+        log.note("each grid shows\n  " + "\n  ".join(captions))
 
     def evaluate(step: int) -> None:
-        # With FSDP, all processes take part in gathering the weights.
         if args.fsdp:
-            load_averaged(averaged, gathered_states(ema.nets), machine)
-        if not machine.main:
-            return
-
+            load_averaged(averaged, gathered_states(ema.nets))
         with machine.autocast():
             losses = held_out_loss(averaged, posterior, y)
             images = sample_all(averaged, items)
@@ -358,12 +362,11 @@ def averaged_model(model: LatentDiffusion, ema: EMA, fsdp: bool) -> LatentDiffus
     return averaged
 
 
-def load_averaged(averaged: LatentDiffusion, states: dict, machine: Machine) -> None:
-    """Fill the averaged model with the gathered weights, which only the main process has."""
-    if machine.main:
-        averaged.unet.load_state_dict(states["unet"])
-        if averaged.tau is not None:
-            averaged.tau.load_state_dict(states["tau"])
+def load_averaged(averaged: LatentDiffusion, states: dict) -> None:
+    """Fill the averaged model with the gathered weights."""
+    averaged.unet.load_state_dict(states["unet"])
+    if averaged.tau is not None:
+        averaged.tau.load_state_dict(states["tau"])
 
 
 def spread_images(
@@ -411,13 +414,13 @@ def main(args: Namespace) -> None:
     )
     with naming("--ae"):
         ae = open_stage_one(args.ae).to(device, memory_format=torch.channels_last)
-    conditions = {
+    what_items_have = {
         "fields": TASKS[args.task].fields,
         "label_column": args.label_column,
         "degrade": args.degrade,
     }
-    data = flags.open_data(args, "train", **conditions)
-    held_out = flags.open_data(args, "held-out", **conditions)
+    data = flags.open_data(args, "train", **what_items_have)
+    held_out = flags.open_data(args, "held-out", **what_items_have)
     model = build(args, ae, data, held_out)
     if machine.main:
         print_sizes(model, len(data))
@@ -431,16 +434,19 @@ def main(args: Namespace) -> None:
     eps_theta = as_eps_theta(run_nets["unet"], model.abar, args.predict)
     params = [p for net in nets.values() for p in net.parameters()]
     opt = torch.optim.AdamW(params, betas=args.betas, fused=True)
-    parts = {"nets": nets, "ema": ema.nets, "ae": ae, "opt": opt}
+    # The keys of `parts` are those of the checkpoint. A resumed run fills all of it, stage one
+    # and its z_std included.
+    parts = {"nets": nets, "ema": ema.nets, "ae": model.ae, "opt": opt}
     with naming("--out"):
         ckpt = resume(args.out / "ckpt.pt", "ldm", model.config.to_checkpoint(), parts)
     done = ckpt["step"]
     ema.n_updates = ckpt.get("ema_n", 0)
 
-    # The latents, their std (which a resumed run knows), and the null condition.
+    # The latents, as q(z | x) of every image; their std, unless the run before measured it; the
+    # null condition.
     cache = latents_of(args, model, data, machine) if args.cache_latents else None
     if done == 0:
-        ae.z_std.copy_(z_std_of(args, model, data, cache, machine))
+        model.ae.z_std.copy_(z_std_of(args, model, data, cache, machine))
     y_null = {name: v.to(device) for name, v in model.task.null().items()}
 
     def save(step: int) -> None:
@@ -462,7 +468,7 @@ def main(args: Namespace) -> None:
     log.note("healthy: loss falls fast by a factor of ten (with eps from 1), then slowly; "
              "gnorm below 1; z_std 1")
     evaluate = None
-    if args.eval_n > 0:
+    if args.eval_n > 0 and log.evaluated < args.steps:
         evaluate = prepare_evaluation(args, model, ema, data, held_out, log, machine)
         if log.evaluation_is_missing(args.eval_every):
             evaluate(done)
@@ -493,7 +499,7 @@ def main(args: Namespace) -> None:
         for z_i, t_i, eps_i, *y_values in micro_batches(n_micro, tensors, run_nets.values()):
             y_i = dict(zip(y, y_values))
             with machine.autocast():
-                ctx = model.task.context(y_i, run_nets.get("tau"), ae)
+                ctx = model.task.context(y_i, run_nets.get("tau"), model.ae)
                 losses = ldm_loss(eps_theta, z_i, t_i, eps_i, model.abar, ctx, args.loss)   # (B,)
                 loss = (losses * snr_weight(t_i, model.abar, *args.snr_clamp)).mean()
                 (loss / n_micro).backward()
