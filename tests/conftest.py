@@ -10,12 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from in_two_processes import pytest_runtestloop  # noqa: F401  (pytest finds it here by its name)
 from PIL import Image
 
 from tinyldm.engine import command
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+# The networks of the tests are so small that a second thread slows them down.
+torch.set_num_threads(1)
 
 # Flags of models that train in a second.
 TINY_AE = [
