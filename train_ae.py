@@ -339,6 +339,7 @@ def main(args: Namespace) -> None:
             n_skipped += 1
             log.note(f"step {step} is not finite: no update, {n_skipped} of --skip-nan")
             if n_skipped > args.skip_nan:
+                # Nothing has changed since the step before, so this saves its state.
                 if step - 1 > done and (step - 1) % args.save_every != 0:
                     save(step - 1)
                 raise not_finite(step, args.out)

@@ -7,8 +7,9 @@
     torchrun --nproc-per-node 8 train_ldm.py --data ...     # the same run, each batch shared by 8
 
 It writes to OUT: ckpt.pt (all that resuming or sampling needs; ckpt.old.pt is the one before),
-log.jsonl, samples_*.png, with matplotlib curves.png and, at the end, model.pt (fp16 and smaller,
-for sampling). The same command continues a run where it stopped.
+log.jsonl, samples_*.png, curves.png (if matplotlib is installed) and, at the end, model.pt (fp16,
+for sampling). The latents go to OUT/../latents/, where other runs find them. The same command
+continues a run where it stopped. Flags that are not given have the values of --preset's row.
 """
 import copy
 from argparse import BooleanOptionalAction, Namespace
@@ -214,7 +215,8 @@ def z_std_of(
 ) -> Tensor:
     """Return the std of stage one's latents, by which they are divided (App. G).
 
-    It is --z-std if given, else measured: of all latents, or without a cache of up to 4,096.
+    It is --z-std if given. Else it is measured over the whole cache or, without a cache, over the
+    first 4,096 images.
     """
     if args.z_std is not None:
         return torch.tensor(args.z_std)
@@ -251,7 +253,8 @@ def latent_batches(
         n = len(data) * data.epochs_that_differ
         for indices in order:
             posterior, y = cache[[i % n for i in indices]]
-            yield posterior.scaled(model.z_std.cpu()), y     # the cache is not scaled
+            # The cache holds latents as they are; Autoencoder.encode, below, divides by itself.
+            yield posterior.scaled(model.z_std.cpu()), y
         return
 
     for batch in load_batches(data, order, args.workers, pin=machine.device.type == "cuda"):
@@ -372,7 +375,7 @@ def load_averaged(averaged: LatentDiffusion, states: dict) -> None:
 def spread_images(
     data: ImageDataset, n: int, workers: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """Yield batches of up to n images; every k-th, as files are sorted, perhaps by class."""
+    """Yield at most n images, in batches: every k-th, as files may be sorted by class."""
     every = -(-len(data) // n)
     return load_images(data, range(0, len(data), every), workers, device)
 
@@ -465,8 +468,10 @@ def main(args: Namespace) -> None:
 
     # The log, the evaluation (again, if the run was stopped before it), and the batches.
     log = Log(args.out, done=done, steps=args.steps, batch=args.batch, machine=machine)
-    log.note("healthy: loss falls fast by a factor of ten (with eps from 1), then slowly; "
-             "gnorm below 1; z_std 1")
+    log.note(
+        "healthy: loss falls fast to a tenth of its start (1 with --predict eps), then slowly; "
+        "gnorm below 1; z_std 1"
+    )
     evaluate = None
     if args.eval_n > 0 and log.evaluated < args.steps:
         evaluate = prepare_evaluation(args, model, ema, data, held_out, log, machine)
@@ -515,6 +520,7 @@ def main(args: Namespace) -> None:
             n_skipped += 1
             log.note(f"step {step} is not finite: no update, {n_skipped} of --skip-nan")
             if n_skipped > args.skip_nan:
+                # Nothing has changed since the step before, so this saves its state.
                 if step - 1 > done and (step - 1) % args.save_every != 0:
                     save(step - 1)
                 raise not_finite(step, args.out)

@@ -112,6 +112,8 @@ class Prediction:
     and z_0 to be. They always agree: sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps = z_t.
     weight(abar_t) is the weight that Eq. (2) gives to the output's own squared error:
     |eps - eps_theta|^2 = weight |true output - output|^2.
+    Training and sampling use eps alone; z_0 and weight say what the choice means, and the tests
+    hold the three against one another.
     """
 
     eps: Callable[[Tensor, Tensor, Tensor], Tensor]

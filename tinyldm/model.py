@@ -156,7 +156,7 @@ class LatentDiffusion:
 
         conditions: dicts with the fields of the model's task. Besides, each of them may have
             `init` (3, H, W), an image to begin from, noised as far as `strength` in 0..1 says;
-            or `image` (3, H, W) and `mask` (1, H, W): what is 0 in the mask is kept.
+            or `image` (3, H, W) and `mask` (1, H, W): it is repainted where the mask is 1.
         seeds: a pair (seed, index) per image, which determines all its noise.
         size: (H, W), multiples of size_multiple; default: as in training.
         steps, timesteps: how many of the T timesteps to visit, and the rule that picks them.

@@ -42,8 +42,9 @@ from tinyldm.show.grids import show_boxes, show_label_map, show_masked, show_sma
 class Task:
     """A kind of condition. This base class is the unconditional case: there is none.
 
-    A task object belongs to one model: `tau` says the shape of its condition encoder (the
-    keyword arguments of build_tau), `tokenizer` and `class_names` are the model's.
+    A task object belongs to one model, whose tokenizer and class names it has. Its `tau` is the
+    shape of the condition encoder (keyword arguments of build_tau); the network itself is given
+    to `context`.
     """
 
     # Fields of a data set's items that y is made of.
@@ -56,7 +57,7 @@ class Task:
     size_multiple = 1
     # Flags of sample.py that give the condition.
     flags: tuple[str, ...] = ()
-    # True if score() compares with the true image, False if it looks for the built-in world.
+    # True if score() works for any images, False if for those of the built-in world only.
     scores_any_world = False
 
     def __init__(
@@ -119,8 +120,8 @@ class Task:
 
         given: by flag, what the files hold: prompts, label (lists of str), boxes (JSON), map,
         image, mask (images). multiple: the sides of a sampled image must be multiples of it.
-        No conditions (None) means: take those of a data set's held-out items. By default there
-        are none, as no flag gives them, except where a condition has no fields at all.
+        No conditions (None) means: take those of a data set's held-out items. This base class
+        returns None, or one empty condition if the task has no fields.
         Raises BadInput for what is no condition of this model.
         """
         conditions = None if self.fields else [{}]
