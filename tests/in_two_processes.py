@@ -12,6 +12,9 @@ from multiprocessing.connection import Connection
 import pytest
 from _pytest.runner import runtestprotocol
 
+# What the second process says when it has run its last test.
+NO_MORE = "no more"
+
 # Below this number of tests, a second process does not pay.
 LEAST = 400
 
@@ -38,17 +41,15 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
         run_as_second(session, files, taken, sender)
     sender.close()
 
+    is_over = False                             # for the second process
     for item, following in turns(files, taken):
         for report in runtestprotocol(item, log=False, nextitem=following):
             item.ihook.pytest_runtest_logreport(report=report)
-        while receiver.poll():
-            if not print_report(session, receiver):
-                break
-    while print_report(session, receiver):
-        pass
-    _, status = os.waitpid(child, 0)
-    if status != 0:
-        raise session.Failed("the second process of the tests ended before its time")
+        while not is_over and receiver.poll():
+            is_over = print_report(session, receiver)
+    while not is_over:
+        is_over = print_report(session, receiver)
+    os.waitpid(child, 0)
     return True
 
 
@@ -84,7 +85,6 @@ def turns(files: list, taken) -> Iterator[tuple[pytest.Item, pytest.Item | None]
 
 def run_as_second(session: pytest.Session, files: list, taken, sender: Connection) -> None:
     """Run tests and send their reports; the process ends here."""
-    status = 1
     try:
         # What the tests print goes to files of this process's own.
         capture = session.config.pluginmanager.getplugin("capturemanager")
@@ -96,20 +96,24 @@ def run_as_second(session: pytest.Session, files: list, taken, sender: Connectio
                     config=session.config, report=report
                 )
                 sender.send(values)
-        sender.close()
-        status = 0
+        sender.send(NO_MORE)
     finally:
-        os._exit(status)
+        os._exit(0)
 
 
 def print_report(session: pytest.Session, receiver: Connection) -> bool:
-    """Print and count one report of the second process; False if there are no more."""
+    """Print and count one report of the second process; True if there are no more.
+
+    Raises session.Failed if that process ended without saying so: tests are missing then.
+    """
     try:
         values = receiver.recv()
     except EOFError:
-        return False
+        raise session.Failed("the second process of the tests died; tests are missing") from None
+    if values == NO_MORE:
+        return True
     report = session.config.hook.pytest_report_from_serializable(
         config=session.config, data=values
     )
     session.config.hook.pytest_runtest_logreport(report=report)
-    return True
+    return False
