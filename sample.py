@@ -69,13 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                    help="sample --n images whose noise is interpolated from --seed to this seed")
     g.add_argument("--batch", type=int, default=64, help="images at a time")
 
-    g = parser.add_argument_group("system")
-    g.add_argument("--device", type=str, default="auto",
-                   help="auto (CUDA if there is any), cpu or cuda")
-    g.add_argument("--dtype", type=str, choices=["auto", "fp32", "bf16"], default="auto",
-                   help="precision of the networks; auto is bf16 on CUDA and fp32 elsewhere")
-    g.add_argument("--compile", action="store_true",
-                   help="run the U-Net through torch.compile")
+    flags.add_system_flags(parser)
 
     g = parser.add_argument_group("what is written")
     g.add_argument("--out", type=Path, default=Path("out/samples.png"),
@@ -211,9 +205,10 @@ def given_conditions(args: Namespace) -> Given:
 
 def check_request(args: Namespace, model: LatentDiffusion, request: Request) -> None:
     """Raise BadInput if --to-seed or --score cannot do what is asked for."""
-    is_walk = args.to_seed is not None
-    is_held_out = isinstance(request.conditions, torch.utils.data.Subset)
-    require(not (is_walk and is_held_out), "--to-seed: needs one condition; give it as a file")
+    require(
+        args.to_seed is None or not request.is_held_out,
+        "--to-seed: needs one condition; give it as a file",
+    )
     if not args.score:
         return
 

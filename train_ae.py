@@ -25,7 +25,7 @@ from tinyldm.engine import flags, presets
 from tinyldm.engine.checkpoint import resume, save_checkpoint
 from tinyldm.engine.command import run
 from tinyldm.engine.log import Log, StopOnSignal, add_weighted
-from tinyldm.engine.optimiser import learning_rate, not_finite
+from tinyldm.engine.optimiser import learning_rate
 from tinyldm.engine.processes import (
     Machine,
     any_process,
@@ -342,7 +342,7 @@ def main(args: Namespace) -> None:
                 # Nothing has changed since the step before, so this saves its state.
                 if step - 1 > done and (step - 1) % args.save_every != 0:
                     save(step - 1)
-                raise not_finite(step, args.out)
+                raise flags.not_finite(step, args.out)
         else:
             for opt in (opt_ae, opt_disc):
                 opt.param_groups[0]["lr"] = lr

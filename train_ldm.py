@@ -36,7 +36,7 @@ from tinyldm.engine.checkpoint import half, resume, save_checkpoint
 from tinyldm.engine.command import run
 from tinyldm.engine.log import Log, StopOnSignal
 from tinyldm.engine.open import open_stage_one
-from tinyldm.engine.optimiser import EMA, learning_rate, not_finite
+from tinyldm.engine.optimiser import EMA, learning_rate
 from tinyldm.engine.processes import (
     Machine,
     any_process,
@@ -117,7 +117,7 @@ def dry_run_of_preset(args: Namespace) -> None:
 
 def check_size(args: Namespace, ae: Autoencoder | Pixels, task: type[Task]) -> None:
     """Raise BadInput if the images do not fit stage one, the U-Net or the task."""
-    factor = 2 ** (len(args.ch_mult) - 1)
+    factor = UNetConfig(**flags.config_values(UNetConfig, vars(args))).factor
     multiple = ae.cfg.f * factor
     require(
         args.size % multiple == 0,
@@ -197,7 +197,7 @@ def latents_of(
             args.out.parent / "latents" / name,
             model.ae,
             data,
-            len(data) * data.epochs_that_differ,
+            data.n_distinct,
             args.workers,
             machine.device,
             model.task.encode,
@@ -223,18 +223,20 @@ def z_std_of(
     if cache is not None:
         return cache.std()
 
-    n = min(len(data) * data.epochs_that_differ, 4096)
+    n = min(data.n_distinct, 4096)
+    unconditional = Task({})            # only the latents are needed
     with machine.autocast():
         encoded = encode_dataset(
-            model.ae, data, [range(n)], args.workers, machine.device, no_condition, machine.main
+            model.ae,
+            data,
+            [range(n)],
+            args.workers,
+            machine.device,
+            unconditional.encode,
+            show=machine.main,
         )
         posterior, _ = next(iter(encoded))
     return posterior.std()
-
-
-def no_condition(batch: dict) -> dict[str, Tensor]:
-    """Return no condition, where only the latents are needed."""
-    return {}
 
 
 def latent_batches(
@@ -250,9 +252,8 @@ def latent_batches(
         len(data), args.batch, done, args.steps, args.seed, machine.rank, machine.world, data.shards
     )
     if cache is not None:
-        n = len(data) * data.epochs_that_differ
         for indices in order:
-            posterior, y = cache[[i % n for i in indices]]
+            posterior, y = cache[[i % data.n_distinct for i in indices]]
             # The cache holds latents as they are; Autoencoder.encode, below, divides by itself.
             yield posterior.scaled(model.z_std.cpu()), y
         return
@@ -280,12 +281,11 @@ def held_out_loss(
 
     losses = []
     for i in range(0, len(posterior.mean), 64):
-        mean = posterior.mean[i:i + 64].to(device)
-        logvar = posterior.logvar[i:i + 64].to(device)
+        part = Posterior(posterior.mean[i:i + 64], posterior.logvar[i:i + 64]).to(device)
         y_i = {name: v[i:i + 64].to(device) for name, v in y.items()}
-        noise = torch.randn(mean.shape, generator=rng).to(device)
-        eps = torch.randn(mean.shape, generator=rng).to(device)
-        z = Posterior(mean, logvar).sample(noise)
+        noise = torch.randn(part.mean.shape, generator=rng).to(device)
+        eps = torch.randn(part.mean.shape, generator=rng).to(device)
+        z = part.sample(noise)
         ctx = model.task.context(y_i, model.tau, model.ae)
 
         position = (torch.arange(len(z), device=device) + 0.5) / len(z) / 4
@@ -523,7 +523,7 @@ def main(args: Namespace) -> None:
                 # Nothing has changed since the step before, so this saves its state.
                 if step - 1 > done and (step - 1) % args.save_every != 0:
                     save(step - 1)
-                raise not_finite(step, args.out)
+                raise flags.not_finite(step, args.out)
         else:
             opt.param_groups[0]["lr"] = lr
             opt.step()

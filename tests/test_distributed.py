@@ -56,11 +56,10 @@ def sampling(trained, out):
 def run(cli):
     """run(command, out) runs a program in this process."""
     def run(command, out):
-        # As many threads as each process of torchrun has; with others, sums are rounded otherwise.
-        n_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        # NB: it has one thread (conftest.py), as each process of torchrun; with more, sums are
+        # rounded otherwise.
+        assert torch.get_num_threads() == 1
         cli(*command, "--out", out)
-        torch.set_num_threads(n_threads)
         return out
 
     return run

@@ -20,10 +20,10 @@ Symbols: x, x_rec = D(E(x)) (B, 3, H, W) in [-1, 1]; disc is D_psi; q is the sec
          Quantised.
 
 Why a KL weight of 1e-6, and not 1 or 0: with 1 the loss is that of a variational
-autoencoder. It drops all information whose KL divergence costs more than it gains in pixel
-errors, so z loses detail and x_rec is blurred. With 0, latents may have any mean and scale and lie
-anywhere, and a diffusion model learns such a distribution badly. A slight weight keeps
-them near N(0, 1) and costs next to no detail.
+autoencoder. It drops all information whose KL divergence costs more than it gains in
+pixel errors, so z loses detail and x_rec is blurred. With 0, latents may have any mean
+and scale and lie anywhere, and a diffusion model learns such a distribution badly. A
+slight weight keeps them near N(0, 1) and costs next to no detail.
 
 NB: losses are means over pixels here, as in the code of the released VQ models. The
 code of the released KL models sums over pixels and divides by B, so all its terms are

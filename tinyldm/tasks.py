@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
@@ -33,7 +32,7 @@ from tinyldm.conditioning import (
 )
 from tinyldm.data import scorer, shapes
 from tinyldm.data.dataset import ImageDataset
-from tinyldm.data.images import NEAREST, fit_image, to_tensor
+from tinyldm.data.images import NEAREST, fit_image, map_to_tensor, to_tensor
 from tinyldm.data.tokenizer import encode, train_tokenizer
 from tinyldm.errors import require, trying
 from tinyldm.show.grids import show_boxes, show_label_map, show_masked, show_small
@@ -442,7 +441,7 @@ class Semantic(Task):
             return None, size
         h, w = size
         label_map = fit_image(given["map"], (w, h), NEAREST, "map")
-        return [{"segmentation": label_tensor(label_map)}], size
+        return [{"segmentation": map_to_tensor(label_map)}], size
 
     def show(self, item: dict, h: int, w: int) -> Tensor:
         # In the built-in world, whose classes have names, label 0 is the background.
@@ -561,8 +560,3 @@ TASKS: dict[str, type[Task]] = {
     "superres": SuperResolution,
     "inpaint": Inpainting,
 }
-
-
-def label_tensor(label_map: Image.Image) -> Tensor:
-    """An image of class numbers, one channel -> (H, W) int64."""
-    return torch.from_numpy(np.int64(label_map))

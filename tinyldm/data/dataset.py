@@ -87,6 +87,11 @@ class ImageDataset(Dataset):
         """The number of epochs after which the items are the same again."""
         return 2 if self.flip else 1
 
+    @property
+    def n_distinct(self) -> int:
+        """The number of items after which they repeat themselves."""
+        return len(self) * self.epochs_that_differ
+
     def captions(self) -> list[str]:
         """Return the captions of all images. By default it loads the images."""
         return [self.load(k)["caption"] for k in range(len(self))]

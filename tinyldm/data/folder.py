@@ -10,14 +10,20 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from tinyldm.data.dataset import ImageDataset
 from tinyldm.data.files import IMAGE_SUFFIXES, Files
-from tinyldm.data.images import LANCZOS, NEAREST, load_map, load_rgb, to_tensor
+from tinyldm.data.images import (
+    LANCZOS,
+    NEAREST,
+    load_map,
+    load_rgb,
+    map_to_tensor,
+    to_tensor,
+)
 from tinyldm.errors import BadInput, require, trying
 
 # For each field: the column of a row that it comes from, and what to do if it is
@@ -186,7 +192,7 @@ class Folder(ImageDataset):
         for edge, of_map, of_image in zip(crop, label_map.size * 2, image_size * 2):
             map_crop.append(edge * of_map / of_image)
         square = label_map.resize((self.size, self.size), NEAREST, map_crop)
-        return torch.from_numpy(np.int64(square))
+        return map_to_tensor(square)
 
 
 def in_split(file_name: str, split: str) -> bool:

@@ -32,6 +32,11 @@ def to_tensor(image: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
+def map_to_tensor(label_map: Image.Image) -> Tensor:
+    """Image of one channel, whose pixels are class numbers -> (H, W) int64."""
+    return torch.from_numpy(np.int64(label_map))
+
+
 def to_image(x: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> RGB image of 8 bits per channel, rounded to nearest."""
     x = (x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5

@@ -56,6 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     g.add_argument("--ckpt-grad", action="store_true",
                    help="save memory: compute the U-Net's activations again in backward")
     flags.add_system_flags(parser)
+    flags.add_loading_flags(parser)
     return flags.parse(parser, presets.LDM, argv)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from tinyldm.data.dataset import ImageDataset
 from tinyldm.data.open import open_dataset
-from tinyldm.errors import naming, require
+from tinyldm.errors import BadInput, naming, require
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.MetavarTypeHelpFormatter):
@@ -164,7 +164,7 @@ def add_feature_flags(parser: ArgumentParser) -> None:
 
 
 def add_system_flags(parser: ArgumentParser) -> None:
-    """Add the flags that say on what the program runs."""
+    """Add the flags that say on what the networks run, and how."""
     g = parser.add_argument_group("system")
     g.add_argument("--device", type=str, default="auto",
                    help="auto (CUDA if there is any), cpu or cuda")
@@ -172,6 +172,11 @@ def add_system_flags(parser: ArgumentParser) -> None:
                    help="precision of the networks; auto is bf16 on CUDA and fp32 elsewhere")
     g.add_argument("--compile", action="store_true",
                    help="run the networks through torch.compile")
+
+
+def add_loading_flags(parser: ArgumentParser) -> None:
+    """Add the flags of randomness, and of loading images."""
+    g = parser.add_argument_group("randomness and loading")
     g.add_argument("--seed", type=int, default=0, help="seed of everything random")
     g.add_argument("--workers", type=int, default=0, help="processes that load images")
 
@@ -208,6 +213,7 @@ def add_training_flags(parser: ArgumentParser, *, out: str, every: int, eval_n: 
                    help="most steps to skip because loss or gradient is not finite")
 
     add_system_flags(parser)
+    add_loading_flags(parser)
 
 
 def check_training_flags(args: Namespace, world: int) -> int:
@@ -248,3 +254,12 @@ def print_dry_run(args: Namespace, *nets: nn.Module | None) -> None:
 def n_params(net: nn.Module | None) -> int:
     """Return the number of parameters of a network; 0 for None."""
     return sum(p.numel() for p in net.parameters()) if net is not None else 0
+
+
+def not_finite(step: int, folder: Path) -> BadInput:
+    """Return the error that ends a run whose loss or gradient is not finite."""
+    return BadInput(
+        f"step {step}: loss or gradient is not finite: training stops; {folder} keeps step "
+        f"{step - 1}, ckpt.old.pt an earlier one; try a lower --lr, more --warmup, --dtype fp32 "
+        "or --skip-nan 10"
+    )

@@ -4,12 +4,9 @@ Paper: App. E.2 and the released code's ema.py.
 """
 import copy
 import math
-from pathlib import Path
 
 import torch
 from torch import nn
-
-from tinyldm.errors import BadInput
 
 
 def learning_rate(step: int, lr: float, warmup: int, steps: int, cosine: bool) -> float:
@@ -48,12 +45,3 @@ class EMA:
         average = nn.ModuleDict(self.nets).state_dict()
         current = nn.ModuleDict(self.source).state_dict()
         torch._foreach_lerp_(list(average.values()), list(current.values()), 1 - decay)
-
-
-def not_finite(step: int, folder: Path) -> BadInput:
-    """Return the error that ends a run whose loss or gradient is not finite."""
-    return BadInput(
-        f"step {step}: loss or gradient is not finite: training stops; {folder} keeps step "
-        f"{step - 1}, ckpt.old.pt an earlier one; try a lower --lr, more --warmup, --dtype fp32 "
-        "or --skip-nan 10"
-    )

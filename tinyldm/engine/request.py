@@ -45,6 +45,7 @@ class Given:
 class Request:
     """What to sample: n_each images for each condition.
 
+    is_held_out: the conditions are a data set's held-out items, none were given.
     shared is added to every condition: the image and mask of a repainting, or an image to begin
     from.
     """
@@ -53,6 +54,7 @@ class Request:
     shared: dict[str, Tensor]
     size: tuple[int, int]               # (H, W)
     n_each: int
+    is_held_out: bool
 
     def __len__(self) -> int:
         return len(self.conditions) * self.n_each
@@ -87,7 +89,8 @@ def read_request(
     source = ", ".join(str(path) for path in given.files.values())
     with naming(source or "prompt or label"):
         conditions, size = model.task.read(decoded, size, model.size_multiple)
-    if conditions is None:
+    is_held_out = conditions is None
+    if is_held_out:
         conditions = held_out_conditions(model, size, n or 16, data)
         n = 1
     require(len(conditions), 'no prompt: give one, like "a red circle above a blue square"')
@@ -101,7 +104,7 @@ def read_request(
         shared["init"] = to_tensor(fit_image(decoded["init"], (w, h), LANCZOS, "init"))
 
     n_each = n or 16 // min(len(conditions), 16)
-    return Request(conditions, shared, size, n_each)
+    return Request(conditions, shared, size, n_each, is_held_out)
 
 
 def clean_lines(lines: Sequence[str]) -> list[str]:
