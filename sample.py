@@ -22,13 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tinyldm
-from tinyldm.data.images import to_image
+from tinyldm.data.images import LOADERS, to_image
 from tinyldm.engine import flags, presets
 from tinyldm.engine.checkpoint import atomic_write
 from tinyldm.engine.command import run
 from tinyldm.engine.open import is_ours, open_model
 from tinyldm.engine.processes import Machine, setup
-from tinyldm.engine.request import DECODERS, Given, Request, read_request
+from tinyldm.engine.request import DECODERS, IMAGES, Given, Request, read_request
 from tinyldm.errors import naming, require, trying
 from tinyldm.model import LatentDiffusion
 from tinyldm.samplers import SAMPLERS, TIMESTEPS, later
@@ -170,6 +170,12 @@ def check_sampling(args: Namespace, model: LatentDiffusion) -> None:
     is_released = not is_ours(args.ckpt)
     for name in ("preset", "vocab"):
         require(is_released or getattr(args, name) is None, f"--{name}: only with a released model")
+    channels = model.config.autoencoder.c_x
+    require(
+        args.out.suffix == ".png" or channels in LOADERS,
+        f"--out {args.out}: image files have 1, 3 or 4 channels, the model's images {channels}; "
+        "give the name of a .png for a grid",
+    )
     takes_captions = "caption" in model.task.fields
     require(takes_captions or not args.attention, "--attention: is about words; use a text model")
     require(
@@ -199,7 +205,8 @@ def given_conditions(args: Namespace) -> Given:
     if args.prompts:
         with trying(f"--prompts {args.prompts}: cannot be read"):
             prompts += args.prompts.read_bytes().decode().splitlines()
-    files = {kind: getattr(args, kind) for kind in DECODERS if getattr(args, kind)}
+    kinds = [*DECODERS, *IMAGES]
+    files = {kind: getattr(args, kind) for kind in kinds if getattr(args, kind)}
     return Given(prompts, args.label, files)
 
 
@@ -308,7 +315,7 @@ def save_trajectory(
     """Save a grid: a row for each of the first four images, a column for each predicted z_0."""
     with machine.autocast():
         columns = [model.ae.decode(z_0[:4]).float().cpu() for z_0 in z_0s]
-    rows = torch.stack(columns, dim=1)                      # (4, steps, 3, H, W)
+    rows = torch.stack(columns, dim=1)                      # (4, steps, C, H, W)
     save_grid(rows.flatten(0, 1), path, len(z_0s))
 
 

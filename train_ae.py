@@ -77,7 +77,7 @@ def autoencoder_config(args: Namespace) -> AEConfig:
     elif args.n_codes is None:
         values["n_codes"] = 256
     require(values["n_codes"] != 0, "--n-codes 0: a codebook has at least one code")
-    cfg = AEConfig(side=args.size, **values)
+    cfg = AEConfig(c_x=args.channels or 3, side=args.size, **values)
     require(
         args.size % cfg.f == 0,
         f"--size {args.size} is not divisible by f = {cfg.f}, which --ch-mult sets",
@@ -95,7 +95,7 @@ def build_networks(args: Namespace, cfg: AEConfig) -> tuple[Autoencoder, Discrim
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
         ae = Autoencoder(cfg)
-        disc = Discriminator(disc_cfg)
+        disc = Discriminator(disc_cfg, cfg.c_x)
     return ae, disc
 
 
@@ -245,8 +245,8 @@ def main(args: Namespace) -> None:
     if args.dry_run:
         flags.print_dry_run(args, ae, disc)
         return
-    data = flags.open_data(args, "train")
-    held_out = flags.open_data(args, "held-out")
+    data = flags.open_data(args, "train", cfg.c_x)
+    held_out = flags.open_data(args, "held-out", cfg.c_x)
 
     # The networks on their device, and the forms of them that run: compiled, wrapped in DDP.
     # On a CPU, D_psi's BatchNorm sees the images of its own process only.

@@ -416,14 +416,14 @@ def main(args: Namespace) -> None:
         "--fsdp: it shares the weights among several processes; start them with torchrun",
     )
     with naming("--ae"):
-        ae = open_stage_one(args.ae).to(device, memory_format=torch.channels_last)
+        ae = open_stage_one(args.ae, args.channels).to(device, memory_format=torch.channels_last)
     what_items_have = {
         "fields": TASKS[args.task].fields,
         "label_column": args.label_column,
         "degrade": args.degrade,
     }
-    data = flags.open_data(args, "train", **what_items_have)
-    held_out = flags.open_data(args, "held-out", **what_items_have)
+    data = flags.open_data(args, "train", ae.cfg.c_x, **what_items_have)
+    held_out = flags.open_data(args, "held-out", ae.cfg.c_x, **what_items_have)
     model = build(args, ae, data, held_out)
     if machine.main:
         print_sizes(model, len(data))

@@ -176,10 +176,11 @@ def test_a_vq_model_is_scaled_outside_its_codebook():
     assert_close(quantised.z, unscaled.mean)
 
 
-def test_pixels_stand_for_a_stage_one_that_only_scales():
-    pixels = build_autoencoder(Pixels.cfg)
+@pytest.mark.parametrize("c_x", [1, 3])
+def test_pixels_stand_for_a_stage_one_that_only_scales(c_x):
+    pixels = build_autoencoder(Pixels(c_x).cfg)
     pixels.z_std.fill_(0.5)
-    x = torch.randn(2, 3, 4, 4)
+    x = torch.randn(2, c_x, 4, 4)
     q = pixels.encode(x)
     assert isinstance(pixels, Pixels)
     assert pixels.cfg.f == 1

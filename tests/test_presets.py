@@ -22,7 +22,7 @@ CONFIGS = json.loads(PARAMS.read_text())["configs"]
 # Flags that a row may leave open: None is a value that has a meaning, or the data set decides.
 OPTIONAL = {
     "micro_batch", "vgg_weights", "inception", "n_head", "d_head", "z_std", "d_ctx",
-    "n_classes", "n_codes", "vocab_size",
+    "n_classes", "n_codes", "vocab_size", "channels",
 }
 ROWS = [(train_ae, presets.AE, name) for name in presets.AE]
 ROWS += [(train_ldm, presets.LDM, name) for name in presets.LDM]

@@ -156,7 +156,7 @@ def test_ctx_comes_by_the_ports_that_the_class_names(case, h, w):
     unet = case.model.unet.cfg
     c_z = case.model.ae.cfg.c_z
     f = case.model.ae.cfg.f
-    n_beside = case.task.beside_channels(c_z)
+    n_beside = case.task.beside_channels(c_z, case.model.ae.cfg.c_x)
     assert (unet.c_in, unet.c_out) == (c_z + n_beside, c_z)
 
     assert (ctx.tokens is not None) == case.task.attends
@@ -317,8 +317,8 @@ def test_a_task_explains_itself_and_is_guided_by_at_least_1(name):
     (Class({"n_classes": 6, "d": 4}), {"label": [5]}),
     (Layout({"n_vocab": 17, "n_token": 6}), {"boxes": [[16] * 6]}),
     (Semantic({"c_in": 5, "c_out": 3, "n": 2}), {"segmentation": [[[-1]]]}),
-    (SuperResolution({}), {"small": [[[[0]]] * 3]}),
-    (Inpainting({}), {"image": [[[[0]]] * 3], "mask": [[[[1]]]]}),
+    (SuperResolution({}), {"small": [[[[0]]]]}),
+    (Inpainting({}), {"image": [[[[0]]]], "mask": [[[[1]]]]}),
 ], ids=lambda v: type(v).__name__)
 def test_the_null_condition_of_each_task(task, expected):
     """The class that no item has, no box, labels that are unknown, grey, a hole everywhere."""

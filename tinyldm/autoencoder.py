@@ -1,7 +1,7 @@
 """Stage one: the encoder E, the decoder D, and the regularised latent space between.
 
 Paper:   Sec. 3.1; App. G (both regularisers, and the scaling of z); Table 8.
-Symbols: x image (B, 3, H, W) in [-1, 1]; x_rec its reconstruction; z latent
+Symbols: x image (B, c_x, H, W) in [-1, 1]; x_rec its reconstruction; z latent
          (B, c_z, h, w); f = H / h = 2^(len(ch_mult) - 1); z_std the standard deviation
          of z over a training set, the paper's sigma-hat.
 """
@@ -23,7 +23,7 @@ class AEConfig:
     A level is all that has the same resolution; level 0 is full resolution.
     """
 
-    c_x: int = 3                    # channels of the image
+    c_x: int = 3                    # channels of the images; the data set decides it
     ch: int = option(128, "channels at full resolution")
     ch_mult: tuple[int, ...] = option(
         (1, 2, 4), "channels of each level, as multiples of ch; f = 2^(levels - 1)"
@@ -265,10 +265,9 @@ class Autoencoder(nn.Module):
 class Pixels(nn.Module):
     """Stands for stage one if pixels are diffused: f = 1, z = x / z_std, no weights."""
 
-    cfg = AEConfig(ch=0, ch_mult=(1,), c_z=3)
-
-    def __init__(self):
+    def __init__(self, c_x: int = 3):
         super().__init__()
+        self.cfg = AEConfig(c_x=c_x, ch=0, ch_mult=(1,), c_z=c_x)
         self.register_buffer("z_std", torch.ones(()))
 
     def encode(self, x: Tensor) -> Posterior:
@@ -281,4 +280,4 @@ class Pixels(nn.Module):
 
 def build_autoencoder(cfg: AEConfig) -> Autoencoder | Pixels:
     """Return an untrained stage one of this shape; ch = 0 stands for Pixels."""
-    return Autoencoder(cfg) if cfg.ch else Pixels()
+    return Autoencoder(cfg) if cfg.ch else Pixels(cfg.c_x)

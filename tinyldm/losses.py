@@ -15,7 +15,7 @@ Two players take turns in it. E and D minimise (autoencoder_loss)
 and D_psi minimises its own loss, of x against x_rec (discriminator_loss).
 
 Paper:   Sec. 3.1, App. G.
-Symbols: x, x_rec = D(E(x)) (B, 3, H, W) in [-1, 1]; disc is D_psi; q is the second
+Symbols: x, x_rec = D(E(x)) (B, c_x, H, W) in [-1, 1]; disc is D_psi; q is the second
          output of the autoencoder: q(z|x), a Posterior, or for VQ z and its codes,
          Quantised.
 
@@ -77,7 +77,7 @@ def reconstruction_loss(
     cfg: LossConfig, perceptual: Callable | None, x: Tensor, x_rec: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return L_rec, and its two parts to log. Without `perceptual`, the second is 0."""
-    error = x - x_rec.float()                           # (B, 3, H, W)
+    error = x - x_rec.float()                           # (B, c_x, H, W)
     if cfg.pixel_loss == "l1":
         loss_pixel = error.abs().mean()
     else:

@@ -1,7 +1,7 @@
 """A latent diffusion model as one thing: what it is made of, and how it samples.
 
 Paper:   Sec. 3.2, 3.3, 4.3-4.5; SDEdit (Meng et al. 2022) for sampling from an image.
-Shapes:  images (n, 3, H, W) in [-1, 1]; z (n, c_z, h, w), h = H / f.
+Shapes:  images (n, C, H, W) in [-1, 1]; z (n, c_z, h, w), h = H / f.
 
 Training, resuming, sampling and exporting all build a model here. engine/open.py opens one
 from a file.
@@ -152,11 +152,11 @@ class LatentDiffusion:
         z_T: Tensor | None = None,
         watch: Callable[[Callable], Callable] | None = None,
     ) -> Tensor:
-        """Sample one image per condition -> (n, 3, H, W) in [-1, 1], on the CPU.
+        """Sample one image per condition -> (n, C, H, W) in [-1, 1], on the CPU.
 
         conditions: dicts with the fields of the model's task. Besides, each of them may have
-            `init` (3, H, W), an image to begin from, noised as far as `strength` in 0..1 says;
-            or `image` (3, H, W) and `mask` (1, H, W): it is repainted where the mask is 1.
+            `init` (C, H, W), an image to begin from, noised as far as `strength` in 0..1 says;
+            or `image` (C, H, W) and `mask` (1, H, W): it is repainted where the mask is 1.
         seeds: a pair (seed, index) per image, which determines all its noise.
         size: (H, W), multiples of size_multiple; default: as in training.
         steps, timesteps: how many of the T timesteps to visit, and the rule that picks them.

@@ -1,7 +1,7 @@
 """The perceptual distance: how far two images lie apart in the features of a VGG16.
 
 Paper:   Sec. 3.1 and App. G, part of L_rec; Zhang et al. 2018 (LPIPS).
-Shapes:  x, x_rec (B, 3, H, W) in [-1, 1] -> (B,); 0 means equal. Sides of at least 16.
+Shapes:  x, x_rec (B, C, H, W) in [-1, 1] -> (B,); 0 means equal. Sides of at least 16.
 
 Why: a mean of pixel errors prefers a blurred texture to a sharp one that is shifted by
 a pixel. A classifier's features change little with the shift and much with the blur.
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+
+from tinyldm.data.images import as_rgb
 
 # The widths of VGG16's convolutions. Between two stages, a pooling halves the sides.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -97,10 +99,11 @@ class Perceptual(nn.Module):
         """Return the mean over stages and places of |f/|f| - f_rec/|f_rec||^2, in 0..4.
 
         f is the vector of all channels at one place. Its length is divided out, so that
-        each stage and each place counts the same.
+        each stage and each place counts the same. Images that are not RGB are compared
+        as_rgb, so the alpha of RGBA counts only as far as white shows through.
         """
         total = 0
-        for output in self.vgg.stages(torch.cat([x, x_rec])):
+        for output in self.vgg.stages(as_rgb(torch.cat([x, x_rec]))):
             unit = nn.functional.normalize(output, eps=1e-6)
             f, f_rec = unit.chunk(2)                    # (B, C, h, w) each
             distance = (f - f_rec).square().sum(1)      # (B, h, w)

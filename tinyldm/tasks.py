@@ -69,8 +69,8 @@ class Task:
     # ---- what shapes the model
 
     @staticmethod
-    def beside_channels(c_z: int) -> int:
-        """Return the number of channels that lie beside the c_z channels of z_t."""
+    def beside_channels(c_z: int, c_x: int) -> int:
+        """Return how many channels lie beside the c_z of z_t; images have c_x channels."""
         return 0
 
     @staticmethod
@@ -388,7 +388,7 @@ class Semantic(Task):
     flags = ("map",)
 
     @staticmethod
-    def beside_channels(c_z: int) -> int:
+    def beside_channels(c_z: int, c_x: int) -> int:
         return 3
 
     @staticmethod
@@ -464,22 +464,22 @@ class SuperResolution(Task):
     scores_any_world = True
 
     @staticmethod
-    def beside_channels(c_z: int) -> int:
-        return 3
+    def beside_channels(c_z: int, c_x: int) -> int:
+        return c_x
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        return {"small": torch.stack(list(batch["small"]))}             # (B, 3, H/4, W/4)
+        return {"small": torch.stack(list(batch["small"]))}             # (B, c_x, H/4, W/4)
 
     def null(self) -> dict[str, Tensor]:
         """A grey image."""
-        return {"small": torch.zeros(1, 3, 1, 1)}
+        return {"small": torch.zeros(1, 1, 1, 1)}
 
     def context(self, y: dict[str, Tensor], tau: nn.Module | None, ae: nn.Module) -> Context:
         f = ae.cfg.f
         small = y["small"]
         if f != 4:
             small = interpolate(small, scale_factor=4 / f, mode="bicubic", antialias=f > 4)
-        return Context(beside=small)                                    # (B, 3, h, w)
+        return Context(beside=small)                                    # (B, c_x, h, w)
 
     def read(
         self, given: dict[str, Any], size: tuple[int, int], multiple: int
@@ -518,18 +518,18 @@ class Inpainting(Task):
     fields = ("image", "mask")
 
     @staticmethod
-    def beside_channels(c_z: int) -> int:
+    def beside_channels(c_z: int, c_x: int) -> int:
         return c_z + 1
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The holes of the image are filled with grey (0)."""
         image = torch.stack(list(batch["image"]))
         mask = torch.stack(list(batch["mask"]))
-        return {"image": image * (1 - mask), "mask": mask}      # (B, 3, H, W), (B, 1, H, W)
+        return {"image": image * (1 - mask), "mask": mask}      # (B, c_x, H, W), (B, 1, H, W)
 
     def null(self) -> dict[str, Tensor]:
         """One hole everywhere."""
-        return {"image": torch.zeros(1, 3, 1, 1), "mask": torch.ones(1, 1, 1, 1)}
+        return {"image": torch.zeros(1, 1, 1, 1), "mask": torch.ones(1, 1, 1, 1)}
 
     @torch.no_grad()
     def context(self, y: dict[str, Tensor], tau: nn.Module | None, ae: nn.Module) -> Context:

@@ -2,13 +2,14 @@
 
 An item is a dict of what is known about one image:
 
-    image         (3, H, W) in [-1, 1]; all images of a data set have one size
+    image         (C, H, W) in [-1, 1]; all images of a data set have one size and as
+                  many channels: C is 3 for RGB, 1 for grey, 4 for RGBA, or any number
     caption       str
     label         int, a class: its place in `label_names`
     boxes         (K, 5) [class, x0, y0, x1, y1]: a place in `box_names`, and corners as
                   shares of width and height, 0..1, from the top left
     segmentation  (H, W) int64, the class number of each pixel
-    small         (3, H / 4, W / 4) in [-1, 1], the image with fewer pixels
+    small         (C, H / 4, W / 4) in [-1, 1], the image with fewer pixels
     mask          (1, H, W), 1 in the holes of the image and 0 elsewhere
 
 Only `image` is always there. A task needs some of the others (tasks.py); degrade.py

@@ -2,7 +2,7 @@
 
 Paper:  Sec. 4.4 (bicubic), App. D.6.1 (a chain of degradations, here a shorter one),
         Sec. 4.5 (masks of boxes and strokes, as LaMa has them).
-Shapes: image (3, H, W) in [-1, 1] -> small (3, H / 4, W / 4) in [-1, 1];
+Shapes: image (C, H, W) in [-1, 1] -> small (C, H / 4, W / 4) in [-1, 1];
         mask (1, H, W), 1 in the holes and 0 elsewhere.
 """
 import io
@@ -77,7 +77,7 @@ class Degraded(ImageDataset):
 # ---- superres: fewer pixels
 
 def bicubic(x: Tensor, w: int, h: int) -> Tensor:
-    """Resize (3, H, W) -> (3, h, w) by Pillow's bicubic filter.
+    """Resize (C, H, W) -> (C, h, w) by Pillow's bicubic filter.
 
     Pillow's filter grows with the factor by which it shrinks, so it averages over all
     pixels.
@@ -86,7 +86,7 @@ def bicubic(x: Tensor, w: int, h: int) -> Tensor:
 
 
 def shrink(x: Tensor, rng: np.random.Generator, chain: bool) -> Tensor:
-    """Shrink (3, H, W) to a quarter of each side.
+    """Shrink (C, H, W) to a quarter of each side.
 
     chain: blur the image, shrink it by a random filter, then add noise and JPEG's
     artefacts; else shrink it by the bicubic filter.
@@ -105,7 +105,8 @@ def shrink(x: Tensor, rng: np.random.Generator, chain: bool) -> Tensor:
 
     # Add noise, whose std is up to 8 of the 255 levels.
     std = 8 * rng.random()
-    pixels = np.asarray(image) + rng.normal(0, std, (h, w, 3))
+    pixels = np.asarray(image)
+    pixels = pixels + rng.normal(0, std, pixels.shape)
     image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
     # Save as JPEG, with a quality from 60 to 95.

@@ -19,8 +19,8 @@ from tinyldm.data.files import IMAGE_SUFFIXES, Files
 from tinyldm.data.images import (
     LANCZOS,
     NEAREST,
+    image_loader,
     load_map,
-    load_rgb,
     map_to_tensor,
     to_tensor,
 )
@@ -52,6 +52,7 @@ class Folder(ImageDataset):
     resize: scale the shorter side to `size` before the central crop; else only crop.
     flip: mirror images, boxes and label maps in every second epoch.
     label_column: the key in metadata that holds an image's class.
+    channels: 1 for grey images, 3 for RGB, 4 for RGBA.
 
     Raises BadInput if there are no images, or if metadata is wrong. An image that
     cannot be read is replaced by the next one, with a warning.
@@ -65,11 +66,14 @@ class Folder(ImageDataset):
         resize: bool = True,
         flip: bool = False,
         label_column: str = "label",
+        channels: int = 3,
     ):
         self.path = path
         self.size = size
         self.resize = resize
         self.flip = flip
+        self.channels = channels
+        self.load_image = image_loader(channels)
         self.files = Files(path, label_column)
         self.unreadable: set[str] = set()
 
@@ -110,7 +114,7 @@ class Folder(ImageDataset):
             if "mask" in row:
                 used.add(self.files.container(row["mask"]))
         states = [self.files.state(name) for name in sorted(used)]
-        how = [self.size, self.resize, self.flip]
+        how = [self.size, self.channels, self.resize, self.flip]
         return [how, self.label_names, self.box_names, self.rows, states]
 
     # ---- from files to items
@@ -157,7 +161,7 @@ class Folder(ImageDataset):
             may_be_smaller = self.resize and "boxes" not in row
             least_side = 2 * self.size if may_be_smaller else None
             try:
-                return row, load_rgb(self.files.read(name), least_side)
+                return row, self.load_image(self.files.read(name), least_side)
             except Exception as error:      # a stranger's file may raise anything
                 self.unreadable.add(name)
                 count = f"({len(self.unreadable)} so far)"

@@ -1,17 +1,21 @@
 """Image files and tensors: safe decoding, and the way to [-1, 1] and back.
 
-Shapes: an image is (3, H, W) in [-1, 1]. Pillow's sizes are (width, height).
+Shapes: an image is (C, H, W) in [-1, 1]; C is 1 for grey, 3 for RGB, 4 for RGBA.
+        Pillow's sizes are (width, height).
 
 Image files may come from strangers: only the formats below are opened, whatever a file
 is called, and an image with too many pixels is refused before it is decoded.
 """
 import io
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from tinyldm.errors import require
 
 # Why so few: Pillow gives an EPS file to GhostScript, which executes it as a program.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -27,8 +31,8 @@ Image.MAX_IMAGE_PIXELS = 64_000_000
 # ---- tensors
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image of 8 bits per channel -> (3, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image))                  # (H, W, 3)
+    """Grey, RGB or RGBA image of 8 bits per channel -> (C, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.atleast_3d(np.array(image)))   # (H, W, C)
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -38,10 +42,30 @@ def map_to_tensor(label_map: Image.Image) -> Tensor:
 
 
 def to_image(x: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> RGB image of 8 bits per channel, rounded to nearest."""
+    """(C, H, W) in [-1, 1] -> image of 8 bits per channel, rounded to nearest.
+
+    C is 1, 3 or 4, for a grey, an RGB or an RGBA image.
+    """
     x = (x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
-    pixels = x.round().byte().permute(1, 2, 0)                  # (H, W, 3)
+    pixels = x.round().byte().permute(1, 2, 0)                  # (H, W, C)
+    if pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
     return Image.fromarray(pixels.numpy())
+
+
+def as_rgb(x: Tensor) -> Tensor:
+    """Images (..., C, H, W) -> (..., 3, H, W), for networks and grids that need RGB.
+
+    Grey is repeated. RGBA is laid on white, as load_rgb does. Of any other number of
+    channels, the first three are taken; of two, the first is repeated.
+    """
+    C = x.shape[-3]
+    if C == 4:
+        alpha = (x[..., 3:, :, :] + 1) / 2                      # in 0..1
+        return x[..., :3, :, :] * alpha + (1 - alpha)
+    if C < 3:
+        x = x[..., :1, :, :].repeat_interleave(3, dim=-3)
+    return x[..., :3, :, :]
 
 
 # ---- files
@@ -78,6 +102,42 @@ def load_rgb(data: bytes, least_side: int | None = None) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def load_grey(data: bytes, least_side: int | None = None) -> Image.Image:
+    """Decode the bytes of an image file as grey: its luma; transparent parts are white.
+
+    Arguments and errors are load_image's.
+    """
+    return load_rgb(data, least_side).convert("L")
+
+
+def load_rgba(data: bytes, least_side: int | None = None) -> Image.Image:
+    """Decode the bytes of an image file as RGB and alpha, which is 255 where it has none.
+
+    Arguments and errors are load_image's.
+    """
+    image = load_image(data, least_side)
+    if image.has_transparency_data:
+        return image.convert("RGBA")
+    return load_rgb(data, least_side).convert("RGBA")
+
+
+# How image files are decoded, by the number of channels.
+LOADERS = {1: load_grey, 3: load_rgb, 4: load_rgba}
+
+
+def image_loader(channels: int) -> Callable[..., Image.Image]:
+    """Return the function that decodes image files with so many channels.
+
+    Raises BadInput for a number that image files do not have.
+    """
+    require(
+        channels in LOADERS,
+        f"{channels} channels: image files have 1 (grey), 3 (RGB) or 4 (RGBA); for other "
+        "numbers, write a data set of your own (tinyldm/data/README.md)",
+    )
+    return LOADERS[channels]
 
 
 def load_map(data: bytes) -> Image.Image:

@@ -79,7 +79,7 @@ def epoch_order(
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a batch: a dict with the fields that all items have.
 
-    image is a tensor (B, 3, H, W), each other field a list.
+    image is a tensor (B, C, H, W), each other field a list.
     """
     fields = set.intersection(*(set(item) for item in items))
     batch = {field: [item[field] for item in items] for field in fields}

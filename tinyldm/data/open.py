@@ -5,6 +5,7 @@ from tinyldm.data.dataset import ImageDataset
 from tinyldm.data.degrade import Degraded
 from tinyldm.data.folder import Folder
 from tinyldm.data.shapes import Shapes
+from tinyldm.errors import require
 
 N_HELD_OUT_SHAPES = 256
 
@@ -14,6 +15,7 @@ def open_dataset(
     split: str = "train",
     *,
     size: int,
+    channels: int = 3,
     seed: int = 0,
     n_shapes: int = 10_000,
     resize: bool = True,
@@ -27,6 +29,7 @@ def open_dataset(
     path: "shapes" for the built-in world, or a folder, .zip or .tar.
     split: "train" or "held-out".
     size: the side of the images, in pixels.
+    channels: 1 for grey images, 3 for RGB, 4 for RGBA.
     seed: of the built-in world, and of what images lack (degrade.py).
     n_shapes: the number of training images of the built-in world.
     resize, label_column: see Folder.
@@ -38,13 +41,18 @@ def open_dataset(
     """
     flip = flip and split == "train"
     if path == "shapes":
+        require(channels == 3, f"shapes: the built-in world has 3 channels, not {channels}")
         n = n_shapes if split == "train" else N_HELD_OUT_SHAPES
         data = Shapes(n, size, seed, split)
         # NB: this world is not mirrored; as always, its second epoch has new images.
         data.flip = flip
     else:
-        data = Folder(path, size, split, resize, flip, label_column)
+        data = Folder(path, size, split, resize, flip, label_column, channels)
 
+    require(
+        degrade == "bicubic" or "small" not in fields or channels in (1, 3),
+        f"degrade {degrade}: its JPEGs have 1 or 3 channels, not {channels}; take bicubic",
+    )
     for field in fields:
         if field in ("small", "mask"):
             data = Degraded(data, field, seed, chain=degrade == "chain")

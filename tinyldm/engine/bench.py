@@ -74,7 +74,7 @@ class Bench:
         # What neither a flag nor the preset's row says is as in the paper's models.
         defaults = presets.PAPER | presets.BERT | {"beta_range": (), "n_head": None}
         self.values = defaults | vars(args)
-        self.ae_cfg = presets.ae_config(args.ae_preset)
+        self.ae_cfg = presets.ae_config(args.ae_preset, args.channels or 3)
         config = presets.model_config(self.values, self.ae_cfg)
         self.unet_cfg = config.unet
         self.n_token = config.tau.get("n_token", 1)     # a class is one token
@@ -169,7 +169,7 @@ class Bench:
     def loading_row(self) -> Row:
         """The data set: loading and decoding images."""
         args = self.args
-        data = flags.open_data(args, "train")
+        data = flags.open_data(args, "train", self.ae_cfg.c_x)
         order = batch_order(len(data), args.batch, 0, 10 ** 9, args.seed)
         pin = self.device.type == "cuda"
         batches = load_batches(data, order, args.workers, pin)

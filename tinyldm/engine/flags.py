@@ -122,16 +122,22 @@ def add_data_flags(parser: ArgumentParser) -> None:
     g.add_argument("--n-shapes", type=int, default=10_000,
                    help="number of training images of the built-in world")
     g.add_argument("--size", type=int, help="side of the square training images, in pixels")
+    g.add_argument("--channels", type=int,
+                   help="channels of the images: 1 is grey, 3 RGB, 4 RGBA; default: those of "
+                        "stage one, or 3")
     g.add_argument("--resize", action=BooleanOptionalAction, default=True,
                    help="scale the shorter side to --size before the central crop")
     g.add_argument("--flip", action="store_true", help="mirror the images in every second epoch")
 
 
-def open_data(args: Namespace, split: str, **conditions: object) -> ImageDataset:
+def open_data(
+    args: Namespace, split: str, channels: int = 3, **conditions: object
+) -> ImageDataset:
     """Open the data set that the data flags describe.
 
-    split is "train" or "held-out". conditions are open_dataset's keyword arguments about the
-    conditions: fields, label_column, degrade. Raises BadInput.
+    split is "train" or "held-out". channels are those of stage one. conditions are
+    open_dataset's keyword arguments about the conditions: fields, label_column, degrade.
+    Raises BadInput.
     """
     require(
         args.data,
@@ -142,6 +148,7 @@ def open_data(args: Namespace, split: str, **conditions: object) -> ImageDataset
             args.data,
             split,
             size=args.size,
+            channels=channels,
             seed=args.seed,
             n_shapes=args.n_shapes,
             resize=args.resize,
@@ -224,6 +231,10 @@ def check_training_flags(args: Namespace, world: int) -> int:
     for name in ("save_every", "eval_every", "log_every"):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')}: must be at least 1")
     require(args.size >= 16, "--size: must be at least 16")
+    require(
+        args.channels is None or args.channels >= 1,
+        f"--channels {args.channels}: must be at least 1",
+    )
     require(
         args.batch > 0 and args.batch % world == 0,
         f"--batch {args.batch} cannot be shared evenly by {world} process(es)",

@@ -55,18 +55,23 @@ def open_model(
         return model.for_sampling(device, torch.float32)
 
 
-def open_stage_one(path: Path | str) -> Autoencoder | Pixels:
+def open_stage_one(path: Path | str, channels: int | None = None) -> Autoencoder | Pixels:
     """Open the frozen autoencoder in a checkpoint of stage one; "none" is diffusion in pixels.
 
+    channels: those that the images must have; default: the checkpoint's, or 3 in pixels.
     Raises BadInput that names the file and what is wrong with it.
     """
     if str(path) == "none":
-        return Pixels()
+        return Pixels(channels or 3)
     checkpoint = load_checkpoint(path, "autoencoder")
     with trying(f"{path}: its parts do not fit together"):
         with torch.device("meta"):
             ae = build_autoencoder(AEConfig(**checkpoint["config"]["autoencoder"]))
         ae.load_state_dict(checkpoint["nets"]["ae"], assign=True)
+    require(
+        channels in (None, ae.cfg.c_x),
+        f"{path}: its images have {ae.cfg.c_x} channel(s), not {channels}",
+    )
     return ae.eval().requires_grad_(False)
 
 

@@ -265,14 +265,17 @@ LDM |= sweep_rows()
 
 # ---- from a row to a model
 
-def ae_config(name: str) -> AEConfig:
-    """Return the shape of stage one of a row of AE; of Pixels for "none"."""
+def ae_config(name: str, c_x: int = 3) -> AEConfig:
+    """Return the shape of stage one of a row of AE, for images of c_x channels.
+
+    "none" stands for Pixels.
+    """
     if name == "none":
-        return Pixels.cfg
+        return Pixels(c_x).cfg
     row = AE[name]
     fields = {field.name for field in dataclasses.fields(AEConfig)}
     shape = {key: value for key, value in row.items() if key in fields}
-    return AEConfig(side=row["size"], **shape)
+    return AEConfig(c_x=c_x, side=row["size"], **shape)
 
 
 def model_config(
@@ -290,7 +293,7 @@ def model_config(
     if not task.attends:
         unet["d_ctx"] = None
     unet_config = UNetConfig(
-        c_in=ae.c_z + task.beside_channels(ae.c_z),
+        c_in=ae.c_z + task.beside_channels(ae.c_z, ae.c_x),
         c_out=ae.c_z,
         side=row["size"] // ae.f,
         **unet,
@@ -310,6 +313,6 @@ def model_config(
 
 def build_networks(row: dict) -> LatentDiffusion:
     """Build the model of a row on the meta device: shapes without memory or weights."""
-    config = model_config(row, ae_config(row["ae_preset"]))
+    config = model_config(row, ae_config(row["ae_preset"], row.get("channels") or 3))
     with torch.device("meta"):
         return build_model(config)

@@ -13,6 +13,7 @@ from tinyldm.data.images import (
     LANCZOS,
     NEAREST,
     fit_image,
+    image_loader,
     load_map,
     load_rgb,
     to_tensor,
@@ -26,15 +27,16 @@ from tinyldm.model import LatentDiffusion
 DECODERS: dict[str, Callable] = {
     "boxes": json.loads,
     "map": load_map,
-    "image": load_rgb,
     "mask": load_rgb,
-    "init": load_rgb,
 }
+
+# Those that are decoded with as many channels as the model's images have.
+IMAGES = ("image", "init")
 
 
 @dataclass
 class Given:
-    """What a user gives: words, and files by their kind (the keys of DECODERS)."""
+    """What a user gives: words, and files by their kind (DECODERS and IMAGES)."""
 
     prompts: list[str]
     labels: list[str]
@@ -83,7 +85,8 @@ def read_request(
     decoded = {"prompts": clean_lines(given.prompts), "label": clean_lines(given.labels)}
     for kind, path in given.files.items():
         with trying(f"{path}: cannot be read"):
-            decoded[kind] = DECODERS[kind](path.read_bytes())
+            decode = DECODERS.get(kind) or image_loader(model.config.autoencoder.c_x)
+            decoded[kind] = decode(path.read_bytes())
 
     # The condition: given, or else of held-out items, which are as many as are asked for.
     source = ", ".join(str(path) for path in given.files.values())
@@ -126,6 +129,7 @@ def held_out_conditions(
         path,
         "held-out",
         size=h,
+        channels=model.config.autoencoder.c_x,
         fields=model.task.fields,
         seed=model.run.get("seed", 0),
         resize=model.run.get("resize", True),
@@ -138,7 +142,7 @@ def held_out_conditions(
 
 
 def image_and_mask(decoded: dict, size: tuple[int, int]) -> dict[str, Tensor]:
-    """Return the image to repaint (3, H, W), and the mask (1, H, W): 1 where it is repainted."""
+    """Return the image to repaint (C, H, W), and the mask (1, H, W): 1 where it is repainted."""
     h, w = size
     image = decoded["image"]
     mask = decoded["mask"].convert("L")

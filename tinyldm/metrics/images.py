@@ -1,7 +1,7 @@
 """Metrics of single images: how far is a reconstruction from its original?
 
 Paper:  App. E.3, Tables 5 and 8.
-Shapes: x, x_rec (B, 3, H, W) in [-1, 1] -> (B,), one value per image.
+Shapes: x, x_rec (B, C, H, W) in [-1, 1] -> (B,), one value per image.
 """
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def psnr(x: Tensor, x_rec: Tensor) -> Tensor:
 
     10 log10(peak^2 / mean squared error), where the peak is 2, the width of the range.
     """
-    squared_error = (x - x_rec.clamp(-1, 1)).square().flatten(1)    # (B, 3 H W)
+    squared_error = (x - x_rec.clamp(-1, 1)).square().flatten(1)    # (B, C H W)
     return 10 * torch.log10(4 / squared_error.mean(1))
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from tinyldm.attention import Attention, TransformerBlock
 from tinyldm.conditioning import Context
-from tinyldm.data.images import NEAREST, to_image
+from tinyldm.data.images import NEAREST, as_rgb, to_image
 from tinyldm.diffusion import predict_z_0
 
 TILE = 128                  # side of a tile of save_attention, in pixels
@@ -109,7 +109,7 @@ def save_attention(
     A tile is the sample, bright where the word is attended to. The maps of a word's
     tokens are averaged. Tokens beyond the M-th have no tile.
 
-    images (n, 3, H, W) in [-1, 1]; maps (n, M, h, w); encodings: the tokenizer's, one
+    images (n, C, H, W) in [-1, 1]; maps (n, M, h, w); encodings: the tokenizer's, one
     per prompt.
     """
     n_tokens = maps.shape[1]
@@ -120,7 +120,7 @@ def save_attention(
 
     for row, x in enumerate(images):
         y = row * (TILE + HEADING)
-        sample = to_image(x).resize((TILE, TILE), NEAREST)
+        sample = to_image(as_rgb(x)).resize((TILE, TILE), NEAREST)
         sheet.paste(sample, (0, y + HEADING))
         for column, tokens in enumerate(words[row], 1):
             word_map = maps[row][tokens].mean(0)    # (h, w)

@@ -1,6 +1,7 @@
 """Grids of images as PNG files, and conditions as images to show above their samples.
 
-Shapes: images (n, 3, H, W) in [-1, 1]; a condition as an image (3, h, w) in [-1, 1].
+Shapes: images (n, C, H, W) in [-1, 1], which are shown as RGB; a condition as an image
+        (3, h, w) in [-1, 1].
 """
 import colorsys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import torch
 from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 
-from tinyldm.data.images import NEAREST, to_image, to_tensor
+from tinyldm.data.images import NEAREST, as_rgb, to_image, to_tensor
 
 GAP = 4                     # width of the white lines between the images of a grid
 LEAST_WIDTH = 96            # smaller images are enlarged to this many pixels or more
@@ -29,7 +30,7 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     sheet = Image.new("RGB", sheet_size, "white")
     for i, x in enumerate(images):
         row, column = divmod(i, columns)
-        tile = to_image(x).resize((w, h), NEAREST)
+        tile = to_image(as_rgb(x)).resize((w, h), NEAREST)
         sheet.paste(tile, (GAP + column * (w + GAP), GAP + row * (h + GAP)))
     sheet.save(path)
 
@@ -45,6 +46,8 @@ def save_samples(
     if not conditions or conditions[0] is None:
         save_grid(images, path, columns)
         return
+
+    images = as_rgb(images)
 
     # White images complete the last row.
     n_missing = -len(images) % columns
@@ -108,10 +111,10 @@ def show_boxes(boxes: Tensor, names: Sequence[str], h: int, w: int) -> Tensor:
 
 
 def show_small(small: Tensor, h: int, w: int) -> Tensor:
-    """Return a small image (3, H, W), enlarged to (3, h, w) without smoothing."""
-    return to_tensor(to_image(small).resize((w, h), NEAREST))
+    """Return a small image (C, H, W), enlarged to (3, h, w) without smoothing."""
+    return to_tensor(to_image(as_rgb(small)).resize((w, h), NEAREST))
 
 
 def show_masked(image: Tensor, mask: Tensor) -> Tensor:
-    """Return an image (3, H, W), black where the mask (1, H, W) is 1."""
-    return image * (1 - mask) - mask
+    """Return an image (C, H, W) as RGB (3, H, W), black where the mask (1, H, W) is 1."""
+    return as_rgb(image) * (1 - mask) - mask
