@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tinyldm
-from tinyldm.data.images import LOADERS, to_image
+from tinyldm.data.images import LOADERS, size_text, to_image
 from tinyldm.engine import flags, presets
 from tinyldm.engine.checkpoint import atomic_write
 from tinyldm.engine.command import run
@@ -110,7 +110,7 @@ def add_condition_flags(parser: ArgumentParser) -> None:
     g.add_argument("--data", type=str,
                    help="take conditions from this set; default: the training set")
     g.add_argument("--n", type=int, help="images per condition; default: 16 in all")
-    g.add_argument("--size", type=str,
+    g.add_argument("--size", type=flags.image_size, metavar="HxW",
                    help="size of the images, as 64 or HxW as 64x128; default: as trained")
 
 
@@ -187,14 +187,13 @@ def check_sampling(args: Namespace, model: LatentDiffusion) -> None:
 def image_size(args: Namespace, model: LatentDiffusion) -> tuple[int, int]:
     """Return --size as (H, W). Raises BadInput unless both are multiples of what is needed."""
     multiple = model.size_multiple
-    sides = str(args.size or model.config.size).split("x")
-    allowed = {str(side) for side in range(multiple, 10 ** 5, multiple)}
+    size = args.size or model.config.size
     require(
-        len(sides) < 3 and set(sides) <= allowed,
-        f"--size {args.size}: must be a multiple of {multiple}, the autoencoder's f times the "
-        "U-Net's factor, or two of them: HxW",
+        all(0 < side < 10 ** 5 and side % multiple == 0 for side in size),
+        f"--size {size_text(size)}: must be a multiple of {multiple}, the autoencoder's f times "
+        "the U-Net's factor, or two of them: HxW",
     )
-    return int(sides[0]), int(sides[-1])
+    return size
 
 
 # ---- what to sample
@@ -225,7 +224,7 @@ def check_request(args: Namespace, model: LatentDiffusion, request: Request) -> 
         can_score = (args.data or model.run.get("data")) == "shapes"
     require(can_score, "--score: needs the built-in world, or superres with the true images")
     h, w = request.size
-    require(h == w, "--score: needs square images")
+    require(h == w or model.task.scores_any_world, "--score: needs square images")
     with naming("--score"):
         model.task.check_scorable(request.conditions)
 
@@ -426,7 +425,7 @@ def main(args: Namespace) -> None:
         shown = [z_0s[steps.first_calls[step - 1]] for step in steps_shown]
         save_trajectory(model, shown, machine, args.trajectory)
     if args.score:
-        figures = model.task.score(images, items, model.config.size / 32)
+        figures = model.task.score(images, items, min(model.config.size) / 32)
         text = ", ".join(f"{name} {v:.4g}" for name, v in figures.items())
         scale = model.guidance_scale if args.scale is None else args.scale
         print(f"{n} images, s = {scale:g}, {steps.n} {args.sampler.upper()} steps: {text}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.data import scorer
 from tinyldm.data.dataset import ImageDataset
+from tinyldm.data.images import size_text
 from tinyldm.data.loader import batch_order, load_batches
 from tinyldm.engine import flags, presets
 from tinyldm.engine.checkpoint import resume, save_checkpoint
@@ -77,10 +78,10 @@ def autoencoder_config(args: Namespace) -> AEConfig:
     elif args.n_codes is None:
         values["n_codes"] = 256
     require(values["n_codes"] != 0, "--n-codes 0: a codebook has at least one code")
-    cfg = AEConfig(c_x=args.channels or 3, side=args.size, **values)
+    cfg = AEConfig(c_x=args.channels or 3, side=min(args.size), **values)
     require(
-        args.size % cfg.f == 0,
-        f"--size {args.size} is not divisible by f = {cfg.f}, which --ch-mult sets",
+        all(side % cfg.f == 0 for side in args.size),
+        f"--size {size_text(args.size)} is not divisible by f = {cfg.f}, which --ch-mult sets",
     )
     return cfg
 
@@ -89,8 +90,8 @@ def build_networks(args: Namespace, cfg: AEConfig) -> tuple[Autoencoder, Discrim
     """Build the autoencoder and D_psi with random weights; without memory in a dry run."""
     disc_cfg = DiscriminatorConfig(**flags.config_values(DiscriminatorConfig, vars(args)))
     require(
-        args.size >= 3 * 2 ** disc_cfg.n_layers or args.disc_weight == 0,
-        f"--size {args.size}: --disc-layers {disc_cfg.n_layers} are too many for it",
+        min(args.size) >= 3 * 2 ** disc_cfg.n_layers or args.disc_weight == 0,
+        f"--size {size_text(args.size)}: --disc-layers {disc_cfg.n_layers} are too many for it",
     )
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
@@ -99,13 +100,15 @@ def build_networks(args: Namespace, cfg: AEConfig) -> tuple[Autoencoder, Discrim
     return ae, disc
 
 
-def print_sizes(ae: Autoencoder, disc: Discriminator, side: int, machine: Machine) -> None:
+def print_sizes(
+    ae: Autoencoder, disc: Discriminator, z_shape: tuple[int, ...], machine: Machine
+) -> None:
     """Print the numbers of parameters, f, the shape of z, and the device."""
     parts = [f"{name} {flags.n_params(net):,}" for name, net in ae.named_children()]
     cfg = ae.cfg
     print(
         f"autoencoder {flags.n_params(ae):,} parameters ({', '.join(parts)}) | "
-        f"D_psi {flags.n_params(disc):,} | f = {cfg.f}, z ({cfg.c_z}, {side}, {side}) | "
+        f"D_psi {flags.n_params(disc):,} | f = {cfg.f}, z {z_shape} | "
         f"{machine.device}, {machine.world} process(es)"
     )
 
@@ -239,9 +242,10 @@ def main(args: Namespace) -> None:
     cfg = autoencoder_config(args)
     loss_cfg = LossConfig(**flags.config_values(LossConfig, vars(args)))
     ae, disc = build_networks(args, cfg)
-    side = args.size // cfg.f
+    h, w = (side // cfg.f for side in args.size)
+    z_shape = (cfg.c_z, h, w)
     if machine.main:
-        print_sizes(ae, disc, side, machine)
+        print_sizes(ae, disc, z_shape, machine)
     if args.dry_run:
         flags.print_dry_run(args, ae, disc)
         return
@@ -264,8 +268,9 @@ def main(args: Namespace) -> None:
     nets = {"ae": ae, "disc": disc}
     parts = {"nets": nets, "opts": {"ae": opt_ae, "disc": opt_disc}}
     config = {"autoencoder": vars(cfg), "discriminator": vars(disc.cfg)}
+    head = {"config": config, "size": args.size}
     with naming("--out"):
-        ckpt = resume(args.out / "ckpt.pt", "autoencoder", config, parts)
+        ckpt = resume(args.out / "ckpt.pt", "autoencoder", head, parts)
     done = ckpt["step"]
     never_idle = torch.zeros(cfg.n_codes or 0, dtype=torch.long)
     idle = ckpt.get("idle", never_idle).to(device)      # steps since each code was last chosen
@@ -273,7 +278,7 @@ def main(args: Namespace) -> None:
     def save(step: int) -> None:
         states = gathered_states(parts)
         if machine.main:
-            ckpt = {"kind": "tinyldm autoencoder", "step": step, "config": config, "idle": idle}
+            ckpt = {"kind": "tinyldm autoencoder", "step": step, "idle": idle} | head
             ckpt |= {"args": flags.plain_values(args)} | states
             save_checkpoint(ckpt, args.out / "ckpt.pt", keep=True)
 
@@ -298,7 +303,7 @@ def main(args: Namespace) -> None:
         # each process takes its part, so that it does not depend on the number of processes.
         x = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
         rng = generator(args.seed, step)
-        noise, = machine.shard(torch.randn(args.batch, cfg.c_z, side, side, generator=rng))
+        noise, = machine.shard(torch.randn(args.batch, *z_shape, generator=rng))
         adversarial = loss_cfg.disc_weight > 0 and step > loss_cfg.disc_start
         disc_buffers = {name: v.clone() for name, v in disc.named_buffers()}    # to undo a bad step
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tinyldm.autoencoder import Autoencoder, Pixels, Posterior
 from tinyldm.conditioning import TextConfig
 from tinyldm.data.dataset import ImageDataset
+from tinyldm.data.images import size_text
 from tinyldm.data.latents import Latents, encode_dataset, fingerprint
 from tinyldm.data.loader import batch_order, load_batches
 from tinyldm.diffusion import (
@@ -106,11 +107,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def dry_run_of_preset(args: Namespace) -> None:
     """Print the sizes of a preset's networks, its stage one's too; no data set is needed."""
     model = presets.build_networks(vars(args))
-    cfg = model.config.unet
     print(
         f"U-Net {flags.n_params(model.unet):,} | tau {flags.n_params(model.tau):,} | "
         f"autoencoder {args.ae_preset} {flags.n_params(model.ae):,} parameters | "
-        f"task {args.task}, U-Net's input ({cfg.c_in}, {cfg.side}, {cfg.side})"
+        f"task {args.task}, U-Net's input {input_shape(model)}"
     )
     flags.print_dry_run(args, model.unet, model.tau)
 
@@ -120,13 +120,14 @@ def check_size(args: Namespace, ae: Autoencoder | Pixels, task: type[Task]) -> N
     factor = UNetConfig(**flags.config_values(UNetConfig, vars(args))).factor
     multiple = ae.cfg.f * factor
     require(
-        args.size % multiple == 0,
-        f"--size {args.size} is not a multiple of {multiple}, the autoencoder's "
+        all(side % multiple == 0 for side in args.size),
+        f"--size {size_text(args.size)} is not a multiple of {multiple}, the autoencoder's "
         f"f = {ae.cfg.f} times the U-Net's factor {factor}",
     )
     require(
-        args.size % task.size_multiple == 0,
-        f"--size {args.size}: --task {args.task} needs a multiple of {task.size_multiple}",
+        all(side % task.size_multiple == 0 for side in args.size),
+        f"--size {size_text(args.size)}: --task {args.task} needs multiples of "
+        f"{task.size_multiple}",
     )
 
 
@@ -150,12 +151,17 @@ def build(
         return build_model(config, ae)
 
 
+def input_shape(model: LatentDiffusion) -> tuple[int, ...]:
+    """Return the shape of what the U-Net is given: z_t and what lies beside it."""
+    h, w = (side // model.ae.cfg.f for side in model.config.size)
+    return model.config.unet.c_in, h, w
+
+
 def print_sizes(model: LatentDiffusion, n_images: int) -> None:
     """Print the numbers of parameters, the task, the shape of z and the number of images."""
-    cfg = model.config.unet
     print(
         f"U-Net {flags.n_params(model.unet):,} parameters | tau {flags.n_params(model.tau):,}, "
-        f"task {model.config.task}, z ({cfg.c_in}, {cfg.side}, {cfg.side}), {n_images:,} images"
+        f"task {model.config.task}, z {input_shape(model)}, {n_images:,} images"
     )
 
 
@@ -343,7 +349,7 @@ def prepare_evaluation(
         log.write(step, **losses, **scores, **compare(real, fake))
 
         path = args.out / f"samples_{step:06d}.png"
-        shown = [model.task.show(item, args.size, args.size) for item in items[:16]]
+        shown = [model.task.show(item, *args.size) for item in items[:16]]
         save_samples(images[:16], shown, path, columns=8)
         save_curves(log.path, args.out / "curves.png")
 

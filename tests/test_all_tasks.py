@@ -372,9 +372,8 @@ BAD_INPUT = [
     ("inpaint", ["--sampler", "dpm++"], "sampler dpm++: it builds on its past steps"),
     # Sizes.
     ("text", ["a cat", "--size", "16x18"], "--size 16x18: must be"),
-    ("text", ["a cat", "--size", "16x16x16"], "--size 16x16x16: must be"),
-    ("text", ["a cat", "--size", "-16"], "--size -16: must be"),
-    ("semantic", ["--size", "16x24"], "size 16x24: a set's images are square"),
+    ("text", ["a cat", "--size", "0"], "--size 0: must be"),
+    ("semantic", ["--size", "16x24"], "shapes: the images of the built-in world are square"),
     # Scores.
     ("text", ["a red circle", "--size", "16x24", "--score"], "--score: needs square images"),
     ("text", ["a cat", "--score"], "--score: prompt 'a cat' is no sentence"),

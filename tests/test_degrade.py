@@ -20,7 +20,7 @@ def rngs(n):
 
 @pytest.fixture(scope="module")
 def masks():
-    return [random_mask(SIDE, np.random.default_rng([0, i])) for i in range(300)]
+    return [random_mask(SIDE, SIDE, np.random.default_rng([0, i])) for i in range(300)]
 
 
 def n_edges(mask):
@@ -50,7 +50,7 @@ def test_masks_are_of_0_and_1_and_never_empty_or_full(masks):
 def test_an_empty_or_a_full_mask_is_drawn_anew():
     """On an image of 2 px most masks would be full."""
     for i in range(100):
-        assert 0 < random_mask(2, np.random.default_rng([0, i])).mean() < 1
+        assert 0 < random_mask(2, 2, np.random.default_rng([0, i])).mean() < 1
 
 
 def test_coverage_of_masks(masks):

@@ -132,7 +132,7 @@ def test_every_option_of_a_dataclass_is_a_flag(config):
 
 
 def test_a_given_flag_wins_over_the_preset():
-    presets = {"toy": {"ch": 16}, "big": {"ch": 128}}
+    presets = {"toy": {"ch": 16, "size": 32}, "big": {"ch": 128, "size": 256}}
 
     def parsed(*argv):
         parser = flags.new_parser("A program.")
@@ -153,7 +153,8 @@ def training_flags(**changed):
         "save_every": 1,
         "eval_every": 1,
         "log_every": 1,
-        "size": 16,
+        "size": (16, 16),
+        "channels": None,
     }
     return Namespace(**least | changed)
 
@@ -185,9 +186,10 @@ def test_batches_that_cannot_be_shared_are_bad_input(batch, micro_batch, world, 
     ("save_every", 0),
     ("eval_every", 0),
     ("log_every", 0),
-    ("size", 15),
+    ("size", (16, 15)),
+    ("channels", 0),
 ])
-def test_intervals_of_0_and_tiny_images_are_bad_input(name, value):
+def test_intervals_of_0_tiny_images_and_no_channels_are_bad_input(name, value):
     with pytest.raises(BadInput, match="--" + name.replace("_", "-")):
         flags.check_training_flags(training_flags(**{name: value}), 1)
 

@@ -25,7 +25,7 @@ from train_ldm import held_out_loss
 def loss_of(net, posterior, predict="eps"):
     """The held-out loss of an unconditional model with a given U-Net."""
     diffusion = DiffusionConfig(predict=predict)
-    config = ModelConfig("uncond", 8, AEConfig(), UNetConfig(), {}, diffusion)
+    config = ModelConfig("uncond", (8, 8), AEConfig(), UNetConfig(), {}, diffusion)
     model = LatentDiffusion(config, Pixels(), net, None, Unconditional({}), ABAR)
     return held_out_loss(model, posterior, {})
 

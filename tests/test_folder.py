@@ -365,7 +365,7 @@ def test_empty_missing_and_broken_folders_are_bad_input(tmp_path):
 
 
 def test_an_image_smaller_than_the_crop_is_bad_input(folder):
-    with pytest.raises(BadInput, match="40x48, smaller than the crop of 44"):
+    with pytest.raises(BadInput, match="40x48 .width x height., smaller than the crop of 44x44"):
         Folder(str(folder(3)), 44, resize=False)[0]
 
 

@@ -76,7 +76,7 @@ def model_of(net, ae=None, *, abar=ABAR, task="uncond", tau=None, shape=None, p_
     """Return a model with a given U-Net, whose images have 8 x 8 pixels; default: in pixels."""
     config = ModelConfig(
         task=task,
-        size=8,
+        size=(8, 8),
         autoencoder=AEConfig(),
         unet=UNetConfig(),
         tau=shape or {},

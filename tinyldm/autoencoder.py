@@ -32,11 +32,11 @@ class AEConfig:
     c_z: int = option(3, "channels of the latent")
     groups: int = option(32, "number of groups of GroupNorm")
 
-    # The side of the training images. It decides which levels are those of attn_res;
-    # images of other sides work too.
+    # The shorter side of the training images. It decides which levels are those of
+    # attn_res; images of other sides work too.
     side: int = 256
     attn_res: tuple[int, ...] = option(
-        (), "sides of the feature maps that have self-attention"
+        (), "shorter sides of the feature maps that have self-attention"
     )
     attn_mid: bool = option(True, "have self-attention at the lowest resolution")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, build_autoencoder
 from tinyldm.conditioning import Context
+from tinyldm.data.images import both_sides
 from tinyldm.diffusion import DiffusionConfig, as_eps_theta, q_sample
 from tinyldm.errors import require
 from tinyldm.guidance import guided
@@ -34,7 +35,7 @@ class ModelConfig:
     """
 
     task: str                           # a key of tasks.TASKS
-    size: int                           # side of the training images, in pixels
+    size: tuple[int, int]               # (H, W) of the training images, in pixels
     autoencoder: AEConfig
     unet: UNetConfig
     tau: dict                           # keyword arguments of the task's build_tau
@@ -54,9 +55,10 @@ class ModelConfig:
             "tau": self.tau,
             "schedule": diffusion,
         }
+        h, w = self.size
         return {
             "config": config,
-            "size": self.size,
+            "size": h if h == w else (h, w),        # as in files from before there was (h, w)
             "classes": list(self.class_names),
             "tokenizer": self.tokenizer,
             "p_drop": self.p_drop,
@@ -74,7 +76,7 @@ class ModelConfig:
         p_drop = checkpoint.get("p_drop", checkpoint.get("args", {}).get("p_drop", 0.1))
         return ModelConfig(
             task=config.get("task", {"name": "text"})["name"],
-            size=checkpoint["size"],
+            size=both_sides(checkpoint["size"]),
             autoencoder=AEConfig(**config["autoencoder"]),
             unet=UNetConfig(**config["unet"]),
             tau=config["tau"],
@@ -169,7 +171,7 @@ class LatentDiffusion:
         sampler that builds on its past steps.
         """
         device = self.abar.device
-        H, W = size or (self.config.size, self.config.size)
+        H, W = size or self.config.size
         f = self.ae.cfg.f
         shape = (self.ae.cfg.c_z, H // f, W // f)
         if guidance_scale is None:

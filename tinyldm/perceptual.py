@@ -2,6 +2,7 @@
 
 Paper:   Sec. 3.1 and App. G, part of L_rec; Zhang et al. 2018 (LPIPS).
 Shapes:  x, x_rec (B, C, H, W) in [-1, 1] -> (B,); 0 means equal. Sides of at least 16.
+         Images that are not RGB are compared as RGB (images.as_rgb).
 
 Why: a mean of pixel errors prefers a blurred texture to a sharp one that is shifted by
 a pixel. A classifier's features change little with the shift and much with the blur.
@@ -53,7 +54,7 @@ class VGG16(nn.Module):
 
         Their shapes are (B, 64, H, W) to (B, 512, H/16, W/16), if the divisor is 1.
         """
-        h = (x - self.mean) / self.std                  # (B, 3, H, W)
+        h = (as_rgb(x) - self.mean) / self.std          # (B, 3, H, W)
         for number, layer in enumerate(self.features):
             h = layer(h)
             if number in self.taps:
@@ -99,11 +100,10 @@ class Perceptual(nn.Module):
         """Return the mean over stages and places of |f/|f| - f_rec/|f_rec||^2, in 0..4.
 
         f is the vector of all channels at one place. Its length is divided out, so that
-        each stage and each place counts the same. Images that are not RGB are compared
-        as_rgb, so the alpha of RGBA counts only as far as white shows through.
+        each stage and each place counts the same.
         """
         total = 0
-        for output in self.vgg.stages(as_rgb(torch.cat([x, x_rec]))):
+        for output in self.vgg.stages(torch.cat([x, x_rec])):
             unit = nn.functional.normalize(output, eps=1e-6)
             f, f_rec = unit.chunk(2)                    # (B, C, h, w) each
             distance = (f - f_rec).square().sum(1)      # (B, h, w)

@@ -27,8 +27,8 @@ class UNetConfig:
     c_in: int = 3                   # channels of z_t and of a condition beside it
     c_out: int = 3                  # channels of z_t
 
-    # The side of the training latents. It decides which levels are those of attn_res;
-    # latents of other sides work too.
+    # The shorter side of the training latents. It decides which levels are those of
+    # attn_res; latents of other sides work too.
     side: int = 64
 
     ch: int = option(224, "channels at level 0 [Channels]")
@@ -38,7 +38,7 @@ class UNetConfig:
     n_res: int = option(2, "ResBlocks per level, one more on the way up [Depth]")
 
     attn_res: tuple[int, ...] = option(
-        (32, 16, 8), "sides of the feature maps that attend [Attention resolutions]"
+        (32, 16, 8), "shorter sides of the feature maps that attend [Attention resolutions]"
     )
     d_head: int | None = option(32, "width of each attention head [Head Channels]")
     n_head: int | None = option(

@@ -51,8 +51,8 @@ class Degraded(ImageDataset):
         item = dict(self.data[i])
         rng = np.random.default_rng([self.seed, i])
         if self.field == "mask":
-            side = item["image"].shape[1]
-            item["mask"] = random_mask(side, rng)
+            h, w = item["image"].shape[1:]
+            item["mask"] = random_mask(h, w, rng)
         else:
             item["small"] = shrink(item["image"], rng, self.chain)
         return item
@@ -117,45 +117,51 @@ def shrink(x: Tensor, rng: np.random.Generator, chain: bool) -> Tensor:
 
 # ---- inpaint: holes
 
-def random_mask(side: int, rng: np.random.Generator) -> Tensor:
-    """Return a mask (1, side, side) of boxes, or of wide or narrow strokes.
+def random_mask(h: int, w: int, rng: np.random.Generator) -> Tensor:
+    """Return a mask (1, h, w) of boxes, or of wide or narrow strokes.
 
     It is never empty, and never covers the whole image.
     """
+    sides = np.array([w, h])
     while True:
-        canvas = Image.new("L", (side, side))
+        canvas = Image.new("L", (w, h))
         pen = ImageDraw.Draw(canvas)
         if rng.random() < 0.5:
-            draw_boxes(pen, side, rng)
+            draw_boxes(pen, sides, rng)
         else:
-            draw_strokes(pen, side, rng)
+            draw_strokes(pen, sides, rng)
 
-        mask = torch.from_numpy(np.array(canvas))[None] / 255.0     # (1, side, side)
+        mask = torch.from_numpy(np.array(canvas))[None] / 255.0     # (1, h, w)
         if 0 < mask.mean() < 1:
             return mask
 
 
-def draw_boxes(pen: ImageDraw.ImageDraw, side: int, rng: np.random.Generator) -> None:
+def draw_boxes(
+    pen: ImageDraw.ImageDraw, sides: np.ndarray, rng: np.random.Generator
+) -> None:
     """Draw 1 to 3 boxes, whose sides are 0.15 to 0.5 of the image's."""
     for _ in range(rng.integers(1, 4)):
-        w, h = side * rng.uniform(0.15, 0.5, 2)
-        x, y = rng.random(2) * (side - w, side - h)
-        pen.rectangle((x, y, x + w, y + h), 255)
+        extent = sides * rng.uniform(0.15, 0.5, 2)
+        start = rng.random(2) * (sides - extent)
+        pen.rectangle((*start, *(start + extent)), 255)
 
 
-def draw_strokes(pen: ImageDraw.ImageDraw, side: int, rng: np.random.Generator) -> None:
+def draw_strokes(
+    pen: ImageDraw.ImageDraw, sides: np.ndarray, rng: np.random.Generator
+) -> None:
     """Draw 1 to 3 strokes of one width, each of 1 to 4 straight parts, round ends."""
+    shorter = sides.min()
     is_wide = rng.random() < 0.5
     if is_wide:
-        width = side * rng.uniform(0.12, 0.25)
+        width = shorter * rng.uniform(0.12, 0.25)
     else:
-        width = side * rng.uniform(0.04, 0.1)
+        width = shorter * rng.uniform(0.04, 0.1)
 
     for _ in range(rng.integers(1, 4)):
-        start = side * rng.random(2)
+        start = sides * rng.random(2)
         for _ in range(rng.integers(1, 5)):
-            step = side * rng.uniform(-0.4, 0.4, 2)
-            end = (start + step).clip(0, side)
+            step = sides * rng.uniform(-0.4, 0.4, 2)
+            end = (start + step).clip(0, sides)
             pen.line((*start, *end), 255, max(1, round(width)))
             pen.ellipse((*(end - width / 2), *(end + width / 2)), 255)
             start = end

@@ -1,7 +1,7 @@
 """A folder, .zip or .tar of images as a data set.
 
 files.py finds the images and what is known of them. Here they become items: an image is
-scaled and cropped to a square, and its boxes and its label map with it.
+scaled and cropped to one size, and its boxes and its label map with it.
 """
 import os
 import warnings
@@ -19,6 +19,7 @@ from tinyldm.data.files import IMAGE_SUFFIXES, Files
 from tinyldm.data.images import (
     LANCZOS,
     NEAREST,
+    both_sides,
     image_loader,
     load_map,
     map_to_tensor,
@@ -46,10 +47,12 @@ FIELD_SOURCES = {
 
 
 class Folder(ImageDataset):
-    """The images of a folder, .zip or .tar, as squares of `size` pixels.
+    """The images of a folder, .zip or .tar, all scaled and cropped to one size.
 
+    size: (H, W) in pixels, or the side of a square.
     split: "train", "held-out" (one image in 20, by a hash of its name) or "all".
-    resize: scale the shorter side to `size` before the central crop; else only crop.
+    resize: scale an image so that it covers `size` before the central crop; else only
+        crop.
     flip: mirror images, boxes and label maps in every second epoch.
     label_column: the key in metadata that holds an image's class.
     channels: 1 for grey images, 3 for RGB, 4 for RGBA.
@@ -61,7 +64,7 @@ class Folder(ImageDataset):
     def __init__(
         self,
         path: str,
-        size: int,
+        size: int | tuple[int, int],
         split: str = "train",
         resize: bool = True,
         flip: bool = False,
@@ -69,7 +72,7 @@ class Folder(ImageDataset):
         channels: int = 3,
     ):
         self.path = path
-        self.size = size
+        self.size = both_sides(size)
         self.resize = resize
         self.flip = flip
         self.channels = channels
@@ -123,25 +126,27 @@ class Folder(ImageDataset):
         """Return the item of image k; BadInput if it is smaller than the crop."""
         row, image = self.readable(k)
 
-        # The crop is a square in the centre of the image.
-        side = min(image.size) if self.resize else self.size
+        # The crop is in the centre of the image, and has the shape of `size`.
+        h, w = self.size
+        crop_w, crop_h = largest_crop(image.size, (w, h)) if self.resize else (w, h)
         require(
-            side <= min(image.size),
-            f"{self.path}: {row['file_name']} is {image.width}x{image.height}, smaller "
-            f"than the crop of {side}; allow scaling, or take a smaller size",
+            crop_w <= image.width and crop_h <= image.height,
+            f"{self.path}: {row['file_name']} is {image.width}x{image.height} (width x "
+            f"height), smaller than the crop of {w}x{h}; allow scaling, or take a smaller "
+            "size",
         )
-        left = (image.width - side) // 2
-        top = (image.height - side) // 2
-        crop = (left, top, left + side, top + side)
+        left = (image.width - crop_w) // 2
+        top = (image.height - crop_h) // 2
+        crop = (left, top, left + crop_w, top + crop_h)
 
-        square = image.resize((self.size, self.size), LANCZOS, crop)
-        item: dict[str, Any] = {"image": to_tensor(square)}
+        cropped = image.resize((w, h), LANCZOS, crop)
+        item: dict[str, Any] = {"image": to_tensor(cropped)}
         if "text" in row:
             item["caption"] = str(row["text"])
         if "label" in row:
             item["label"] = self.label_names.index(str(row["label"]))
         if "boxes" in row:
-            item["boxes"] = self._boxes(row["boxes"], left, top, side)
+            item["boxes"] = self._boxes(row["boxes"], crop)
         if "mask" in row:
             item["segmentation"] = self._label_map(row["mask"], crop, image.size)
         return item
@@ -159,7 +164,7 @@ class Folder(ImageDataset):
                 continue
 
             may_be_smaller = self.resize and "boxes" not in row
-            least_side = 2 * self.size if may_be_smaller else None
+            least_side = 2 * max(self.size) if may_be_smaller else None
             try:
                 return row, self.load_image(self.files.read(name), least_side)
             except Exception as error:      # a stranger's file may raise anything
@@ -169,7 +174,7 @@ class Folder(ImageDataset):
 
         raise BadInput(f"{self.path}: none of its {len(self)} images can be read")
 
-    def _boxes(self, rows: list, left: int, top: int, side: int) -> Tensor:
+    def _boxes(self, rows: list, crop: tuple[int, int, int, int]) -> Tensor:
         """[[class, x0, y0, x1, y1], ...] in pixels -> (K, 5), in shares of the crop."""
         numbered = []
         for name, *corners in rows:
@@ -177,8 +182,10 @@ class Folder(ImageDataset):
             numbered.append([number, *corners[:4]])
         boxes = torch.tensor(numbered).reshape(-1, 5)
 
+        left, top, right, bottom = crop
         origin = torch.tensor([left, top, left, top])
-        boxes[:, 1:] = ((boxes[:, 1:] - origin) / side).clamp(0, 1)
+        extent = torch.tensor([right - left, bottom - top] * 2)
+        boxes[:, 1:] = ((boxes[:, 1:] - origin) / extent).clamp(0, 1)
 
         # A box outside the crop has no area left.
         has_area = (boxes[:, 3:] > boxes[:, 1:3]).all(1)
@@ -187,7 +194,7 @@ class Folder(ImageDataset):
     def _label_map(
         self, name: str, crop: tuple[int, ...], image_size: tuple[int, int]
     ) -> Tensor:
-        """The file of a label map, of any size -> (size, size)."""
+        """The file of a label map, of any size -> (H, W)."""
         with trying(f"{self.path}: {name} cannot be read"):
             label_map = load_map(self.files.read(name))
 
@@ -195,8 +202,21 @@ class Folder(ImageDataset):
         map_crop = []
         for edge, of_map, of_image in zip(crop, label_map.size * 2, image_size * 2):
             map_crop.append(edge * of_map / of_image)
-        square = label_map.resize((self.size, self.size), NEAREST, map_crop)
-        return map_to_tensor(square)
+        h, w = self.size
+        cropped = label_map.resize((w, h), NEAREST, map_crop)
+        return map_to_tensor(cropped)
+
+
+def largest_crop(image: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
+    """Return the size of the largest crop of an image that has a shape.
+
+    All three are (width, height). A crop has whole pixels, so its shape is nearly that.
+    """
+    width, height = image
+    w, h = shape
+    if width * h <= height * w:
+        return width, max(1, round(width * h / w))
+    return max(1, round(height * w / h)), height
 
 
 def in_split(file_name: str, split: str) -> bool:

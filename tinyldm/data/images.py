@@ -28,6 +28,22 @@ LANCZOS = Image.Resampling.LANCZOS
 Image.MAX_IMAGE_PIXELS = 64_000_000
 
 
+# ---- sizes
+
+def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return a size as (H, W). One number is that of a square."""
+    if isinstance(size, int):
+        return size, size
+    h, w = size
+    return h, w
+
+
+def size_text(size: tuple[int, int]) -> str:
+    """Return a size (H, W) as flags have it: 64x96, or 64 for a square."""
+    h, w = size
+    return str(h) if h == w else f"{h}x{w}"
+
+
 # ---- tensors
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from tinyldm.data.dataset import ImageDataset
 from tinyldm.data.degrade import Degraded
 from tinyldm.data.folder import Folder
+from tinyldm.data.images import both_sides
 from tinyldm.data.shapes import Shapes
 from tinyldm.errors import require
 
@@ -14,7 +15,7 @@ def open_dataset(
     path: str,
     split: str = "train",
     *,
-    size: int,
+    size: int | tuple[int, int],
     channels: int = 3,
     seed: int = 0,
     n_shapes: int = 10_000,
@@ -28,7 +29,7 @@ def open_dataset(
 
     path: "shapes" for the built-in world, or a folder, .zip or .tar.
     split: "train" or "held-out".
-    size: the side of the images, in pixels.
+    size: (H, W) of the images, in pixels, or the side of square ones.
     channels: 1 for grey images, 3 for RGB, 4 for RGBA.
     seed: of the built-in world, and of what images lack (degrade.py).
     n_shapes: the number of training images of the built-in world.
@@ -41,9 +42,11 @@ def open_dataset(
     """
     flip = flip and split == "train"
     if path == "shapes":
+        h, w = both_sides(size)
+        require(h == w, f"shapes: the images of the built-in world are square, not {h}x{w}")
         require(channels == 3, f"shapes: the built-in world has 3 channels, not {channels}")
         n = n_shapes if split == "train" else N_HELD_OUT_SHAPES
-        data = Shapes(n, size, seed, split)
+        data = Shapes(n, h, seed, split)
         # NB: this world is not mirrored; as always, its second epoch has new images.
         data.flip = flip
     else:

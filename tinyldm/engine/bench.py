@@ -77,6 +77,7 @@ class Bench:
         self.ae_cfg = presets.ae_config(args.ae_preset, args.channels or 3)
         config = presets.model_config(self.values, self.ae_cfg)
         self.unet_cfg = config.unet
+        self.size = config.size
         self.n_token = config.tau.get("n_token", 1)     # a class is one token
 
     def rows(self) -> Iterator[Row]:
@@ -122,7 +123,8 @@ class Bench:
     def unet_inputs(self, n: int) -> tuple[Tensor, Context]:
         """Return random z_t (n, c_z, h, w) and conditions, as the U-Net takes them."""
         cfg = self.unet_cfg
-        z_t = torch.randn(n, cfg.c_out, cfg.side, cfg.side, device=self.device)
+        h, w = (side // self.ae_cfg.f for side in self.size)
+        z_t = torch.randn(n, cfg.c_out, h, w, device=self.device)
 
         tokens = None
         if cfg.d_ctx:
@@ -131,7 +133,7 @@ class Bench:
         beside = None
         c = cfg.c_in - cfg.c_out
         if c > 0:
-            beside = torch.randn(n, c, cfg.side, cfg.side, device=self.device)
+            beside = torch.randn(n, c, h, w, device=self.device)
         return z_t, Context(tokens, beside)
 
     def autoencoder_rows(self) -> list[Row]:
@@ -156,9 +158,9 @@ class Bench:
         """
         cfg = self.ae_cfg
         B = self.args.batch
-        side = self.args.size // cfg.f
-        x = torch.randn(B, cfg.c_x, self.args.size, self.args.size, device=self.device)
-        z = torch.randn(B, cfg.c_z, side, side, device=self.device)
+        H, W = self.size
+        x = torch.randn(B, cfg.c_x, H, W, device=self.device)
+        z = torch.randn(B, cfg.c_z, H // cfg.f, W // cfg.f, device=self.device)
 
         noise = True if own_noise else z
         encode = partial(self.callable(ae.encode), x)

@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import nn
 
 from tinyldm.data.dataset import ImageDataset
+from tinyldm.data.images import both_sides
 from tinyldm.data.open import open_dataset
 from tinyldm.errors import BadInput, naming, require
 
@@ -48,7 +49,18 @@ def parse(
     )
     preset = parser.parse_args(argv).preset
     parser.set_defaults(**presets[preset])
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.size = both_sides(args.size)       # one number in a preset's row
+    return args
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Parse the value of --size -> (H, W): 64 is a square, 64x96 is 64 high and 96 wide."""
+    sides = text.split("x")
+    are_numbers = all(side.isascii() and side.isdigit() for side in sides)
+    if len(sides) > 2 or not are_numbers:
+        raise argparse.ArgumentTypeError(f"{text:.99} is no size; give 64, or 64x96 for HxW")
+    return int(sides[0]), int(sides[-1])
 
 
 def plain_values(args: Namespace) -> dict:
@@ -121,12 +133,14 @@ def add_data_flags(parser: ArgumentParser) -> None:
                    help="'shapes' (the built-in world), or a folder, .zip or .tar")
     g.add_argument("--n-shapes", type=int, default=10_000,
                    help="number of training images of the built-in world")
-    g.add_argument("--size", type=int, help="side of the square training images, in pixels")
+    g.add_argument("--size", type=image_size, metavar="HxW",
+                   help="size of the training images in pixels: 64 for a square, or 64x96 for "
+                        "64 high and 96 wide")
     g.add_argument("--channels", type=int,
                    help="channels of the images: 1 is grey, 3 RGB, 4 RGBA; default: those of "
                         "stage one, or 3")
     g.add_argument("--resize", action=BooleanOptionalAction, default=True,
-                   help="scale the shorter side to --size before the central crop")
+                   help="scale images to cover --size before the central crop")
     g.add_argument("--flip", action="store_true", help="mirror the images in every second epoch")
 
 
@@ -230,7 +244,7 @@ def check_training_flags(args: Namespace, world: int) -> int:
     """
     for name in ("save_every", "eval_every", "log_every"):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')}: must be at least 1")
-    require(args.size >= 16, "--size: must be at least 16")
+    require(min(args.size) >= 16, "--size: must be at least 16")
     require(
         args.channels is None or args.channels >= 1,
         f"--channels {args.channels}: must be at least 1",

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from tinyldm.autoencoder import AEConfig, Pixels
+from tinyldm.data.images import both_sides
 from tinyldm.diffusion import DiffusionConfig
 from tinyldm.engine.flags import config_values
 from tinyldm.model import LatentDiffusion, ModelConfig, build_model
@@ -289,18 +290,19 @@ def model_config(
     row: a row of LDM, or the flags of train_ldm.py. tokenizer: its JSON.
     """
     task = TASKS[row["task"]]
+    size = both_sides(row["size"])
     unet = config_values(UNetConfig, row)
     if not task.attends:
         unet["d_ctx"] = None
     unet_config = UNetConfig(
         c_in=ae.c_z + task.beside_channels(ae.c_z, ae.c_x),
         c_out=ae.c_z,
-        side=row["size"] // ae.f,
+        side=min(size) // ae.f,
         **unet,
     )
     return ModelConfig(
         task=row["task"],
-        size=row["size"],
+        size=size,
         autoencoder=ae,
         unet=unet_config,
         tau=task.tau_shape(row, ae.f),

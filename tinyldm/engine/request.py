@@ -122,13 +122,10 @@ def held_out_conditions(
     """Return n held-out items of a data set; path None: of the one that the model learned."""
     path = path or model.run.get("data")
     require(path, "data: a released model has none of its own; give a condition or a folder")
-    h, w = size
-    require(h == w, f"size {h}x{w}: a set's images are square; give one number, or a condition")
-
     data = open_dataset(
         path,
         "held-out",
-        size=h,
+        size=size,
         channels=model.config.autoencoder.c_x,
         fields=model.task.fields,
         seed=model.run.get("seed", 0),

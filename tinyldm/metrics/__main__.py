@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tinyldm.data.dataset import ImageDataset
 from tinyldm.data.folder import Folder
+from tinyldm.data.images import size_text
 from tinyldm.data.shapes import Shapes
 from tinyldm.engine.command import run
-from tinyldm.engine.flags import add_feature_flags, new_parser
+from tinyldm.engine.flags import add_feature_flags, image_size, new_parser
 from tinyldm.engine.processes import setup
 from tinyldm.engine.weights import open_perceptual
 from tinyldm.errors import naming, require
@@ -37,8 +38,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                        help="folder, .zip or .tar; or built-in: 'train' or 'held-out'")
     group.add_argument("--fake", type=str, required=True,
                        help="images to evaluate, given in the same way as --real")
-    group.add_argument("--size", type=int,
-                       help="side to scale and crop to; default: the first fake's")
+    group.add_argument("--size", type=image_size, metavar="HxW",
+                       help="size to scale and crop to, as 64 or 64x96; default: the first fake's")
     group.add_argument("--n", type=int, default=50_000,
                        help="largest number of images of each set")
     group.add_argument("--pairs", action="store_true",
@@ -59,8 +60,8 @@ def main(args: Namespace) -> None:
         net = open_features(args.features, device, args.inception, args.vgg_weights)
 
     # The two sets, at one size.
-    size = args.size if args.size is not None else side_of_first(args.fake)
-    require(size >= 16, f"--size {size}: must be at least 16")
+    size = args.size if args.size is not None else size_of_first(args.fake)
+    require(min(size) >= 16, f"--size {size_text(size)}: must be at least 16")
     with naming("--real"):
         real = open_set(args.real, size, args.n)
     with naming("--fake"):
@@ -92,17 +93,19 @@ def main(args: Namespace) -> None:
     print(f"{n_real:,} real, {n_fake:,} fake: {text}")
 
 
-def side_of_first(path: str) -> int:
-    """Return the shorter side of the first image in a folder that can be read."""
+def size_of_first(path: str) -> tuple[int, int]:
+    """Return the size (H, W) of the first image in a folder that can be read."""
     with naming("--fake"):
         _, image = Folder(path, 1, "all", resize=False).readable(0)
-    return min(image.size)
+    return image.height, image.width
 
 
-def open_set(path: str, size: int, n: int) -> ImageDataset:
+def open_set(path: str, size: tuple[int, int], n: int) -> ImageDataset:
     """Open all images of a folder, or at most n of a split of the built-in world."""
     if path in BUILT_IN:
-        return Shapes(max(0, min(n, MOST_BUILT_IN)), size, split=path)
+        h, w = size
+        require(h == w, f"{path}: the images of the built-in world are square, not {h}x{w}")
+        return Shapes(max(0, min(n, MOST_BUILT_IN)), h, split=path)
     return Folder(path, size, "all")
 
 

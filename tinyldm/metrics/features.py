@@ -1,7 +1,8 @@
 """The networks in whose features two sets of images are compared (sets.py).
 
 Paper:  App. E.3: FID, of Inception features, as torch-fidelity measures it.
-Shapes: x (B, 3, H, W) in [-1, 1] -> features (B, d), and p(y | x) (B, K) or None.
+Shapes: x (B, C, H, W) in [-1, 1], which each network sees as RGB (images.as_rgb)
+        -> features (B, d), and p(y | x) (B, K) or None.
 """
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tinyldm
+from tinyldm.data.images import as_rgb
 from tinyldm.data.world import COLOURS, SHAPES, SIZES
 from tinyldm.engine.weights import load_public, open_vgg16
 from tinyldm.metrics.inception import URL as INCEPTION_URL, Inception
@@ -46,7 +48,7 @@ class ShapesNet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return features, the means over places of each layer's channels, and p."""
-        h = x
+        h = as_rgb(x)
         means = []
         for conv in self.convs:
             h = F.gelu(conv(h))

@@ -2,7 +2,7 @@
 
 Paper:  App. E.3 (FID by torch-fidelity). FID: Heusel et al. 2017. The network: Szegedy
         et al. 2016, Table 1.
-Shapes: x (B, 3, H, W) in [-1, 1] -> features (B, 2048), p(y | x) (B, 1008).
+Shapes: x (B, C, H, W) in [-1, 1] -> features (B, 2048), p(y | x) (B, 1008).
 
 NB: figures can be compared only if every step is that of the TensorFlow graph of
 2015-12-05: pixels of 8 bits, TensorFlow 1's resize to 299 x 299, (v - 128) / 128,
@@ -14,6 +14,8 @@ The layers have torchvision's names, which the public weights have (pytorch-fid'
 """
 import torch
 from torch import Tensor, nn
+
+from tinyldm.data.images import as_rgb
 
 URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -199,7 +201,8 @@ class Inception(nn.Module):
         code of IS (Salimans et al. 2016).
         """
         # The 8-bit pixels of an image file, then TensorFlow's resize and scale.
-        pixels = ((x.float() + 1) * 127.5).round().clamp(0, 255)  # (B, 3, H, W)
+        x = as_rgb(x).float()                                   # (B, 3, H, W)
+        pixels = ((x + 1) * 127.5).round().clamp(0, 255)
         wide = resize_last_axis(pixels, 299)
         square = resize_last_axis(wide.mT, 299).mT              # (B, 3, 299, 299)
         h = (square - 128) / 128

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from tinyldm.data.images import as_rgb
 from tinyldm.data.loader import load_batches
 
 # ---- Frechet distance
@@ -170,7 +169,7 @@ class Statistics:
         for x in batches:
             # Why without autocast: features in bfloat16 would shift every figure.
             with torch.autocast(x.device.type, enabled=False):
-                features, p = net(as_rgb(x))
+                features, p = net(x)
             features = features.cpu()
             index = torch.arange(self.moments.n, self.moments.n + len(x))
 
