@@ -343,6 +343,8 @@ def main(args: Namespace) -> None:
     n_images = 8 if args.to_seed is not None and args.n is None else args.n
     request = read_request(model, given_conditions(args), size, n=n_images, data=args.data)
     check_request(args, model, request)
+    if request.is_held_out:
+        flags.print_found(request.conditions.dataset)
     steps = plan_steps(args, model)
     is_grid = args.out.suffix == ".png"
     keep_images = is_grid or args.score or args.attention or args.trajectory

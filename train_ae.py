@@ -251,6 +251,8 @@ def main(args: Namespace) -> None:
         return
     data = flags.open_data(args, "train", cfg.c_x)
     held_out = flags.open_data(args, "held-out", cfg.c_x)
+    if machine.main:
+        flags.print_found(data)
 
     # The networks on their device, and the forms of them that run: compiled, wrapped in DDP.
     # On a CPU, D_psi's BatchNorm sees the images of its own process only.

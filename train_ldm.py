@@ -260,6 +260,9 @@ def latent_batches(
     if cache is not None:
         for indices in order:
             posterior, y = cache[[i % data.n_distinct for i in indices]]
+            # The cache has one caption of each image, but each epoch takes another.
+            if data.has_several_captions and "caption" in model.task.fields:
+                y |= model.task.encode({"caption": [data.caption(i) for i in indices]})
             # The cache holds latents as they are; Autoencoder.encode, below, divides by itself.
             yield posterior.scaled(model.z_std.cpu()), y
         return
@@ -430,6 +433,8 @@ def main(args: Namespace) -> None:
     }
     data = flags.open_data(args, "train", ae.cfg.c_x, **what_items_have)
     held_out = flags.open_data(args, "held-out", ae.cfg.c_x, **what_items_have)
+    if machine.main:
+        flags.print_found(data)
     model = build(args, ae, data, held_out)
     if machine.main:
         print_sizes(model, len(data))

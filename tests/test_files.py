@@ -211,22 +211,26 @@ def test_one_tar_is_read_like_a_folder_of_tars(tars):
     assert data.shards == ["shard-002.tar"] * 6
 
 
-def test_json_in_tars_and_names_up_to_the_first_dot(tmp_path):
+def test_json_in_tars_and_names_up_to_the_last_dot(tmp_path):
     path = tmp_path / "x.tar"
     about = {
         "caption": "a dog", "kind": "dog", "boxes": [["ear", 0, 0, 20, 24]], "text": None,
-        "mask": "x.tar/deep/a.seg.png", "exif": {"Model": "x"}, "file_name": "y",
+        "mask": "a.seg.png", "exif": {"Model": "x"}, "file_name": "y",
     }
     with tarfile.open(path, "w") as tar:
         add_member(tar, "deep/a.json", json.dumps(about).encode())
         add_member(tar, "deep/a.seg.png", b"no image of its own")
         add_member(tar, "deep/a.jpg", jpeg(0))
         add_member(tar, "b.c.jpg", jpeg(1))
+        add_member(tar, "b.c.txt", b"a cat")
+        add_member(tar, "b.txt", b"nothing of b.c.jpg")
         add_member(tar, "B.JPG", jpeg(2))
     assert rows(path, "kind") == [
         {"file_name": "x.tar/deep/a.jpg", "text": "a dog", "label": "dog",
-         "boxes": [["ear", 0, 0, 20, 24]], "mask": "x.tar/deep/a.seg.png"},
-        {"file_name": "x.tar/B.JPG", "label": "x.tar"},
+         "boxes": [["ear", 0, 0, 20, 24]], "mask": "x.tar/deep/a.seg.png",
+         "where": f"{path}: x.tar/deep/a.json"},
+        {"file_name": "x.tar/b.c.jpg", "text": "a cat"},
+        {"file_name": "x.tar/B.JPG"},
     ]
 
 
@@ -247,7 +251,7 @@ def test_text_and_cls_win_over_json_and_json_wins_over_the_folder(tmp_path):
 
 @pytest.mark.parametrize("text,message", [
     (b"{", "a.json: not JSON"), (b"[1]", "a.json: needs an object"),
-    (b'{"boxes": 3}', 'a.json: "boxes" must be')])
+    (b'{"boxes": 3}', "a.json: 3 is no list; boxes are")])
 def test_bad_json_in_a_tar_is_named(tmp_path, text, message):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         add_member(tar, "a.jpg", jpeg(0))
@@ -256,9 +260,18 @@ def test_bad_json_in_a_tar_is_named(tmp_path, text, message):
         rows(tmp_path / "x.tar")
 
 
-def test_tars_beside_images_are_left_alone(tars):
-    Image.new("RGB", (8, 8)).save(tars / "a.png")
-    assert file_names(tars) == ["a.png"]
+def test_images_are_those_in_tars_or_those_beside_them_whichever_are_more(tars):
+    """The others are counted as left out."""
+    Image.new("RGB", (8, 8)).save(tars / "preview.png")
+    found = Files(tars)
+    assert len(found.rows()) == 30
+    assert found.left_out["images beside .tar files"] == 1
+
+    for k in range(30):
+        Image.new("RGB", (8, 8)).save(tars / f"{k}.png")
+    found = Files(tars)
+    assert len(found.rows()) == 31
+    assert found.left_out["images in .tar files, as there are more beside them"] == 30
 
 
 def test_batches_of_tars_do_not_depend_on_the_number_of_workers(tars):

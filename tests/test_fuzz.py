@@ -54,7 +54,7 @@ def test_some_mutated_files_of_each_kind(tmp_path):
     results = run_readers(tmp_path, NAMES, seed=0, seconds=600, most=20)
     assert tuple(results) == NAMES
     for name, result in results.items():
-        assert result["read"] > 1 and result["refused"] > 1, name
+        assert result["read"] > 0 and result["refused"] > 0, name
 
 
 @pytest.mark.slow

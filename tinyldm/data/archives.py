@@ -19,9 +19,18 @@ TAR_BLOCK = 512             # bytes; the last blocks of a tar are zeros
 # ---- .zip
 
 def zip_names(path: Path) -> list[str]:
-    """Return the names of all files in a .zip, sorted."""
-    names = zipfile.ZipFile(path).namelist()
-    return sorted(name for name in names if not name.endswith("/"))
+    """Return the names of all files in a .zip, sorted, with "/" between the parts."""
+    with zipfile.ZipFile(path) as archive:
+        return sorted(names_in_zip(archive))
+
+
+def names_in_zip(archive: zipfile.ZipFile) -> dict[str, str]:
+    """Return {name: name in the archive} of all files.
+
+    Some programs of Windows write "\\" between the parts of a name.
+    """
+    names = {name.replace("\\", "/"): name for name in archive.namelist()}
+    return {name: own for name, own in names.items() if not name.endswith("/")}
 
 
 def read_zipped(path: Path, changed: int, name: str) -> bytes:
@@ -29,33 +38,38 @@ def read_zipped(path: Path, changed: int, name: str) -> bytes:
 
     changed: the time at which the .zip was changed; a newer one is opened anew.
     """
-    archive = open_zip(path, changed, os.getpid())
+    archive, names = open_zip(path, changed, os.getpid())
 
     # If the .zip claims too small a size, no more than that is read.
-    size = archive.getinfo(name).file_size
+    size = archive.getinfo(names[name]).file_size
     require(size < MAX_ZIPPED, f"{path}: {name!r:.99} has {size:,} bytes; unpack it")
-    return archive.read(name)
+    return archive.read(names[name])
 
 
 @functools.cache
-def open_zip(path: Path, changed: int, process: int) -> zipfile.ZipFile:
-    """Open a .zip, once per process.
+def open_zip(
+    path: Path, changed: int, process: int
+) -> tuple[zipfile.ZipFile, dict[str, str]]:
+    """Open a .zip, once per process, and return it with names_in_zip.
 
     Why: workers inherit open files, and would move one another's position in them.
     """
-    return zipfile.ZipFile(path)
+    archive = zipfile.ZipFile(path)
+    return archive, names_in_zip(archive)
 
 
 # ---- .tar
 
-def index_tar(path: Path, message: str) -> dict[str, tuple[int, int]]:
+def index_tar(path: Path, message: str) -> tuple[dict[str, tuple[int, int]], int]:
     """Return the place of each plain file in a .tar, {name: (offset, size)} in bytes.
 
-    Links, devices and files whose names lead out of the .tar are left out. Raises
+    Links, devices and files whose names lead out of the .tar are left out; the second
+    value is how many they are. Raises
     BadInput(message) for a .tar that is cut off or damaged, or that is compressed, as
     then its files have no places.
     """
     places = {}
+    n_left_out = 0
     with trying(message), tarfile.open(path, "r:") as tar:
         while member := tar.next():
             # Otherwise tarfile keeps all members in memory.
@@ -69,12 +83,14 @@ def index_tar(path: Path, message: str) -> dict[str, tuple[int, int]]:
             leads_out = name.startswith(("/", "../"))
             if is_plain and not leads_out:
                 places[name] = (member.offset_data, member.size)
+            elif not member.isdir():
+                n_left_out += 1
 
         # A .tar that is cut off between two members is seen only by its missing end.
         tar.fileobj.seek(tar.offset)
         end = tar.fileobj.read(TAR_BLOCK)
         require(end == bytes(TAR_BLOCK), message)
-    return places
+    return places, n_left_out
 
 
 def read_part(path: Path, offset: int, size: int) -> bytes:

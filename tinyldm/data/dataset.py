@@ -4,7 +4,7 @@ An item is a dict of what is known about one image:
 
     image         (C, H, W) in [-1, 1]; all images of a data set have one size and as
                   many channels: C is 3 for RGB, 1 for grey, 4 for RGBA, or any number
-    caption       str
+    caption       str; where `load` gives several, each epoch takes one of them
     label         int, a class: its place in `label_names`
     boxes         (K, 5) [class, x0, y0, x1, y1]: a place in `box_names`, and corners as
                   shares of width and height, 0..1, from the top left
@@ -19,6 +19,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -51,6 +52,12 @@ class ImageDataset(Dataset):
                 return {"image": image, "label": int(self.labels[k])}
     """
 
+    # With the epoch it decides which of several captions an image has.
+    seed: int = 0
+
+    # True if some image has several captions.
+    has_several_captions: bool = False
+
     # True if the images of every second epoch are mirrored.
     flip: bool = False
 
@@ -79,6 +86,9 @@ class ImageDataset(Dataset):
         """Return item i: with n images, image k in epoch e is item e * n + k."""
         epoch, k = divmod(i, len(self))
         item = self.load(k)
+        if "caption" in item:
+            caption = self.choose_caption(item["caption"], epoch, k)
+            item = item | {"caption": caption}
         if self.flip and epoch % 2 == 1:
             return mirrored(item)
         return item
@@ -93,9 +103,28 @@ class ImageDataset(Dataset):
         """The number of items after which they repeat themselves."""
         return len(self) * self.epochs_that_differ
 
+    def summary(self) -> list[str]:
+        """Return one or two lines that say what was found, and what was left out."""
+        return [f"{len(self):,} images"]
+
     def captions(self) -> list[str]:
-        """Return the captions of all images. By default it loads the images."""
-        return [self.load(k)["caption"] for k in range(len(self))]
+        """Return all captions of all images. By default it loads the images."""
+        captions = []
+        for k in range(len(self)):
+            found = self.load(k)["caption"]
+            captions += [found] if isinstance(found, str) else found
+        return captions
+
+    def caption(self, i: int) -> str:
+        """Return the caption of item i. By default it loads the image."""
+        return self[i]["caption"]
+
+    def choose_caption(self, found: str | Sequence[str], epoch: int, k: int) -> str:
+        """Return the caption that image k has in an epoch; it follows from the seed."""
+        if isinstance(found, str):
+            return found
+        rng = np.random.default_rng([self.seed, epoch, k])
+        return found[rng.integers(len(found))]
 
     def prompts(self, n: int) -> list[str] | None:
         """Return n prompts to evaluate with; None means: take captions of images."""

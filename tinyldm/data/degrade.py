@@ -40,6 +40,7 @@ class Degraded(ImageDataset):
         self.map_names = data.map_names
         self.shards = data.shards
         self.has_exact_scorer = data.has_exact_scorer
+        self.has_several_captions = data.has_several_captions
 
     def __len__(self) -> int:
         return len(self.data)
@@ -57,8 +58,14 @@ class Degraded(ImageDataset):
             item["small"] = shrink(item["image"], rng, self.chain)
         return item
 
+    def summary(self) -> list[str]:
+        return self.data.summary()
+
     def captions(self) -> list[str]:
         return self.data.captions()
+
+    def caption(self, i: int) -> str:
+        return self.data.caption(i)
 
     def prompts(self, n: int) -> list[str] | None:
         return self.data.prompts(n)

@@ -1,36 +1,27 @@
-"""The images of a folder, .zip or .tar: which there are, and what is known of each.
-
-Images lie at any depth. What is known of them stands in metadata.jsonl, or else in
-files beside them, or in the names of their folders. README.md here describes all of it.
-
-A row is a dict of what is known of one image, as the files say it:
-
-    file_name  its path from the folder on, with "/" between the parts
-    text       its caption
-    label      its class
-    boxes      [[class, x0, y0, x1, y1], ...] in pixels
-    mask       the file name of its label map
+"""The files of a folder, .zip or .tar: which there are, and the bytes of each.
 
 A .tar is read as if it were a folder; its file names begin with the name of the .tar.
+rows.py says which of the files are images, and what is known of each.
 """
 import contextlib
 import hashlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from tinyldm.data import archives
-from tinyldm.errors import require, trying
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from tinyldm.data.rows import find_rows, is_image
+from tinyldm.data.text import decode_text
+from tinyldm.errors import BadInput, trying
 
 # It takes long to list many files, so a list of this many images or more is kept on
 # disk.
 KEEP_FROM = 10_000
 CACHE_HOME = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 LIST_FOLDER = Path(CACHE_HOME, "tinyldm")
-LIST_VERSION = 1
+LIST_VERSION = 2
 
 
 class Files:
@@ -43,13 +34,17 @@ class Files:
     def __init__(self, path: str | Path, label_column: str = "label"):
         self.path = Path(path)
         self.label_column = label_column
-        self.is_zip = self.path.suffix == ".zip"
+        self.is_zip = self.path.suffix.lower() == ".zip"
         self.root = self.path if self.path.is_dir() else self.path.parent
 
         # Where the files in tars lie: {name: [tar, offset, size]}.
         self.places: dict[str, list] = {}
         # The states of all that the list of rows depends on: {name: [size, time]}.
         self.seen: dict[str, list[int]] = {}
+        # The keys of all metadata.
+        self.columns: set[str] = set()
+        # What is there but not used: {what: how many}.
+        self.left_out: Counter[str] = Counter()
 
     # ---- bytes
 
@@ -77,13 +72,17 @@ class Files:
         return (self.root / name).read_bytes()
 
     def read_text(self, name: str) -> str:
-        """Return the contents of a text file; what is not UTF-8 is replaced."""
-        return self.read(name).decode("utf8", "replace")
+        """Return the contents of a text file. Raises BadInput if it is not UTF-8."""
+        data = self.read(name)
+        try:
+            return decode_text(data)
+        except ValueError as error:
+            raise BadInput(f"{self.path}: {name} {error}") from error
 
     # ---- rows
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row per image.
+        """Return one row per image (rows.py), and note in left_out what is not used.
 
         A long list is kept until a folder, metadata.jsonl, .zip or .tar changes. NB: to
         rewrite a .txt in place does not change its folder; touch the folder then.
@@ -97,12 +96,17 @@ class Files:
         with trying(f"{self.path}: cannot be read"):
             rows = self._find_rows()
 
-        # From now on, only images and label maps are read.
+        # From now on, only images and what belongs to them are read.
         used = {row["file_name"] for row in rows} | {row.get("mask") for row in rows}
         self.places = {name: self.places[name] for name in self.places if name in used}
         if len(rows) >= KEEP_FROM:
             self._keep_rows(rows)
         return rows
+
+    def _find_rows(self) -> list[dict]:
+        """Look through all files."""
+        names = self._names()
+        return find_rows(self, names)
 
     def _kept_file(self) -> Path:
         """The file in which the rows of this path are kept."""
@@ -113,9 +117,10 @@ class Files:
         """Return the rows that were kept, unless something has changed since."""
         # Whatever is wrong with the file, the answer is to look for the images again.
         with contextlib.suppress(Exception):
-            seen, places, rows = json.loads(self._kept_file().read_bytes())
+            seen, places, left_out, rows = json.loads(self._kept_file().read_bytes())
             if all(self.state(name) == state for name, state in seen.items()):
                 self.places = places
+                self.left_out = Counter(left_out)
                 return rows
         return None
 
@@ -123,84 +128,74 @@ class Files:
         """Keep rows for later runs, if that is possible."""
         with contextlib.suppress(OSError):
             LIST_FOLDER.mkdir(parents=True, exist_ok=True)
-            self._kept_file().write_text(json.dumps([self.seen, self.places, rows]))
-
-    def _find_rows(self) -> list[dict]:
-        """Look through all files."""
-        names = self._names()
-        known_names = set(names)
-        if "metadata.jsonl" in known_names:
-            return self._rows_from_metadata(known_names)
-        return self._rows_from_files(names, known_names)
-
-    def _rows_from_metadata(self, known_names: set[str]) -> list[dict]:
-        """One row per line of metadata.jsonl."""
-        self.seen["metadata.jsonl"] = self.state("metadata.jsonl")
-        rows = []
-        for number, line in enumerate(self.read_text("metadata.jsonl").splitlines(), 1):
-            if line.strip():
-                where = f"{self.path}: metadata.jsonl line {number}"
-                rows.append(parse_row(line, {}, self.label_column, known_names, where))
-        return rows
-
-    def _rows_from_files(self, names: list[str], known_names: set[str]) -> list[dict]:
-        """One row per image, from its folder and from the files of the same name."""
-        rows = []
-        for name in names:
-            # In a .tar, as in WebDataset, files belong together up to the first dot.
-            folder, _, base = name.rpartition("/")
-            in_tar = name in self.places
-            stem, _, suffix = base.partition(".") if in_tar else base.rpartition(".")
-            if not stem or f".{suffix.lower()}" not in IMAGE_SUFFIXES:
-                continue
-
-            row = {"file_name": name}
-            key = name.removesuffix(suffix)
-            if key + "txt" in known_names:
-                row["text"] = self.read_text(key + "txt").strip()
-            if key + "cls" in known_names:
-                row["label"] = self.read_text(key + "cls").strip()
-            if in_tar and key + "json" in known_names:
-                text = self.read(key + "json")
-                where = f"{self.path}: {key}json"
-                row = parse_row(text, row, self.label_column, known_names, where)
-            if folder:
-                row.setdefault("label", folder)
-            rows.append(row)
-        return rows
+            kept = [self.seen, self.places, self.left_out, rows]
+            self._kept_file().write_text(json.dumps(kept))
 
     # ---- names
 
     def _names(self) -> list[str]:
-        """Return the names of all files, sorted, then of those in tars, as they lie."""
+        """Return the names of all files that are looked at.
+
+        They are sorted; those in tars come as they lie in them.
+        """
         if self.path.is_dir():
-            names = self._walk()
+            names = sorted(self._walk())
         else:
             names = [self.path.name]
             self.seen[self.path.name] = self.state(self.path.name)
         if self.is_zip:
-            return archives.zip_names(self.path)
+            return [name for name in archives.zip_names(self.path) if not is_hidden(name)]
 
-        # Tars beside loose images are left alone. If the path itself is a file, it is
-        # an image or a .tar, however it is called.
-        names.sort()
-        has_images = any(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
-        if not has_images:
-            for name in names:
-                if name.endswith(".tar") or self.path.is_file():
-                    self._index_tar(name)
+        # If the path itself is a file, it is an image or a .tar, however it is called.
+        if self.path.is_file():
+            tars = [name for name in names if not is_image(name)]
+        else:
+            tars = [name for name in names if name.lower().endswith(".tar")]
+        for tar in tars:
+            self._index_tar(tar)
+
+        # Images may lie in tars or beside them. The set is where there are more.
+        n_in_tars = sum(map(is_image, self.places))
+        n_beside = sum(map(is_image, names))
+        if n_beside > n_in_tars:
+            self.places = {}
+            self.left_out["images in .tar files, as there are more beside them"] += n_in_tars
+            return names
+        if tars:
+            self.left_out["images beside .tar files"] += n_beside
+            names = [name for name in names if not is_image(name) and name not in tars]
         return names + list(self.places)
 
     def _walk(self) -> list[str]:
-        """Return the names of all files in the folder and its sub-folders."""
+        """Return the names of all files in the folder and its sub-folders.
+
+        Links are followed, but no folder is entered twice.
+        """
         names = []
-        for folder, _, files in os.walk(self.path):
-            prefix = Path(folder).relative_to(self.path).as_posix() + "/"
-            prefix = prefix.removeprefix("./")
-            self.seen[prefix] = self.state(prefix)
-            for file in files:
-                if os.path.isfile(os.path.join(folder, file)):
-                    names.append(prefix + file)
+        entered = set()
+        waiting = [""]
+        while waiting:
+            prefix = waiting.pop()
+            folder = self.path / prefix
+            with trying(f"{folder}: cannot be read"):
+                status = os.stat(folder)
+                place = (status.st_dev, status.st_ino)
+                if place in entered:
+                    continue
+                entered.add(place)
+                self.seen[prefix] = self.state(prefix)
+                entries = list(os.scandir(folder))
+
+            for entry in entries:
+                name = prefix + entry.name
+                if is_hidden(entry.name):
+                    continue
+                if entry.is_dir():
+                    waiting.append(name + "/")
+                elif entry.is_file():
+                    names.append(name)
+                else:
+                    self.left_out["broken links"] += 1
         return names
 
     def _index_tar(self, tar: str) -> None:
@@ -210,46 +205,21 @@ class Files:
             f"{self.path}: {tar} is damaged, cut off or compressed; "
             "give whole, plain .tar files"
         )
-        for name, place in archives.index_tar(self.root / tar, message).items():
-            self.places[f"{tar}/{name}"] = [tar, *place]
+        places, n_left_out = archives.index_tar(self.root / tar, message)
+        self.left_out["links and odd names in .tar files"] += n_left_out
+        for name, place in places.items():
+            if not is_hidden(name):
+                self.places[f"{tar}/{name}"] = [tar, *place]
 
 
-def parse_row(
-    text: str | bytes, known: dict, label_column: str, known_names: set[str], where: str
-) -> dict[str, Any]:
-    """Return the row of an image from JSON about it.
+def is_hidden(name: str) -> bool:
+    """Return whether a file or one of its folders is never looked at.
 
-    known: what other files say of the image; it wins over the JSON. A null in the JSON
-    says nothing. Raises BadInput, which begins with `where`, for what is wrong.
+    Their names begin with a dot, or are __MACOSX: previews, and what Finder adds.
     """
-    with trying(f"{where}: not JSON"):
-        said = json.loads(text)
-    needs_name = f'{where}: needs an object with "file_name"'
-    require(isinstance(said, dict), needs_name)
-    said = said | known
-    require(isinstance(said.get("file_name"), str), needs_name)
-
-    # A column may have two sources; the later wins. WebDataset calls a text "caption".
-    sources = [("text", "caption"), ("label", "label"), ("label", label_column)]
-    sources += [(name, name) for name in ("file_name", "text", "boxes", "mask")]
-    row = {}
-    for column, source in sources:
-        if said.get(source) is not None:
-            row[column] = said[source]
-
-    for column in ("file_name", "mask"):
-        if column in row:
-            file = row[column]
-            exists = isinstance(file, str) and file in known_names
-            require(exists, f"{where}: {column} {file!r:.99} is not in the folder")
-    check_boxes(row.get("boxes", []), where)
-    return row
-
-
-def check_boxes(boxes: Any, where: str) -> None:
-    """Raise BadInput unless boxes are [[class, x0, y0, x1, y1], ...], all finite."""
-    message = f'{where}: "boxes" must be [[class, x0, y0, x1, y1], ...] in pixels'
-    with trying(message):
-        for _, *corners in boxes:
-            are_finite = all(abs(value) < 1e9 for value in corners[:4])
-            require(len(corners) >= 4 and are_finite, message)
+    may_be_hidden = name.startswith(".") or "/." in name or "__MACOSX" in name
+    if not may_be_hidden:
+        return False
+    parts = name.split("/")
+    hidden = [part for part in parts if part.startswith(".") and part.strip(".")]
+    return bool(hidden) or "__MACOSX" in parts

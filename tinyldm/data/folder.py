@@ -6,16 +6,17 @@ scaled and cropped to one size, and its boxes and its label map with it.
 import os
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from tinyldm.data.dataset import ImageDataset
-from tinyldm.data.files import IMAGE_SUFFIXES, Files
+from tinyldm.data.files import Files
 from tinyldm.data.images import (
     LANCZOS,
     NEAREST,
@@ -24,8 +25,17 @@ from tinyldm.data.images import (
     load_map,
     map_to_tensor,
     to_tensor,
+    turned_like,
+    upright_size,
 )
+from tinyldm.data.rows import BOX_FORMAT, IMAGE_SUFFIXES
 from tinyldm.errors import BadInput, require, trying
+
+# Images with a shorter side are skipped: little but stripes would come of them.
+LEAST_SIDE = 8
+
+# How many names a summary lists.
+MOST_NAMED = 20
 
 # For each field: the column of a row that it comes from, and what to do if it is
 # missing.
@@ -56,6 +66,7 @@ class Folder(ImageDataset):
     flip: mirror images, boxes and label maps in every second epoch.
     label_column: the key in metadata that holds an image's class.
     channels: 1 for grey images, 3 for RGB, 4 for RGBA.
+    seed: decides which of several captions an epoch takes.
 
     Raises BadInput if there are no images, or if metadata is wrong. An image that
     cannot be read is replaced by the next one, with a warning.
@@ -70,6 +81,7 @@ class Folder(ImageDataset):
         flip: bool = False,
         label_column: str = "label",
         channels: int = 3,
+        seed: int = 0,
     ):
         self.path = path
         self.size = both_sides(size)
@@ -77,8 +89,8 @@ class Folder(ImageDataset):
         self.flip = flip
         self.channels = channels
         self.load_image = image_loader(channels)
+        self.seed = seed
         self.files = Files(path, label_column)
-        self.unreadable: set[str] = set()
 
         # The classes of all images, so that they are the same for each split.
         rows = self.files.rows()
@@ -86,13 +98,20 @@ class Folder(ImageDataset):
         boxes = chain.from_iterable(row.get("boxes", []) for row in rows)
         self.label_names = class_names(labels)
         self.box_names = class_names(box[0] for box in boxes)
+        self.has_several_captions = any(isinstance(row.get("text"), list) for row in rows)
 
-        self.rows = [row for row in rows if in_split(row["file_name"], split)]
+        held_out = held_out_rows(rows)
+        self.rows = rows_of_split(rows, held_out, split)
+        self.summary_lines = self._summarise(rows, sum(held_out))
         kinds = ", ".join(IMAGE_SUFFIXES)
+        require(rows, f"{self._found_nothing()}; images are {kinds}, or in plain .tar files")
         require(
             self.rows or split == "held-out",
-            f"{path}: no images in it ({kinds}, or plain .tar)",
+            f"{path}: its folders say that all of its {len(rows)} images are held out",
         )
+
+        # Which images could not be read. All processes that load images share it.
+        self.unreadable = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
         if self.files.places:
             self.shards = [self.files.container(row["file_name"]) for row in self.rows]
 
@@ -100,14 +119,91 @@ class Folder(ImageDataset):
         return len(self.rows)
 
     def captions(self) -> list[str]:
-        return [str(row["text"]) for row in self.rows]
+        captions = []
+        for row in self.rows:
+            text = row["text"]
+            captions += text if isinstance(text, list) else [text]
+        return captions
+
+    def caption(self, i: int) -> str:
+        epoch, k = divmod(i, len(self))
+        return self.choose_caption(self.rows[k]["text"], epoch, k)
 
     def require_field(self, name: str) -> None:
-        """Raise BadInput that names an image without the field, and says what to do."""
+        """Raise BadInput that names an image without the field, and says what to do.
+
+        Boxes are also compared with the sizes of their images.
+        """
         column, advice = FIELD_SOURCES.get(name, ("file_name", ""))
         for row in self.rows:
             message = f"{self.path}: {row['file_name']} has no {name}; {advice}"
             require(column in row, message)
+        if name == "boxes":
+            self._check_boxes()
+
+    def _check_boxes(self) -> None:
+        """Raise BadInput for a box outside its image; warn of those partly outside."""
+        n_clipped = 0
+        example = ""
+        for row in tqdm(self.rows, "boxes", delay=1, dynamic_ncols=True):
+            try:
+                w, h = upright_size(self.files.read(row["file_name"]))
+            except Exception:               # it is skipped later, with a warning
+                continue
+            for box in row["boxes"]:
+                _, x0, y0, x1, y1 = box
+                require(
+                    x0 < w and y0 < h and x1 > 0 and y1 > 0,
+                    f"{row['where']}: {box} lies outside its image of {w}x{h} (width x "
+                    f"height); {BOX_FORMAT}",
+                )
+                if x0 < 0 or y0 < 0 or x1 > w or y1 > h:
+                    n_clipped += 1
+                    example = example or f"{row['where']}: {box} in {w}x{h}"
+        if n_clipped:
+            warnings.warn(
+                f"{n_clipped:,} boxes reach beyond their images and are clipped (are they "
+                f"x, y, width, height?), like {example}; {BOX_FORMAT}",
+                stacklevel=3,
+            )
+
+    # ---- what was found
+
+    def summary(self) -> list[str]:
+        return self.summary_lines
+
+    def _summarise(self, rows: Sequence[dict], n_held_out: int) -> list[str]:
+        """Say in one or two lines what was found, and what was left out."""
+        parts = [f"{counted(len(rows), 'image')}, {n_held_out or 'none'} of them held out"]
+        if self.label_names:
+            n = sum("label" in row for row in rows)
+            parts.append(f"{n:,} with a class, {listed(self.label_names)}")
+        n_captions = sum("text" in row for row in rows)
+        several = " (some with several)" if self.has_several_captions else ""
+        parts.append(f"{counted(n_captions, 'caption')}{several}")
+        n_maps = sum("mask" in row for row in rows)
+        if n_maps:
+            parts.append(counted(n_maps, "label map"))
+        n_boxed = sum("boxes" in row for row in rows)
+        if n_boxed:
+            parts.append(f"{n_boxed:,} with boxes, {listed(self.box_names)}")
+        lines = [f"{self.path}: " + " | ".join(parts)]
+
+        left_out = self._left_out()
+        if left_out:
+            lines.append(f"{self.path}: left out: {left_out}")
+        return lines
+
+    def _left_out(self) -> str:
+        """Return what was left out, with counts, the most frequent first."""
+        counts = +self.files.left_out           # without those that are 0
+        found = [f"{n:,} {what}" for what, n in counts.most_common(MOST_NAMED)]
+        return ", ".join(found)
+
+    def _found_nothing(self) -> str:
+        left_out = self._left_out()
+        there_is = f" (but {left_out})" if left_out else ""
+        return f"{self.path}: no images in it{there_is}"
 
     def fingerprint(self) -> list:
         """Return what decides the items, and the states of the files they come from."""
@@ -142,13 +238,13 @@ class Folder(ImageDataset):
         cropped = image.resize((w, h), LANCZOS, crop)
         item: dict[str, Any] = {"image": to_tensor(cropped)}
         if "text" in row:
-            item["caption"] = str(row["text"])
+            item["caption"] = row["text"]
         if "label" in row:
-            item["label"] = self.label_names.index(str(row["label"]))
+            item["label"] = self.label_names.index(row["label"])
         if "boxes" in row:
             item["boxes"] = self._boxes(row["boxes"], crop)
         if "mask" in row:
-            item["segmentation"] = self._label_map(row["mask"], crop, image.size)
+            item["segmentation"] = self._label_map(row, crop, image.size)
         return item
 
     def readable(self, k: int) -> tuple[dict, Image.Image]:
@@ -158,18 +254,21 @@ class Folder(ImageDataset):
         Raises BadInput if no image can be read.
         """
         for j in range(k, k + len(self)):
-            row = self.rows[j % len(self)]
+            j %= len(self)
+            row = self.rows[j]
             name = row["file_name"]
-            if name in self.unreadable:
+            if self.unreadable[j]:
                 continue
 
             may_be_smaller = self.resize and "boxes" not in row
             least_side = 2 * max(self.size) if may_be_smaller else None
             try:
-                return row, self.load_image(self.files.read(name), least_side)
+                image = self.load_image(self.files.read(name), least_side)
+                check_sides(image)
+                return row, image
             except Exception as error:      # a stranger's file may raise anything
-                self.unreadable.add(name)
-                count = f"({len(self.unreadable)} so far)"
+                self.unreadable[j] = True
+                count = f"({int(self.unreadable.sum())} so far)"
                 warnings.warn(f"{name} is skipped: {error} {count}", stacklevel=2)
 
         raise BadInput(f"{self.path}: none of its {len(self)} images can be read")
@@ -178,8 +277,8 @@ class Folder(ImageDataset):
         """[[class, x0, y0, x1, y1], ...] in pixels -> (K, 5), in shares of the crop."""
         numbered = []
         for name, *corners in rows:
-            number = float(self.box_names.index(str(name)))
-            numbered.append([number, *corners[:4]])
+            number = float(self.box_names.index(name))
+            numbered.append([number, *corners])
         boxes = torch.tensor(numbered).reshape(-1, 5)
 
         left, top, right, bottom = crop
@@ -192,11 +291,27 @@ class Folder(ImageDataset):
         return boxes[has_area]
 
     def _label_map(
-        self, name: str, crop: tuple[int, ...], image_size: tuple[int, int]
+        self, row: dict, crop: tuple[int, ...], image_size: tuple[int, int]
     ) -> Tensor:
-        """The file of a label map, of any size -> (H, W)."""
+        """The label map of a row, in the shape of its image but of any size -> (H, W).
+
+        A map is upright, or lies as the image is stored in its file. Then it is turned
+        with it. Raises BadInput for a map of another shape.
+        """
+        name = row["mask"]
         with trying(f"{self.path}: {name} cannot be read"):
             label_map = load_map(self.files.read(name))
+        if not has_shape(label_map.size, image_size):
+            data = self.files.read(row["file_name"])
+            stored = label_map.size
+            label_map = turned_like(label_map, data)
+            width, height = upright_size(data)
+            require(
+                has_shape(label_map.size, image_size),
+                f"{self.path}: {name} is {stored[0]}x{stored[1]} (width x height), but its "
+                f"image {row['file_name']} is {width}x{height}; a label map has the shape of "
+                "its image",
+            )
 
         # The crop of the image, in pixels of the map.
         map_crop = []
@@ -205,6 +320,20 @@ class Folder(ImageDataset):
         h, w = self.size
         cropped = label_map.resize((w, h), NEAREST, map_crop)
         return map_to_tensor(cropped)
+
+
+def check_sides(image: Image.Image) -> None:
+    """Raise ValueError for an image that is too narrow to be scaled."""
+    if min(image.size) < LEAST_SIDE:
+        raise ValueError(
+            f"it is {image.width}x{image.height}, narrower than {LEAST_SIDE} pixels"
+        )
+
+
+def has_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return whether two sizes have one aspect ratio, as far as whole pixels allow."""
+    (w, h), (other_w, other_h) = size, other
+    return abs(w * other_h - h * other_w) <= max(*size, *other)
 
 
 def largest_crop(image: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
@@ -219,17 +348,49 @@ def largest_crop(image: tuple[int, int], shape: tuple[int, int]) -> tuple[int, i
     return max(1, round(height * w / h)), height
 
 
-def in_split(file_name: str, split: str) -> bool:
-    """Return whether an image is in a split.
+def held_out_rows(rows: Sequence[dict]) -> list[bool]:
+    """Return for each row whether its image is held out.
 
-    Why by a hash of its name: it stays in its split while others come and go.
+    Folders like train/ and val/ say so. Elsewhere a hash of the file's name decides. Why:
+    an image stays in its split while others come and go. A set so small that no image
+    would be left to train on has none held out.
     """
+    held_out = []
+    for row in rows:
+        if "split" in row:
+            held_out.append(row["split"] == "held-out")
+        else:
+            by_hash = zlib.crc32(os.fsencode(row["file_name"])) % 20 == 0
+            held_out.append(by_hash)
+
+    by_folders = any("split" in row for row in rows)
+    if all(held_out) and not by_folders:
+        return [False] * len(rows)
+    return held_out
+
+
+def rows_of_split(rows: list[dict], held_out: list[bool], split: str) -> list[dict]:
+    """Return the rows of a split: "train", "held-out" or "all"."""
     if split == "all":
-        return True
-    is_held_out = zlib.crc32(os.fsencode(file_name)) % 20 == 0
-    return is_held_out == (split == "held-out")
+        return rows
+    wanted = split == "held-out"
+    return [row for row, is_held_out in zip(rows, held_out) if is_held_out == wanted]
 
 
-def class_names(found: Iterable[Any]) -> tuple[str, ...]:
-    """Return the classes that were found, as text, sorted, each once."""
-    return tuple(sorted({str(name) for name in found}))
+def class_names(found: Iterable[str]) -> tuple[str, ...]:
+    """Return the classes that were found, sorted, each once."""
+    return tuple(sorted(set(found)))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the number of classes and the first names."""
+    first = ", ".join(names[:MOST_NAMED])
+    more = ", ..." if len(names) > MOST_NAMED else ""
+    return f"{counted(len(names), 'class', 'es')}: {first}{more}"
+
+
+def counted(n: int, noun: str, plural: str = "s") -> str:
+    """Return a number and a noun, such as "1 image", "2,000 images" or "no images"."""
+    if n == 1:
+        return f"1 {noun}"
+    return f"{n:,} {noun}{plural}" if n else f"no {noun}{plural}"

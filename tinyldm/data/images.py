@@ -23,6 +23,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 NEAREST = Image.Resampling.NEAREST
 LANCZOS = Image.Resampling.LANCZOS
 
+EXIF_ORIENTATION = 0x0112       # the number of the tag
+
 # Pillow warns about images with more pixels than this; load_image turns that into an
 # error.
 Image.MAX_IMAGE_PIXELS = 64_000_000
@@ -107,17 +109,35 @@ def load_rgb(data: bytes, least_side: int | None = None) -> Image.Image:
 
     Arguments and errors are load_image's.
     """
-    image = load_image(data, least_side)
-
-    # 16 bits to 8. Why by hand: Pillow's own conversion clips everything above 255.
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda v: v / 256).convert("L")
-
+    image = with_8_bits(load_image(data, least_side))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def with_8_bits(image: Image.Image) -> Image.Image:
+    """Return a grey image of 16 bits, or of numbers in 0..1, with 8 bits per pixel.
+
+    Why by hand: Pillow's own conversion clips everything above 255. Raises ValueError for
+    other numbers, as nothing says what is black and what is white.
+    """
+    if image.mode.startswith("I;16"):
+        return image.point(lambda v: v / 256).convert("L")
+    if image.mode not in ("I", "F"):
+        return image
+
+    pixels = np.asarray(image)
+    low = pixels.min()
+    high = pixels.max()
+    is_share = image.mode == "F" and low >= 0 and high <= 1         # False for nan
+    if not is_share:
+        raise ValueError(
+            f"its pixels are numbers in {low:g}..{high:g}; save it with 8 or 16 bits, or as "
+            "floats in 0..1"
+        )
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
 def load_grey(data: bytes, least_side: int | None = None) -> Image.Image:
@@ -154,6 +174,31 @@ def image_loader(channels: int) -> Callable[..., Image.Image]:
         "numbers, write a data set of your own (tinyldm/data/README.md)",
     )
     return LOADERS[channels]
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Return the (width, height) of an image file, as load_image gives it.
+
+    Only the header is read. Raises an error of Pillow for what is not an image.
+    """
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    return (height, width) if orientation(image) >= 5 else (width, height)
+
+
+def orientation(image: Image.Image) -> int:
+    """Return how EXIF data says that a stored image is turned, 1..8; 1 is upright."""
+    # Why not image.getexif: a PNG's decodes all pixels if there is no EXIF data.
+    exif = Image.Image.getexif(image)
+    return exif.get(EXIF_ORIENTATION, 1)
+
+
+def turned_like(label_map: Image.Image, data: bytes) -> Image.Image:
+    """Turn a label map as the EXIF data of an image file says that the image is."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    label_map = label_map.copy()
+    label_map.getexif()[EXIF_ORIENTATION] = orientation(image)
+    return ImageOps.exif_transpose(label_map)
 
 
 def load_map(data: bytes) -> Image.Image:

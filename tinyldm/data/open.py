@@ -31,7 +31,8 @@ def open_dataset(
     split: "train" or "held-out".
     size: (H, W) of the images, in pixels, or the side of square ones.
     channels: 1 for grey images, 3 for RGB, 4 for RGBA.
-    seed: of the built-in world, and of what images lack (degrade.py).
+    seed: of the built-in world, of what images lack (degrade.py), and of the choice
+        among several captions.
     n_shapes: the number of training images of the built-in world.
     resize, label_column: see Folder.
     flip: mirror training images in every second epoch.
@@ -50,7 +51,7 @@ def open_dataset(
         # NB: this world is not mirrored; as always, its second epoch has new images.
         data.flip = flip
     else:
-        data = Folder(path, size, split, resize, flip, label_column, channels)
+        data = Folder(path, size, split, resize, flip, label_column, channels, seed)
 
     require(
         degrade == "bicubic" or "small" not in fields or channels in (1, 3),

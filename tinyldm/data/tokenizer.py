@@ -31,6 +31,7 @@ CLIP_END = "<|endoftext|>"
 
 MAX_LETTERS = 9_999         # of a caption: many more than the M tokens that are read
 MAX_LEARNED_FROM = 100_000  # captions from which the pieces of words are learned
+MAX_WORD = 100              # letters; longer words are read in parts
 MAX_NAMED = 8               # words that a warning names
 
 
@@ -83,10 +84,21 @@ def single_letters(words: list[str]) -> list[str]:
 
 
 def wordpiece_tokenizer(pieces: dict[str, int]) -> Tokenizer:
-    """Return BERT's kind of tokenizer: lower case, words cut into longest pieces."""
+    """Return a tokenizer of BERT's kind: lower case, words cut into longest pieces.
+
+    Unlike BERT's own, it keeps accents and other marks, which change words: Bar and Bär,
+    ga and ka in Japanese, vowels in Hindi. Of two ways to encode a marked letter, it takes
+    the one with fewer characters (NFC). It reads letters without a space in parts of
+    MAX_WORD, where BERT's reads more than 100 as [UNK]. Why: some languages have no spaces.
+    """
     tokenizer = Tokenizer(models.WordPiece(pieces, unk_token=UNK))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    keep_marks = normalizers.BertNormalizer(strip_accents=False)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), keep_marks])
+
+    part_of_word = Regex(f".{{{MAX_WORD}}}")
+    cut_long_words = pre_tokenizers.Split(part_of_word, "isolated")
+    into_words = pre_tokenizers.BertPreTokenizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([into_words, cut_long_words])
     return tokenizer
 
 
@@ -231,8 +243,14 @@ def clip_tokenizer(file: Path) -> Tokenizer:
 
 
 def bert_tokenizer(file: Path) -> Tokenizer:
-    """Return BERT's tokenizer, of vocab.txt: a piece's id is the number of its line."""
-    tokenizer = wordpiece_tokenizer(models.WordPiece.read_file(str(file)))
+    """Return BERT's tokenizer, of vocab.txt: a piece's id is the number of its line.
+
+    It is uncased, so it strips accents, as in BERT's own training.
+    """
+    pieces = models.WordPiece.read_file(str(file))
+    tokenizer = Tokenizer(models.WordPiece(pieces, unk_token=UNK))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     add_ends(tokenizer, "[CLS]", "[SEP]")
     return tokenizer
 

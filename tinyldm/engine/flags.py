@@ -171,6 +171,12 @@ def open_data(
         )
 
 
+def print_found(data: ImageDataset) -> None:
+    """Print what was found at --data, and what was left out."""
+    for line in data.summary():
+        print(line)
+
+
 def add_feature_flags(parser: ArgumentParser) -> None:
     """Add the flags that say in whose features two sets of images are compared."""
     g = parser.add_argument_group("features of the metrics")

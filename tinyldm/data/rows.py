@@ -1,0 +1,325 @@
+"""What is known of each image of a set, from its metadata or from the files beside it.
+
+A row is a dict of what is known of one image, as the files say it:
+
+    file_name  its path from the folder on, with "/" between the parts
+    text       its caption, or a list of captions
+    label      its class
+    boxes      [[class, x0, y0, x1, y1], ...] in pixels
+    mask       the file name of its label map
+    where      the line or file that says so, for messages; only with boxes
+    split      "train" or "held-out", if folders say so
+
+README.md here describes what people may write.
+"""
+import json
+import math
+import os.path
+import re
+from collections import Counter
+from pathlib import PurePosixPath
+from typing import Any
+
+from tinyldm.data.text import text_lines
+from tinyldm.errors import require, trying
+
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"
+)
+
+# Folders at the top that have these names say which images are held out.
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "held-out",
+    "valid": "held-out",
+    "validation": "held-out",
+    "dev": "held-out",
+    "test": "held-out",
+    "testing": "held-out",
+}
+
+BOX_FORMAT = "boxes are [[class, x0, y0, x1, y1], ...] in pixels, from the top left"
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file is an image by its name."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def find_rows(files: Any, names: list[str]) -> list[dict[str, Any]]:
+    """Return one row per image, and note in files.left_out what is not used.
+
+    files: a Files; names: its files that are looked at.
+    A metadata.jsonl alone says what is in its folder. Elsewhere each image has a row.
+    Raises BadInput for what is wrong.
+    """
+    known_names = set(names)
+    rows = []
+    described: tuple[str, ...] = ()     # the folders that a metadata.jsonl describes
+    for name in metadata_files(names):
+        folder = name.removesuffix("metadata.jsonl")
+        if not folder.startswith(described):
+            described += (folder,)
+            rows += rows_from_metadata(files, folder, known_names)
+    others = [name for name in names if not name.startswith(described)]
+    rows += rows_from_files(files, others, known_names)
+
+    check_label_column(files, rows)
+    add_folders(files, rows)
+    count_left_out(files, names, rows)
+    return rows
+
+
+def metadata_files(names: list[str]) -> list[str]:
+    """Return the metadata files, those of outer folders first."""
+    found = []
+    for name in names:
+        if name == "metadata.jsonl" or name.endswith("/metadata.jsonl"):
+            found.append(name)
+    return sorted(found, key=lambda name: name.count("/"))
+
+
+# ---- from metadata.jsonl
+
+def rows_from_metadata(files: Any, folder: str, known_names: set[str]) -> list[dict]:
+    """Return one row per line of the metadata.jsonl of a folder."""
+    name = folder + "metadata.jsonl"
+    files.seen[files.container(name)] = files.state(name)
+    rows = []
+    for number, line in enumerate(text_lines(files.read_text(name)), 1):
+        if line.strip():
+            where = f"{files.path}: {name} line {number}"
+            rows.append(parse_row(line, {}, folder, known_names, where, files))
+    return rows
+
+
+def parse_row(
+    text: str, known: dict, folder: str, known_names: set[str], where: str, files: Any
+) -> dict[str, Any]:
+    """Return the row of an image from JSON about it.
+
+    known: what other files say of the image; it wins over the JSON. A null in the JSON
+    says nothing. folder: what file names in the JSON are relative to. Raises BadInput,
+    which begins with `where`, for what is wrong.
+    """
+    with trying(f"{where}: not JSON"):
+        said = json.loads(text)
+    require(isinstance(said, dict), f'{where}: needs an object with "file_name"')
+    files.columns.update(said)
+    said = {name: value for name, value in said.items() if value is not None}
+
+    row = dict(known)
+    for column in ("file_name", "mask"):
+        if column in said and column not in known:
+            file = said[column]
+            exists = isinstance(file, str) and folder + file in known_names
+            require(exists, f"{where}: {column} {file!r:.99} is not in the folder")
+            row[column] = folder + file
+    require("file_name" in row, f'{where}: needs an object with "file_name"')
+
+    # WebDataset calls a text "caption". The label column wins over "label".
+    caption = said.get("text", said.get("caption"))
+    label = said.get(files.label_column, said.get("label"))
+    if caption is not None:
+        check_caption(caption, where)
+        row.setdefault("text", caption)
+    if label is not None:
+        name = class_name(label, f"{where}: the label")
+        row.setdefault("label", name)
+    if "boxes" in said:
+        row["boxes"] = read_boxes(said["boxes"], where)
+        row["where"] = where
+    return row
+
+
+def check_caption(value: Any, where: str) -> None:
+    """Raise BadInput unless a caption is a string, or a list of one string or more."""
+    captions = value if isinstance(value, list) else [value]
+    are_strings = all(isinstance(caption, str) for caption in captions)
+    require(
+        captions and are_strings,
+        f"{where}: the caption {short(value)} is neither a string nor a list of strings",
+    )
+
+
+def class_name(value: Any, what: str) -> str:
+    """Return the name of a class: a string, or a whole number as text.
+
+    Raises BadInput, which begins with `what`, for anything else.
+    """
+    is_whole = isinstance(value, float) and value.is_integer()
+    if is_whole:
+        value = int(value)
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    require(
+        is_number or isinstance(value, str),
+        f"{what} {short(value)} is neither a string nor a whole number",
+    )
+    return str(value)
+
+
+def read_boxes(boxes: Any, where: str) -> list[list]:
+    """Return boxes as [[class, x0, y0, x1, y1], ...], the classes as text.
+
+    Raises BadInput for another format, as far as it can be seen without the image.
+    """
+    require(isinstance(boxes, list), f"{where}: {short(boxes)} is no list; {BOX_FORMAT}")
+    read = []
+    for box in boxes:
+        is_box = isinstance(box, list) and len(box) >= 5
+        require(is_box, f"{where}: {short(box)} is no box; {BOX_FORMAT}")
+        name = class_name(box[0], f"{where}: the class of a box,")
+        corners = box[1:5]
+        require(
+            all(map(is_finite, corners)),
+            f"{where}: {short(box)} has corners that are no numbers; {BOX_FORMAT}",
+        )
+        x0, y0, x1, y1 = corners
+        require(
+            x0 < x1 and y0 < y1,
+            f"{where}: {short(box)} ends before it begins (are these x, y, width, "
+            f"height?); {BOX_FORMAT}",
+        )
+        read.append([name, *corners])
+
+    # NB: a box of one pixel at the top left is refused, too.
+    largest = max((max(box[1:]) for box in read), default=math.inf)
+    require(
+        largest > 1,
+        f"{where}: {short(boxes)} lie in 0..1 (are these shares of the image?); "
+        f"{BOX_FORMAT}",
+    )
+    return read
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a value is a finite number; True and False are none."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) < 1e9
+
+
+def short(value: Any) -> str:
+    """Return a value as JSON writes it, cut to a readable length."""
+    return json.dumps(value, ensure_ascii=False)[:80]
+
+
+# ---- from the files beside images
+
+def rows_from_files(
+    files: Any, names: list[str], known_names: set[str]
+) -> list[dict[str, Any]]:
+    """Return one row per image, with what the files of the same name say.
+
+    They are NAME.txt and NAME.cls and, in a .tar as in WebDataset, NAME.json.
+    """
+    rows = []
+    for name in names:
+        if not is_image(name):
+            continue
+
+        row = {"file_name": name}
+        key = name[:name.rindex(".") + 1]
+        if key + "txt" in known_names:
+            row["text"] = files.read_text(key + "txt").strip()
+        if key + "cls" in known_names:
+            row["label"] = files.read_text(key + "cls").strip()
+        if name in files.places and key + "json" in known_names:
+            where = f"{files.path}: {key}json"
+            folder = name[:name.rindex("/") + 1]
+            text = files.read_text(key + "json")
+            row = parse_row(text, row, folder, known_names, where, files)
+        rows.append(row)
+
+    # A label map is no image of its own.
+    maps = {row["mask"] for row in rows if "mask" in row}
+    return [row for row in rows if row["file_name"] not in maps]
+
+
+def check_label_column(files: Any, rows: list[dict]) -> None:
+    """Raise BadInput if the label column is not the default, and no image has it."""
+    column = files.label_column
+    columns = ", ".join(sorted(files.columns)) or "none, as there is no metadata"
+    require(
+        column == "label" or column in files.columns,
+        f"{files.path}: no image has the label column {column!r}; there are: {columns}",
+    )
+
+
+# ---- what folders say
+
+def add_folders(files: Any, rows: list[dict]) -> None:
+    """Add to each row what its folder says: its split, and a class if none has one.
+
+    Folders around all images say nothing, and neither does the name of a .tar.
+    """
+    places = within_tars(files, [row["file_name"] for row in rows])
+    around_all = common_folder(places)
+    folders = []
+    for place in places:
+        folder = place.removeprefix(around_all).rpartition("/")[0]
+        folders.append(folder)
+
+    # Folders like train/ and val/, if there are no others at the top.
+    tops = {folder.partition("/")[0] for folder in folders} - {""}
+    if tops and all(top.lower() in SPLITS for top in tops):
+        for i, row in enumerate(rows):
+            top, _, folders[i] = folders[i].partition("/")
+            if top:
+                row["split"] = SPLITS[top.lower()]
+
+    if not any("label" in row for row in rows):
+        for row, folder in zip(rows, folders):
+            if folder:
+                row["label"] = folder
+
+
+def within_tars(files: Any, names: list[str]) -> list[str]:
+    """Return the path of each file within its .tar, or within the set if there is none.
+
+    The folder of a numbered shard that has the shard's own name is left out, too.
+    """
+    # What a name begins with: {tar: (the tar's name, the folder of that name)}.
+    beginnings = {}
+    for tar in {files.places[name][0] for name in names if name in files.places}:
+        shard = PurePosixPath(tar).stem
+        own_folder = shard + "/" if re.search(r"\d$", shard) else ""
+        beginnings[tar] = (tar + "/", own_folder)
+
+    inner = []
+    for name in names:
+        if name in files.places:
+            of_tar, own_folder = beginnings[files.places[name][0]]
+            name = name.removeprefix(of_tar).removeprefix(own_folder)
+        inner.append(name)
+    return inner
+
+
+def common_folder(names: list[str]) -> str:
+    """Return the folder that all files are in, with a "/" at its end, or ""."""
+    common = os.path.commonprefix([min(names, default=""), max(names, default="")])
+    return common[:common.rfind("/") + 1]
+
+
+# ---- what is left out
+
+def count_left_out(files: Any, names: list[str], rows: list[dict]) -> None:
+    """Count the files that are neither an image of the set nor belong to one."""
+    used = {row["file_name"] for row in rows} | {row.get("mask") for row in rows}
+    stems = {name[:name.rindex(".")] for name in used if name}
+    counts: Counter[str] = Counter()
+    for name in names:
+        if name in used or name.endswith("metadata.jsonl"):
+            continue
+        stem, dot, suffix = name.rpartition(".")
+        in_tar = name in files.places
+        belongs = suffix in ("txt", "cls") or (suffix == "json" and in_tar)
+        if belongs and stem in stems:
+            continue
+        if is_image(name):
+            counts["images that metadata.jsonl does not name"] += 1
+        elif dot and "/" not in suffix:
+            counts[f".{suffix.lower()}"] += 1
+        else:
+            counts["without a suffix"] += 1
+    files.left_out.update(counts)
