@@ -95,6 +95,7 @@ class Files:
 
         with trying(f"{self.path}: cannot be read"):
             rows = self._find_rows()
+        self.left_out = +self.left_out          # without what there is none of
 
         # From now on, only images and what belongs to them are read.
         used = {row["file_name"] for row in rows} | {row.get("mask") for row in rows}

@@ -196,8 +196,8 @@ class Folder(ImageDataset):
 
     def _left_out(self) -> str:
         """Return what was left out, with counts, the most frequent first."""
-        counts = +self.files.left_out           # without those that are 0
-        found = [f"{n:,} {what}" for what, n in counts.most_common(MOST_NAMED)]
+        counts = self.files.left_out.most_common(MOST_NAMED)
+        found = [f"{n:,} {what}" for what, n in counts]
         return ", ".join(found)
 
     def _found_nothing(self) -> str:
