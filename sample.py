@@ -98,7 +98,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                    help="sampling steps (from 1) to show; default: all for --attention, 8 spread "
                         "evenly for --trajectory")
     args = parser.parse_args(argv)
-    check_ranges(args)
+    check_ranges(vars(args))
     return args
 
 

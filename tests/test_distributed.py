@@ -263,13 +263,17 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def images_in(folder):
+    return {name: data for name, data in files(folder).items() if name.endswith(".png")}
+
+
 def test_two_processes_write_the_bytes_of_one(alone, together):
-    """Each process samples its own batches; only the main one reports."""
+    """Each process samples its own batches; only the main one reports, and writes settings."""
     folder, said = together
-    images = files(alone / "images")
+    assert files(folder / "images") == files(alone / "images")
+    images = images_in(alone / "images")
     assert sorted(images) == [f"{i:06d}.png" for i in range(N_IMAGES)]
     assert len(set(images.values())) == N_IMAGES
-    assert files(folder / "images") == images
 
     main, other = said["images"]
     assert main["output"].count(f"{N_IMAGES} image(s)") == 1
@@ -279,8 +283,8 @@ def test_two_processes_write_the_bytes_of_one(alone, together):
 def test_resume_samples_the_batches_that_lack_an_image(alone, together):
     """Batches are of two images: 4 and 5 are sampled anew, all else stays as it was."""
     folder, _ = together
-    images = files(alone / "images")
-    assert files(folder / "resumed images") == images | {"000001.png": b"as it was"}
+    images = images_in(alone / "images")
+    assert images_in(folder / "resumed images") == images | {"000001.png": b"as it was"}
 
 
 def test_two_processes_cannot_share_a_grid(together):

@@ -2,7 +2,6 @@
 import argparse
 import importlib
 import math
-from argparse import Namespace
 
 import pytest
 from conftest import TINY_AE, TINY_LDM
@@ -88,9 +87,9 @@ def test_a_number_outside_its_range_is_one_line_before_anything_is_opened(progra
 
 @pytest.mark.parametrize("name", ASCENDING)
 def test_the_ends_of_a_range_are_in_order(name):
-    check_ranges(Namespace(**{name: [0.1, 0.1]}))
+    check_ranges({name: [0.1, 0.1]})
     with pytest.raises(BadInput, match="the first must not be above the second"):
-        check_ranges(Namespace(**{name: [0.2, 0.1]}))
+        check_ranges({name: [0.2, 0.1]})
 
 
 def test_a_range_holds_its_closed_ends_and_says_so():

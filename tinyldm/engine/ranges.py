@@ -4,7 +4,6 @@ A key is a flag's name, with underscores. A flag that takes several numbers has 
 for all of them, or a tuple of ranges, one for each.
 """
 import math
-from argparse import Namespace
 from dataclasses import dataclass
 
 from tinyldm.errors import require
@@ -121,9 +120,12 @@ RANGES: dict[str, Range | tuple[Range, ...]] = {
 ASCENDING = ("beta_range", "snr_clamp")
 
 
-def check_ranges(args: Namespace) -> None:
-    """Raise BadInput that names the flag and its range, if a number is out of its range."""
-    for name, value in vars(args).items():
+def check_ranges(values: dict[str, object]) -> None:
+    """Raise BadInput that names the flag and its range, if a number is out of its range.
+
+    values: by flag; what is no number, or a tuple of numbers, is left alone.
+    """
+    for name, value in values.items():
         numbers = numbers_of(value)
         if not numbers:
             continue

@@ -53,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     group.add_argument("--workers", type=int, default=0,
                        help="processes that load images")
     args = parser.parse_args(argv)
-    check_ranges(args)
+    check_ranges(vars(args))
     return args
 
 
