@@ -130,6 +130,7 @@ def together(out, alone, stage_two, sampling):
     folder = out / "together"
     folder.mkdir()
     sampled_in_part(alone / "images", folder / "resumed images")
+    shutil.copytree(alone / "images", folder / "other images")
 
     without_evaluation = [*stage_two, "--eval-n", 0]
     commands = {
@@ -141,6 +142,7 @@ def together(out, alone, stage_two, sampling):
         "stops": without_evaluation,
         "images": sampling,
         "resumed images": [*sampling, "--resume"],
+        "other images": [*sampling, "--seed", 5],
         "grid.png": sampling,
     }
     return folder, run_in_two_processes(commands, folder, nan_at={"skips": 3, "stops": 3})
@@ -285,6 +287,14 @@ def test_resume_samples_the_batches_that_lack_an_image(alone, together):
     folder, _ = together
     images = images_in(alone / "images")
     assert images_in(folder / "resumed images") == images | {"000001.png": b"as it was"}
+
+
+def test_two_processes_refuse_a_folder_of_other_settings(alone, together):
+    """Both say so, and neither waits for the other."""
+    folder, said = together
+    assert files(folder / "other images") == files(alone / "images")
+    for result in said["other images"]:
+        assert "its images have seed = 0, now it is 5" in result["error"]
 
 
 def test_two_processes_cannot_share_a_grid(together):

@@ -315,6 +315,11 @@ def warnings_kept(monkeypatch):
         "error: CUDA out of memory. Tried to allocate 3 GiB. Try a smaller --batch or "
         "--micro-batch, or --ckpt-grad",
     ),
+    (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 99 bytes."),
+        "error: DefaultCPUAllocator: can't allocate memory: 99 bytes. Try a smaller --batch or "
+        "--micro-batch, or --ckpt-grad",
+    ),
 ])
 def test_an_expected_error_is_one_line_and_exit_code_2(capsys, warnings_kept, error, line):
     def main(args):

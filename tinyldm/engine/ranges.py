@@ -82,7 +82,7 @@ RANGES: dict[str, Range | tuple[Range, ...]] = {
     "n_head": WIDTH,
     "d_ctx": WIDTH,
     "depth": LAYERS,
-    "vocab_size": Range(2, 10 ** 9),    # a token, and the one that stands for nothing
+    "vocab_size": Range(2, 10 ** 6),    # a token, and the one that stands for nothing
     "n_token": WIDTH,
     "text_depth": LAYERS,
     "text_heads": WIDTH,
