@@ -86,7 +86,7 @@ def test_the_same_settings_write_the_same_folder_again(sampled, tmp_path):
 
 # Flags that change the images, and what the message says of them.
 OTHER_SETTINGS = [
-    (["a cross"], f"conditions = {{'caption': ['{PROMPT}']}}, now it is {{'caption': ['a cross']}}"),
+    (["a cross"], "conditions = {'caption': ['a red circle']}, now it is {'caption': ['a cross']}"),
     ([PROMPT, "--n", 3], "n = 2, now it is 3; n_each = 2, now it is 3"),
     ([PROMPT, "--steps", 3], "steps = 2, now it is 3"),
     ([PROMPT, "--sampler", "ddpm"], "sampler = ddim, now it is ddpm"),
