@@ -7,9 +7,9 @@
     python sample.py --official sd-v1-4.ckpt --vocab clip/ --scale 7.5 "a photo of a red house"
     torchrun --nproc-per-node 8 -- sample.py --n 50000 --out out/samples ...    # shared by 8
 
-It writes one grid, with a row per prompt, or a folder of images, batch by batch. Image i has the
-noise of (seed, i): its bits are the same in batches of one size, in any number of processes; in
-batches of another size it differs by 1e-5 or so.
+It writes one grid, with a row per prompt, or a folder of images, batch by batch, and settings.json,
+which says how they were made. Image i has the noise of (seed, i): its bits are the same in batches
+of one size, in any number of processes; in batches of another size it differs by 1e-5 or so.
 """
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
@@ -22,12 +22,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tinyldm
-from tinyldm.data.images import LOADERS, size_text, to_image
+from tinyldm.data.images import LOADERS, size_text
+from tinyldm.data.text import decode_text, text_lines
 from tinyldm.engine import flags, presets
-from tinyldm.engine.checkpoint import atomic_write
 from tinyldm.engine.command import run
 from tinyldm.engine.open import is_ours, open_model
+from tinyldm.engine.output import (
+    WRITTEN,
+    image_paths,
+    is_image_file,
+    prepare_folder,
+    save_images,
+    settings_of,
+)
 from tinyldm.engine.processes import Machine, setup
+from tinyldm.engine.ranges import check_ranges
 from tinyldm.engine.request import DECODERS, IMAGES, Given, Request, read_request
 from tinyldm.errors import naming, require, trying
 from tinyldm.model import LatentDiffusion
@@ -73,20 +82,24 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
     g = parser.add_argument_group("what is written")
     g.add_argument("--out", type=Path, default=Path("out/samples.png"),
-                   help="a grid if it ends in .png, else a folder of images")
+                   help="a grid if it ends in .png, .jpg or .webp, else a folder of images")
     g.add_argument("--resume", action="store_true",
                    help="sample only the batches that the folder does not have yet")
+    g.add_argument("--replace", action="store_true",
+                   help="remove the numbered images that the folder has, whatever made them")
     g.add_argument("--score", action="store_true",
                    help="print how well the images follow their conditions (the built-in world, "
                         "or superres with the true image)")
     g.add_argument("--attention", type=Path,
-                   help="save FILE.png: where the U-Net looked for each word")
+                   help="save this image file: where the U-Net looked for each word")
     g.add_argument("--trajectory", type=Path,
-                   help="save FILE.png: z_0 as predicted along the way")
+                   help="save this image file: z_0 as predicted along the way")
     g.add_argument("--at", type=int, nargs="+",
                    help="sampling steps (from 1) to show; default: all for --attention, 8 spread "
                         "evenly for --trajectory")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_ranges(vars(args))
+    return args
 
 
 def add_condition_flags(parser: ArgumentParser) -> None:
@@ -133,26 +146,20 @@ def check_condition_flags(args: Namespace, model: LatentDiffusion) -> None:
         )
 
 
-def check_numbers(args: Namespace) -> None:
-    """Raise BadInput for numbers out of range, and for flags that need another one."""
-    ranges = {
-        "n": (1, 1e9),
-        "batch": (1, 1e9),
-        "seed": (0, 1e18),
-        "to_seed": (0, 1e18),
-        "eta": (0, 1),
-        "strength": (1e-6, 1),
-        "scale": (-1e6, 1e6),
-    }
-    for name, (low, high) in ranges.items():
-        value = getattr(args, name)
-        flag = name.replace("_", "-")
-        require(
-            value is None or low <= value <= high,
-            f"--{flag} {value}: must be in {low:g}..{high:g}",
-        )
+def check_combinations(args: Namespace) -> None:
+    """Raise BadInput for flags that need another one, and for odd names of files to write."""
     require(args.init or args.strength is None, "--strength: only with --init")
     require(args.attention or args.trajectory or not args.at, "--at: for --attention, --trajectory")
+    with naming("--out"):
+        is_grid = is_image_file(args.out)
+    require(not args.replace or not is_grid, "--replace: for a folder as --out only")
+    require(not args.replace or not args.resume, "--replace, --resume: only one of them")
+
+    for name in ("attention", "trajectory"):
+        path = getattr(args, name)
+        if path is not None:
+            with naming(f"--{name}"):
+                require(is_image_file(path), f"{path}: must end in {', '.join(WRITTEN)}")
 
 
 def check_sampling(args: Namespace, model: LatentDiffusion) -> None:
@@ -172,7 +179,7 @@ def check_sampling(args: Namespace, model: LatentDiffusion) -> None:
         require(is_released or getattr(args, name) is None, f"--{name}: only with a released model")
     channels = model.config.autoencoder.c_x
     require(
-        args.out.suffix == ".png" or channels in LOADERS,
+        is_image_file(args.out) or channels in LOADERS,
         f"--out {args.out}: image files have 1, 3 or 4 channels, the model's images {channels}; "
         "give the name of a .png for a grid",
     )
@@ -203,7 +210,7 @@ def given_conditions(args: Namespace) -> Given:
     prompts = list(args.prompt)
     if args.prompts:
         with trying(f"--prompts {args.prompts}: cannot be read"):
-            prompts += args.prompts.read_bytes().decode().splitlines()
+            prompts += text_lines(decode_text(args.prompts.read_bytes()))
     kinds = [*DECODERS, *IMAGES]
     files = {kind: getattr(args, kind) for kind in kinds if getattr(args, kind)}
     return Given(prompts, args.label, files)
@@ -230,13 +237,10 @@ def check_request(args: Namespace, model: LatentDiffusion, request: Request) -> 
 
 
 def make_folders(args: Namespace) -> None:
-    """Make the folders of everything that will be written. Raises BadInput for odd names."""
-    for out in (args.out, args.attention, args.trajectory):
-        if out is None:
-            continue
-        require(out is args.out or out.suffix == ".png", f"{out}: it must end in .png")
-        folder = out.parent if out.suffix == ".png" else out
-        folder.mkdir(parents=True, exist_ok=True)
+    """Make the folders of the files that will be written."""
+    for path in (args.out, args.attention, args.trajectory):
+        if path is not None and is_image_file(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
 
 
 # ---- sampling
@@ -268,6 +272,32 @@ def plan_steps(args: Namespace, model: LatentDiffusion) -> Steps:
     return Steps(asked_for, n, sampler.first_calls(n), n_calls)
 
 
+def settings(
+    args: Namespace, model: LatentDiffusion, request: Request, steps: Steps, machine: Machine
+) -> dict:
+    """Return all that decides the images, for the folder that they are written to.
+
+    --batch is left out: it changes an image by rounding only.
+    """
+    data = args.data or model.run.get("data")
+    strength = args.strength or DEFAULT_STRENGTH
+    scale = model.guidance_scale if args.scale is None else args.scale
+    return settings_of(
+        model,
+        request,
+        data=str(data) if request.is_held_out else None,
+        sampler=args.sampler,
+        steps=steps.asked_for,
+        timesteps=args.timesteps,
+        eta=args.eta,
+        scale=scale,
+        strength=strength if args.init else None,
+        seed=args.seed,
+        to_seed=args.to_seed,
+        dtype="bf16" if machine.bf16 else "fp32",
+    )
+
+
 def strip_noise(
     seed: int, to_seed: int, first: int, n: int, n_each: int, shape: tuple[int, ...]
 ) -> Tensor:
@@ -290,21 +320,9 @@ def batches_to_sample(args: Namespace, n: int, machine: Machine) -> list[int]:
     return [i for i in starts if not all_exist(image_paths(args.out, i, min(i + args.batch, n)))]
 
 
-def image_paths(folder: Path, first: int, last: int) -> list[Path]:
-    """Return the files of images first, first + 1, ..., last - 1."""
-    return [folder / f"{i:06d}.png" for i in range(first, last)]
-
-
 def all_exist(paths: Sequence[Path]) -> bool:
     """Return whether all of the files exist."""
     return all(path.exists() for path in paths)
-
-
-def save_images(images: Tensor, paths: Sequence[Path]) -> None:
-    """Save each image as a file of its own."""
-    for x, path in zip(images, paths):
-        with atomic_write(path) as file:
-            to_image(x).save(file, "PNG")
 
 
 @torch.no_grad()
@@ -320,6 +338,7 @@ def save_trajectory(
 
 def main(args: Namespace) -> None:
     # Open the model. Only one process prints.
+    check_combinations(args)
     machine = setup(args.device, args.dtype)
     if not machine.main:
         sys.stdout = None
@@ -337,7 +356,6 @@ def main(args: Namespace) -> None:
 
     # What to sample, in how many steps; whether the images must stay in memory.
     check_condition_flags(args, model)
-    check_numbers(args)
     check_sampling(args, model)
     size = image_size(args, model)
     n_images = 8 if args.to_seed is not None and args.n is None else args.n
@@ -346,7 +364,7 @@ def main(args: Namespace) -> None:
     if request.is_held_out:
         flags.print_found(request.conditions.dataset)
     steps = plan_steps(args, model)
-    is_grid = args.out.suffix == ".png"
+    is_grid = is_image_file(args.out)
     keep_images = is_grid or args.score or args.attention or args.trajectory
     require(
         not keep_images or (machine.world == 1 and not args.resume),
@@ -354,6 +372,10 @@ def main(args: Namespace) -> None:
         "--trajectory",
     )
     make_folders(args)
+    if not is_grid:
+        with naming("--out"):
+            made_with = settings(args, model, request, steps, machine)
+            prepare_folder(args.out, made_with, replace=args.replace, main=machine.main)
 
     # What is watched on the way: each call of the U-Net, attention, the predicted z_0.
     n = len(request)

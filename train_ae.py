@@ -77,12 +77,14 @@ def autoencoder_config(args: Namespace) -> AEConfig:
         values["n_codes"] = None
     elif args.n_codes is None:
         values["n_codes"] = 256
-    require(values["n_codes"] != 0, "--n-codes 0: a codebook has at least one code")
-    cfg = AEConfig(c_x=args.channels or 3, side=min(args.size), **values)
+    with naming("--ch, --ch-mult, --groups"):
+        cfg = AEConfig(c_x=args.channels or 3, side=min(args.size), **values)
     require(
         all(side % cfg.f == 0 for side in args.size),
         f"--size {size_text(args.size)} is not divisible by f = {cfg.f}, which --ch-mult sets",
     )
+    with naming("--attn-res"):
+        cfg.check_attention()
     return cfg
 
 

@@ -115,9 +115,19 @@ def dry_run_of_preset(args: Namespace) -> None:
     flags.print_dry_run(args, model.unet, model.tau)
 
 
+def check_shapes(args: Namespace) -> None:
+    """Raise BadInput for widths of which there is no U-Net, and for a schedule that is none."""
+    with naming("--ch, --ch-mult, --groups, --n-head, --d-head"):
+        UNetConfig(**flags.config_values(UNetConfig, vars(args)))
+    with naming("--T, --beta-range"):
+        DiffusionConfig(**flags.config_values(DiffusionConfig, vars(args))).abar()
+
+
 def check_size(args: Namespace, ae: Autoencoder | Pixels, task: type[Task]) -> None:
     """Raise BadInput if the images do not fit stage one, the U-Net or the task."""
-    factor = UNetConfig(**flags.config_values(UNetConfig, vars(args))).factor
+    values = flags.config_values(UNetConfig, vars(args))
+    shape = UNetConfig(side=min(args.size) // ae.cfg.f, **values)
+    factor = shape.factor
     multiple = ae.cfg.f * factor
     require(
         all(side % multiple == 0 for side in args.size),
@@ -129,6 +139,8 @@ def check_size(args: Namespace, ae: Autoencoder | Pixels, task: type[Task]) -> N
         f"--size {size_text(args.size)}: --task {args.task} needs multiples of "
         f"{task.size_multiple}",
     )
+    with naming("--attn-res, --d-head"):
+        shape.check_attention()
 
 
 def build(
@@ -136,10 +148,6 @@ def build(
 ) -> LatentDiffusion:
     """Build the model that the flags and the data set describe, with random weights."""
     task = TASKS[args.task]
-    require(args.n_head or args.d_head, "--d-head or --n-head: one of them is needed")
-    require(args.ch_mult, "--ch-mult: needs at least one level")
-    check_size(args, ae, task)
-
     with naming(f"--task {args.task}"):
         decided = task.decide(vars(args), data, held_out)
     values = vars(args) | decided
@@ -414,6 +422,7 @@ def sample_all(model: LatentDiffusion, items: list[dict]) -> Tensor:
 
 def main(args: Namespace) -> None:
     # Set-up: the processes, the frozen stage one, the data, the networks.
+    check_shapes(args)
     if args.dry_run and not args.data:
         dry_run_of_preset(args)
         return
@@ -426,6 +435,7 @@ def main(args: Namespace) -> None:
     )
     with naming("--ae"):
         ae = open_stage_one(args.ae, args.channels).to(device, memory_format=torch.channels_last)
+    check_size(args, ae, TASKS[args.task])
     what_items_have = {
         "fields": TASKS[args.task].fields,
         "label_column": args.label_column,

@@ -160,7 +160,7 @@ def test_two_unreadable_checkpoints_are_one_line(finished, tmp_path, cli):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--size", 4], "--size: must be at least 16"),
+    (["--size", 4], "--size 4: must be at least 16"),
     (["--size", 16, "--disc-layers", 3], "--disc-layers 3 are too many"),
 ])
 def test_too_small_images_are_one_line_at_the_start(tmp_path, cli, flags, message):

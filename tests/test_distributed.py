@@ -130,6 +130,7 @@ def together(out, alone, stage_two, sampling):
     folder = out / "together"
     folder.mkdir()
     sampled_in_part(alone / "images", folder / "resumed images")
+    shutil.copytree(alone / "images", folder / "other images")
 
     without_evaluation = [*stage_two, "--eval-n", 0]
     commands = {
@@ -141,6 +142,7 @@ def together(out, alone, stage_two, sampling):
         "stops": without_evaluation,
         "images": sampling,
         "resumed images": [*sampling, "--resume"],
+        "other images": [*sampling, "--seed", 5],
         "grid.png": sampling,
     }
     return folder, run_in_two_processes(commands, folder, nan_at={"skips": 3, "stops": 3})
@@ -263,13 +265,17 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def images_in(folder):
+    return {name: data for name, data in files(folder).items() if name.endswith(".png")}
+
+
 def test_two_processes_write_the_bytes_of_one(alone, together):
-    """Each process samples its own batches; only the main one reports."""
+    """Each process samples its own batches; only the main one reports, and writes settings."""
     folder, said = together
-    images = files(alone / "images")
+    assert files(folder / "images") == files(alone / "images")
+    images = images_in(alone / "images")
     assert sorted(images) == [f"{i:06d}.png" for i in range(N_IMAGES)]
     assert len(set(images.values())) == N_IMAGES
-    assert files(folder / "images") == images
 
     main, other = said["images"]
     assert main["output"].count(f"{N_IMAGES} image(s)") == 1
@@ -279,8 +285,16 @@ def test_two_processes_write_the_bytes_of_one(alone, together):
 def test_resume_samples_the_batches_that_lack_an_image(alone, together):
     """Batches are of two images: 4 and 5 are sampled anew, all else stays as it was."""
     folder, _ = together
-    images = files(alone / "images")
-    assert files(folder / "resumed images") == images | {"000001.png": b"as it was"}
+    images = images_in(alone / "images")
+    assert images_in(folder / "resumed images") == images | {"000001.png": b"as it was"}
+
+
+def test_two_processes_refuse_a_folder_of_other_settings(alone, together):
+    """Both say so, and neither waits for the other."""
+    folder, said = together
+    assert files(folder / "other images") == files(alone / "images")
+    for result in said["other images"]:
+        assert "its images have seed = 0, now it is 5" in result["error"]
 
 
 def test_two_processes_cannot_share_a_grid(together):

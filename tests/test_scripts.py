@@ -190,7 +190,7 @@ def test_the_same_seed_gives_the_same_image_whatever_the_batch(trained, tmp_path
     cli(*command, "--out", tmp_path / "alone", "--batch", 1)
     cli(*command, "--out", tmp_path / "other", "--seed", 1)
 
-    files = [path.name for path in (tmp_path / "together").iterdir()]
+    files = [path.name for path in (tmp_path / "together").glob("*.png")]
     assert len(files) == 4
     for file in files:
         image = pixels(tmp_path / "together" / file)

@@ -12,9 +12,13 @@ LayerNorm; so does this file.
 NB: Sec. 3.3 prints W_Q with tau's width and W_V with the U-Net's. It is the other way
 round: queries come from the U-Net, keys and values from tau.
 """
+import warnings
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinyldm.errors import require
 from tinyldm.layers import zero_
 
 
@@ -150,6 +154,24 @@ class SpatialTransformer(nn.Module):
         h = tokens.transpose(1, 2)                          # (B, D, N)
         h = h.unflatten(2, x.shape[2:])                     # (B, D, H, W)
         return x + self.proj_out(h)                         # (B, C, H, W)
+
+
+def check_attended_sides(attn_res: Sequence[int], side: int, n_levels: int) -> None:
+    """Raise BadInput if no level has feature maps of one of the sides attn_res.
+
+    Warns of the sides that no level has, if others are there. `side` is that of level 0.
+    """
+    sides = [side // 2 ** level for level in range(n_levels)]
+    missing = [r for r in attn_res if r not in sides]
+    message = f"attn_res {listed(missing)}: the levels' feature maps have sides {listed(sides)}"
+    require(not missing or len(missing) < len(attn_res), message)
+    if missing:
+        warnings.warn(message, stacklevel=3)
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """Return numbers as text, such as 32, 16, 8."""
+    return ", ".join(str(number) for number in numbers)
 
 
 class SelfAttention2d(nn.Module):

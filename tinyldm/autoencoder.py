@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tinyldm.attention import SelfAttention2d
+from tinyldm.attention import SelfAttention2d, check_attended_sides
 from tinyldm.config import option
-from tinyldm.layers import Downsample, ResBlock, Upsample
+from tinyldm.layers import Downsample, ResBlock, Upsample, check_widths
 from tinyldm.quantize import Codebook, Quantised
 
 
@@ -21,6 +21,7 @@ class AEConfig:
     """The shape of E, D and the latent space; for Table 8's, see engine/presets.py.
 
     A level is all that has the same resolution; level 0 is full resolution.
+    Raises BadInput for widths of which no network can be built.
     """
 
     c_x: int = 3                    # channels of the images; the data set decides it
@@ -42,6 +43,13 @@ class AEConfig:
 
     n_codes: int | None = option(None, "number of codes of a VQ model; without it, KL")
     c_e: int | None = None          # channels at E's end and D's start; None: c_z
+
+    def __post_init__(self) -> None:
+        check_widths(self.ch, self.ch_mult, self.groups)
+
+    def check_attention(self) -> None:
+        """Raise BadInput if no level has feature maps of one of the sides attn_res."""
+        check_attended_sides(self.attn_res, self.side, len(self.ch_mult))
 
     @property
     def f(self) -> int:

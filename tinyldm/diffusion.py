@@ -21,6 +21,8 @@ from torch import Tensor
 from tinyldm.config import option
 from tinyldm.errors import require
 
+LEAST_ABAR = 1e-30      # of a schedule; the paper's ends at 1e-4
+
 # ---- noise schedules
 
 
@@ -205,9 +207,17 @@ class DiffusionConfig:
         )
 
     def abar(self) -> Tensor:
-        """Return abar_t for all t, (T,) float64."""
+        """Return abar_t for all t, (T,) float64.
+
+        Raises BadInput if so little signal is left at the end that float32 loses it.
+        """
         betas = SCHEDULES[self.schedule].betas(self.T, *self.beta_range)
-        return cumulative(betas)
+        abar = cumulative(betas)
+        require(
+            abar[-1] > LEAST_ABAR,
+            f"T {self.T}: abar falls to {abar[-1]:.0e}; take fewer timesteps or a lower beta_range",
+        )
+        return abar
 
 
 # ---- training, Eq. (1)-(3)

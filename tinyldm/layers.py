@@ -7,10 +7,13 @@ Symbols: h features (B, C, H, W); t timesteps (B,); emb features of t (B, d_emb)
 """
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tinyldm.errors import require
 
 
 def zero_(module: nn.Module) -> nn.Module:
@@ -23,6 +26,18 @@ def zero_(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def check_widths(ch: int, ch_mult: Sequence[int], groups: int) -> None:
+    """Raise BadInput unless there is a level, and GroupNorm can divide its channels.
+
+    A level has a multiple of ch channels, so groups must divide ch.
+    """
+    require(len(ch_mult) > 0, "ch_mult is empty: a network has at least one level")
+    require(
+        groups > 0 and ch % groups == 0,
+        f"ch = {ch} is not divisible by groups = {groups}, the groups of GroupNorm",
+    )
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:

@@ -12,9 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tinyldm.attention import SelfAttention2d, SpatialTransformer
+from tinyldm.attention import SelfAttention2d, SpatialTransformer, check_attended_sides
 from tinyldm.config import option
-from tinyldm.layers import Downsample, ResBlock, Upsample, timestep_embedding, zero_
+from tinyldm.errors import require
+from tinyldm.layers import (
+    Downsample,
+    ResBlock,
+    Upsample,
+    check_widths,
+    timestep_embedding,
+    zero_,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,7 @@ class UNetConfig:
     """The shape of eps_theta; in brackets, the names in Tables 12-15.
 
     A level is all that has the same resolution; level 0 has the resolution of z_t.
+    Raises BadInput for widths of which no network can be built.
     """
 
     c_in: int = 3                   # channels of z_t and of a condition beside it
@@ -56,6 +65,37 @@ class UNetConfig:
     res_updown: bool = option(
         False, "resample inside ResBlocks, instead of by convolutions"
     )
+
+    def __post_init__(self) -> None:
+        check_widths(self.ch, self.ch_mult, self.groups)
+        require(self.n_head or self.d_head, "one of n_head and d_head is needed")
+        for c in self.attended_widths:
+            n_head = self.n_head or c // self.d_head
+            require(
+                n_head > 0 and c % n_head == 0,
+                f"{c} channels, which attend, cannot be divided into heads: "
+                f"n_head = {self.n_head}, d_head = {self.d_head}",
+            )
+
+    def check_attention(self) -> None:
+        """Raise BadInput if attention would not be as attn_res and d_head say.
+
+        Why not always: models have been trained with heads that are a little wider than
+        d_head, and at sides where few levels or none attend.
+        """
+        check_attended_sides(self.attn_res, self.side, len(self.ch_mult))
+        for c in self.attended_widths:
+            require(
+                self.n_head or c % self.d_head == 0,
+                f"d_head = {self.d_head} does not divide {c} channels, which attend",
+            )
+
+    @property
+    def attended_widths(self) -> list[int]:
+        """The channels of the levels that attend, and of the lowest, which does anyway."""
+        levels = range(len(self.ch_mult))
+        widths = [self.ch * self.ch_mult[level] for level in levels if self.attends(level)]
+        return [*widths, self.ch * self.ch_mult[-1]]
 
     @property
     def factor(self) -> int:

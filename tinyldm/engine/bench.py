@@ -23,13 +23,14 @@ from tqdm import tqdm
 
 from tinyldm.autoencoder import Autoencoder
 from tinyldm.conditioning import Context
+from tinyldm.data.images import size_text
 from tinyldm.data.loader import batch_order, load_batches
 from tinyldm.diffusion import SCHEDULES, cumulative
 from tinyldm.engine import flags, presets
 from tinyldm.engine.command import run
 from tinyldm.engine.processes import Machine, setup
 from tinyldm.engine.timing import TABLE_HEAD, Row, measure, product_rate
-from tinyldm.errors import require, trying
+from tinyldm.errors import naming, require, trying
 from tinyldm.guidance import guided
 from tinyldm.samplers import ddim, timesteps
 from tinyldm.unet import UNet
@@ -75,9 +76,15 @@ class Bench:
         defaults = presets.PAPER | presets.BERT | {"beta_range": (), "n_head": None}
         self.values = defaults | vars(args)
         self.ae_cfg = presets.ae_config(args.ae_preset, args.channels or 3)
-        config = presets.model_config(self.values, self.ae_cfg)
+        with naming("--ch"):
+            config = presets.model_config(self.values, self.ae_cfg)
         self.unet_cfg = config.unet
         self.size = config.size
+        multiple = self.ae_cfg.f * self.unet_cfg.factor
+        require(
+            all(side % multiple == 0 for side in self.size),
+            f"--size {size_text(self.size)}: must be a multiple of {multiple}",
+        )
         self.n_token = config.tau.get("n_token", 1)     # a class is one token
 
     def rows(self) -> Iterator[Row]:
@@ -303,6 +310,7 @@ def load_other(name: str) -> ModuleType:
 def main(args: Namespace) -> None:
     machine = setup(args.device, args.dtype)
     other = load_other(args.against) if args.against else None
+    bench = Bench(args, machine, other)
 
     n, highest_rate = product_rate(machine, args.runs)
     print(
@@ -311,7 +319,7 @@ def main(args: Namespace) -> None:
     )
 
     torch.manual_seed(args.seed)
-    rows = [row for row in Bench(args, machine, other).rows() if args.only in row.name]
+    rows = [row for row in bench.rows() if args.only in row.name]
     for row in tqdm(rows, leave=False):
         tqdm.write(measure(row, args.runs, machine.device, highest_rate))
 

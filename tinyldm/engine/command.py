@@ -28,8 +28,10 @@ def run(
     except OSError as error:
         name = error.filename or "output"
         message = f"{name}: cannot be written: {error.strerror or error}"
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0][:200]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or ["out of memory."])[0][:200]
         message = f"{reason} Try a smaller --batch or --micro-batch, or --ckpt-grad"
     except KeyboardInterrupt:
         sys.exit(130)
@@ -39,6 +41,15 @@ def run(
     # Here main's frame is gone, and with it its progress bar.
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that the memory of a GPU or of the machine is full.
+
+    NB: torch has a class of errors for the first only.
+    """
+    is_named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return is_named or "can't allocate memory" in str(error)
 
 
 def show_warning(message: Warning | str, *_: object) -> None:

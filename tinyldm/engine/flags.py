@@ -18,6 +18,7 @@ from torch import nn
 from tinyldm.data.dataset import ImageDataset
 from tinyldm.data.images import both_sides
 from tinyldm.data.open import open_dataset
+from tinyldm.engine.ranges import check_ranges
 from tinyldm.errors import BadInput, naming, require
 
 
@@ -38,7 +39,10 @@ def new_parser(doc: str) -> ArgumentParser:
 def parse(
     parser: ArgumentParser, presets: dict[str, dict], argv: Sequence[str] | None
 ) -> Namespace:
-    """Parse argv with the row of --preset as defaults, so that a given flag always wins."""
+    """Parse argv with the row of --preset as defaults, so that a given flag always wins.
+
+    Raises BadInput for a number that is out of its range.
+    """
     parser.add_argument(
         "--preset", type=str,
         default="toy",
@@ -51,6 +55,7 @@ def parse(
     parser.set_defaults(**presets[preset])
     args = parser.parse_args(argv)
     args.size = both_sides(args.size)       # one number in a preset's row
+    check_ranges(vars(args))
     return args
 
 
@@ -248,22 +253,15 @@ def check_training_flags(args: Namespace, world: int) -> int:
 
     Raises BadInput where flags do not fit together.
     """
-    for name in ("save_every", "eval_every", "log_every"):
-        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')}: must be at least 1")
-    require(min(args.size) >= 16, "--size: must be at least 16")
     require(
-        args.channels is None or args.channels >= 1,
-        f"--channels {args.channels}: must be at least 1",
-    )
-    require(
-        args.batch > 0 and args.batch % world == 0,
+        args.batch % world == 0,
         f"--batch {args.batch} cannot be shared evenly by {world} process(es)",
     )
 
     per_process = args.batch // world
     micro_batch = args.micro_batch or per_process
     require(
-        micro_batch > 0 and per_process % micro_batch == 0,
+        per_process % micro_batch == 0,
         f"--micro-batch {micro_batch} does not divide the {per_process} images of each process",
     )
     return per_process // micro_batch

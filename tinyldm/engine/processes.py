@@ -61,8 +61,15 @@ def setup(device: str, dtype: str) -> Machine:
                 torch.cuda.is_available(),
                 f"{device}: there is no CUDA here, or none in this torch; use --device cpu",
             )
+            n_devices = torch.cuda.device_count()
+            require(
+                (found.index or 0) < n_devices,
+                f"{found}: there are {n_devices} CUDA devices, and the first is cuda:0",
+            )
             torch.cuda.set_device(found)
             torch.set_float32_matmul_precision("high")
+        with trying(f"{device}: it cannot compute here; use auto, cpu or cuda"):
+            torch.ones((), device=found).item()
 
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
@@ -116,6 +123,12 @@ def from_main_process(value: int, device: torch.device) -> int:
     shared = torch.tensor(value, device=device)
     dist.broadcast(shared, 0)
     return int(shared)
+
+
+def wait_for_all() -> None:
+    """Return when all processes have come here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 # ---- DDP: every process holds all weights, and gradients are averaged

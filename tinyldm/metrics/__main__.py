@@ -19,6 +19,7 @@ from tinyldm.data.shapes import Shapes
 from tinyldm.engine.command import run
 from tinyldm.engine.flags import add_feature_flags, image_size, new_parser
 from tinyldm.engine.processes import setup
+from tinyldm.engine.ranges import check_ranges
 from tinyldm.engine.weights import open_perceptual
 from tinyldm.errors import naming, require
 from tinyldm.metrics.features import open_features
@@ -51,7 +52,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                        help="auto (CUDA if there is any), cpu or cuda")
     group.add_argument("--workers", type=int, default=0,
                        help="processes that load images")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_ranges(vars(args))
+    return args
 
 
 def main(args: Namespace) -> None:

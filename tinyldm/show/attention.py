@@ -20,6 +20,7 @@ from tinyldm.attention import Attention, TransformerBlock
 from tinyldm.conditioning import Context
 from tinyldm.data.images import NEAREST, as_rgb, to_image
 from tinyldm.diffusion import predict_z_0
+from tinyldm.show.grids import save_sheet
 
 TILE = 128                  # side of a tile of save_attention, in pixels
 HEADING = 16                # height of the word above a tile
@@ -127,7 +128,7 @@ def save_attention(
             sheet.paste(lit(sample, word_map), (column * TILE, y + HEADING))
             text = word_text(encodings[row], tokens)
             pen.text((column * TILE + 4, y + 2), text, "black")
-    sheet.save(path)
+    save_sheet(sheet, path)
 
 
 def words_of(encoding: Encoding, n_tokens: int) -> list[list[int]]:

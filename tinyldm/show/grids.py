@@ -1,4 +1,4 @@
-"""Grids of images as PNG files, and conditions as images to show above their samples.
+"""Grids of images as files, and conditions as images to show above their samples.
 
 Shapes: images (n, C, H, W) in [-1, 1], which are shown as RGB; a condition as an image
         (3, h, w) in [-1, 1].
@@ -12,14 +12,19 @@ from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 
 from tinyldm.data.images import NEAREST, as_rgb, to_image, to_tensor
+from tinyldm.errors import trying
 
 GAP = 4                     # width of the white lines between the images of a grid
 LEAST_WIDTH = 96            # smaller images are enlarged to this many pixels or more
+QUALITY = 95                # of files in JPEG or WebP; others keep every bit
 BACKGROUND = "gainsboro"    # a light grey, where a condition shows nothing
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
-    """Write images as one PNG, `columns` per row; small ones are enlarged."""
+    """Write images as one file, `columns` per row; small ones are enlarged.
+
+    Raises BadInput if the file cannot be written.
+    """
     h, w = images.shape[2:]
     factor = -(-LEAST_WIDTH // w)
     h = h * factor
@@ -32,7 +37,13 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
         row, column = divmod(i, columns)
         tile = to_image(as_rgb(x)).resize((w, h), NEAREST)
         sheet.paste(tile, (GAP + column * (w + GAP), GAP + row * (h + GAP)))
-    sheet.save(path)
+    save_sheet(sheet, path)
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Save an image in the format that its suffix says. Raises BadInput if that fails."""
+    with trying(f"cannot write {path}"):
+        sheet.save(path, quality=QUALITY)
 
 
 def save_samples(

@@ -1,0 +1,174 @@
+"""What sample.py writes: one file of all images, or a folder with a file for each.
+
+A folder keeps settings.json beside its images: all that decides what they show. Images of
+other settings, or of unknown ones, are never mixed with them.
+"""
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinyldm.data.images import to_image
+from tinyldm.engine.checkpoint import atomic_write, difference
+from tinyldm.engine.processes import wait_for_all
+from tinyldm.engine.request import Request
+from tinyldm.errors import require, trying
+from tinyldm.model import LatentDiffusion
+
+# Suffixes of files that are written, in any case, and of images that are not.
+WRITTEN = (".png", ".jpg", ".jpeg", ".webp")
+NOT_WRITTEN = (
+    ".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpe", ".pdf",
+    ".pgm", ".pnm", ".ppm", ".svg", ".tga", ".tif", ".tiff",
+)
+
+SETTINGS = "settings.json"
+KIND = "tinyldm samples"            # what settings.json says that it is
+NUMBERED = re.compile(r"\d{6,}\.png")
+
+
+# ---- names
+
+def is_image_file(path: Path) -> bool:
+    """Return whether a path to write to is one image file, by its suffix; else it is a folder.
+
+    Raises BadInput for the suffix of an image format that is not written, and for a folder
+    that has a file's name.
+    """
+    suffix = path.suffix.lower()
+    written = ", ".join(WRITTEN)
+    require(
+        suffix not in NOT_WRITTEN,
+        f"{path}: images are written as {written}; any name without such a suffix is a folder",
+    )
+    is_file = suffix in WRITTEN
+    require(not (is_file and path.is_dir()), f"{path}: is a folder, but its name is an image's")
+    return is_file
+
+
+def image_paths(folder: Path, first: int, last: int) -> list[Path]:
+    """Return the files of images first, first + 1, ..., last - 1."""
+    return [folder / f"{i:06d}.png" for i in range(first, last)]
+
+
+def save_images(images: Tensor, paths: Sequence[Path]) -> None:
+    """Save each image as a file of its own."""
+    for x, path in zip(images, paths):
+        with atomic_write(path) as file:
+            to_image(x).save(file, "PNG")
+
+
+# ---- settings
+
+def settings_of(model: LatentDiffusion, request: Request, **how: object) -> dict:
+    """Return all that decides what the images show, as JSON has it.
+
+    how: how they are sampled: sampler, steps, seed, ...
+    """
+    settings = {
+        "kind": KIND,
+        "model": digest_of_model(model),
+        "task": model.config.task,
+        "size": request.size,
+        "n": len(request),
+        "n_each": request.n_each,
+        "conditions": None if request.is_held_out else plain_conditions(request),
+        "shared": {name: plain(value) for name, value in request.shared.items()},
+    }
+    return json.loads(json.dumps(settings | how))
+
+
+def digest_of_model(model: LatentDiffusion) -> str:
+    """Return a hash of the weights that sample, and of the shapes and words around them."""
+    config = dataclasses.asdict(model.config)
+    digest = hashlib.sha256(repr(config).encode())
+    for net in (model.ae, model.unet, model.tau):
+        state = net.state_dict() if net is not None else {}
+        for name, weight in state.items():
+            digest.update(name.encode())
+            digest.update(bytes_of(weight))
+    return digest.hexdigest()[:16]
+
+
+def bytes_of(x: Tensor) -> memoryview:
+    """Return the bytes of a tensor's values."""
+    values = x.detach().cpu().contiguous().flatten()
+    return values.view(torch.uint8).numpy().data
+
+
+def plain_conditions(request: Request) -> dict[str, list]:
+    """Return the given conditions, by field."""
+    fields = request.conditions[0]
+    return {field: [plain(c[field]) for c in request.conditions] for field in fields}
+
+
+def plain(value: object) -> object:
+    """Return a condition's value as JSON has it: a hash in the place of a tensor."""
+    if isinstance(value, Tensor):
+        return hashlib.sha256(bytes_of(value)).hexdigest()[:16]
+    return value
+
+
+# ---- the folder
+
+def prepare_folder(folder: Path, settings: dict, *, replace: bool, main: bool) -> None:
+    """Make a folder ready for images of these settings, and write the settings into it.
+
+    replace: remove the numbered images that are there.
+    main: whether this process writes, or another one. All processes must call this.
+    Raises BadInput if there are images of other settings, or of unknown ones.
+    """
+    # All processes look before one of them writes, so that all find the same.
+    saved = read_settings(folder / SETTINGS)
+    if not replace and numbered_images(folder):
+        check_same(folder, saved, settings)
+    wait_for_all()
+
+    # Images go before the settings that they were made with.
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        if replace:
+            for path in numbered_images(folder):
+                path.unlink()
+        with atomic_write(folder / SETTINGS) as file:
+            file.write(json.dumps(settings, indent=1, ensure_ascii=False).encode())
+    wait_for_all()
+
+
+def check_same(folder: Path, saved: dict | None, settings: dict) -> None:
+    """Raise BadInput unless the images in a folder, of the saved settings, are of these."""
+    advice = "take another folder, or --replace them"
+    require(saved, f"{folder}: has numbered images, but no {SETTINGS} that says of what; {advice}")
+
+    changed = []
+    for name, new in settings.items():
+        old = saved.get(name)
+        if old != new:
+            changed.append(difference(name, old, new))
+    require(not changed, f"{folder}: its images have {'; '.join(changed)}; {advice}")
+
+
+def read_settings(path: Path) -> dict | None:
+    """Return what prepare_folder wrote; None if there is nothing.
+
+    Raises BadInput for a file of the same name that is something else.
+    """
+    if not path.exists():
+        return None
+    with trying(f"{path}: cannot be read"):
+        saved = json.loads(path.read_bytes())
+    is_ours = isinstance(saved, dict) and saved.get("kind") == KIND
+    require(is_ours, f"{path}: holds no settings of samples; take another folder")
+    return saved
+
+
+def numbered_images(folder: Path) -> list[Path]:
+    """Return the images in a folder that are named as image_paths names them."""
+    if not folder.is_dir():
+        return []
+    return [path for path in sorted(folder.iterdir()) if NUMBERED.fullmatch(path.name)]
