@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyldm.data import archives
-from tinyldm.data.rows import find_rows, is_image
+from tinyldm.data.rows import files_of, find_rows, is_image
 from tinyldm.data.text import decode_text
 from tinyldm.errors import BadInput, trying
 
@@ -97,7 +97,7 @@ class Files:
             rows = self._find_rows()
 
         # From now on, only images and what belongs to them are read.
-        used = {row["file_name"] for row in rows} | {row.get("mask") for row in rows}
+        used = files_of(rows)
         self.places = {name: self.places[name] for name in self.places if name in used}
         if len(rows) >= KEEP_FROM:
             self._keep_rows(rows)
