@@ -75,8 +75,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                        help="number of classes of labels or label maps; default: the data set's")
     group.add_argument("--label-column", type=str, default="label",
                        help="column of metadata.jsonl that is the class label")
-    group.add_argument("--degrade", type=str, choices=["bicubic", "chain"], default="bicubic",
-                       help="how small images of superres are made; chain adds blur, noise, JPEG")
+    group.add_argument("--small", type=str,
+                       help="small images of superres: a folder, .zip or .tar of the same names "
+                            "as --data; default: the column small of metadata.jsonl, if any")
+    group.add_argument("--degrade", type=str, choices=["bicubic", "chain"],
+                       help="make the small images of superres; chain adds blur, noise, JPEG; "
+                            "default: bicubic, only if the set has none of its own")
     group.add_argument("--cache-latents", action=BooleanOptionalAction, default=True,
                        help="encode every image once and keep the latents on disk")
 
@@ -121,6 +125,18 @@ def check_shapes(args: Namespace) -> None:
         UNetConfig(**flags.config_values(UNetConfig, vars(args)))
     with naming("--T, --beta-range"):
         DiffusionConfig(**flags.config_values(DiffusionConfig, vars(args))).abar()
+
+
+def check_small(args: Namespace) -> None:
+    """Raise BadInput if small images are given where they are not needed."""
+    require(
+        not args.small or "small" in TASKS[args.task].fields,
+        f"--small {args.small}: --task {args.task} takes no small images",
+    )
+    require(
+        not args.small or not args.degrade,
+        f"--small {args.small}: --degrade {args.degrade} makes small images; give one of them",
+    )
 
 
 def check_size(args: Namespace, ae: Autoencoder | Pixels, task: type[Task]) -> None:
@@ -355,7 +371,8 @@ def prepare_evaluation(
         with machine.autocast():
             losses = held_out_loss(averaged, posterior, y)
             images = sample_all(averaged, items)
-        scores = model.task.score(images, items) if data.has_exact_scorer else {}
+        can_score = data.has_exact_scorer or model.task.scores_any_world
+        scores = model.task.score(images, items) if can_score else {}
         fake = Statistics(features, (part.to(device) for part in images.split(64)))
         log.write(step, **losses, **scores, **compare(real, fake))
 
@@ -433,6 +450,7 @@ def main(args: Namespace) -> None:
         machine.world > 1 or not args.fsdp,
         "--fsdp: it shares the weights among several processes; start them with torchrun",
     )
+    check_small(args)
     with naming("--ae"):
         ae = open_stage_one(args.ae, args.channels).to(device, memory_format=torch.channels_last)
     check_size(args, ae, TASKS[args.task])
@@ -440,6 +458,7 @@ def main(args: Namespace) -> None:
         "fields": TASKS[args.task].fields,
         "label_column": args.label_column,
         "degrade": args.degrade,
+        "small": args.small,
     }
     data = flags.open_data(args, "train", ae.cfg.c_x, **what_items_have)
     held_out = flags.open_data(args, "held-out", ae.cfg.c_x, **what_items_have)

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 
 import sample
 from tinyldm.data.folder import Folder
+from tinyldm.data.images import LOADERS
 from tinyldm.data.tokenizer import encode, open_vocab, train_tokenizer
 from tinyldm.engine.open import open_model, open_stage_one
 from tinyldm.engine.released import load_released
@@ -42,15 +43,16 @@ TEXT = TASKS["text"]({})
 SUPERRES = TASKS["superres"]({})
 
 
-def request(task: Task, given: Given) -> Request:
+def request(task: Task, given: Given, channels: int = 3) -> Request:
     """What sample.py makes of a condition, for a model of this task."""
-    model = SimpleNamespace(task=task, size_multiple=4, run={})
+    config = SimpleNamespace(autoencoder=SimpleNamespace(c_x=channels))
+    model = SimpleNamespace(task=task, config=config, size_multiple=4, run={})
     return read_request(model, given, SIZE, n=1)
 
 
-def file_request(task: Task, kind: str, path: Path) -> list[dict]:
+def file_request(task: Task, kind: str, path: Path, channels: int = 3) -> list[dict]:
     """The conditions in the file of a flag."""
-    return list(request(task, Given([], [], {kind: path})).conditions)
+    return list(request(task, Given([], [], {kind: path}), channels).conditions)
 
 
 def encode_boxes(boxes: torch.Tensor) -> None:
@@ -61,7 +63,8 @@ def encode_boxes(boxes: torch.Tensor) -> None:
 # ---- images
 
 def images(rng: random.Random, folder: Path) -> None:
-    """As --image, and in a folder beside a good one."""
+    """As --image, and in a folder beside a good one; with any number of channels."""
+    channels = rng.choice(list(LOADERS))
     one, other = rng.choices(image_files(), k=2)
     data = mutated(rng, one, other)
     exif = data.find(b"Exif\0\0")
@@ -71,9 +74,11 @@ def images(rng: random.Random, folder: Path) -> None:
 
     if rng.random() < 0.2:
         (folder / "1.png").write_bytes(image_files()[0])
-        Folder(str(folder), 16, "all")[0]
+        item = Folder(str(folder), (16, 24), "all", channels=channels)[0]
+        assert item["image"].shape == (channels, 16, 24)
     else:
-        file_request(SUPERRES, "image", folder / "0.png")
+        item, = file_request(SUPERRES, "image", folder / "0.png", channels)
+        assert len(item["small"]) == channels
 
 
 def maps(rng: random.Random, folder: Path) -> None:

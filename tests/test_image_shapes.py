@@ -1,17 +1,20 @@
-"""Images as people have them: of other numbers of channels, and not square; end to end."""
+"""Images as people have them: of other channels, not square, with small ones of their own."""
 import json
 
 import numpy as np
 import pytest
 import torch
 from conftest import ONE_LEVEL, TINY_AE, TINY_LDM
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
+from runs import log_rows
 from torch.testing import assert_close
 
-from tinyldm.data.degrade import random_mask
+from tinyldm.data.degrade import Degraded, random_mask, shrink
 from tinyldm.data.folder import Folder
 from tinyldm.data.images import LOADERS, as_rgb, load_rgb, to_image, to_tensor
+from tinyldm.data.open import open_dataset
 from tinyldm.engine.open import open_model
+from tinyldm.errors import BadInput
 from tinyldm.metrics.features import ShapesNet
 from tinyldm.perceptual import Perceptual, random_vgg
 
@@ -215,3 +218,133 @@ def test_a_square_is_kept_as_one_number(trained):
     model = open_model(trained / "ldm/ckpt.pt")
     assert model.config.size == (16, 16)
     assert model.config.to_checkpoint()["size"] == 16
+
+
+# ---- pairs for super-resolution
+
+@pytest.fixture
+def pairs(tmp_path):
+    """pairs(n) -> a folder of n images of 48x80 px, and one of small negatives of them.
+
+    So small images that were made from the images would have other colours.
+    """
+    def make(n=60):
+        path, small = tmp_path / "large", tmp_path / "small"
+        path.mkdir()
+        small.mkdir()
+        for i in range(n):
+            pixels = np.random.default_rng(i).integers(0, 255, (5, 3, 3), np.uint8)
+            image = Image.fromarray(pixels).resize((48, 80), Image.Resampling.BICUBIC)
+            image.save(path / f"{i}.png")
+            negative = ImageOps.invert(image).resize((24, 40), Image.Resampling.BICUBIC)
+            negative.save(small / f"{i}.png")
+        return path, small
+
+    return make
+
+
+def write_metadata(path, n, small="small-{}.png"):
+    rows = [{"file_name": f"{i}.png", "small": small.format(i)} for i in range(n)]
+    (path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def superres(path, split="train", **how):
+    """The data set of superres at a path, of 32x24 px."""
+    return open_dataset(str(path), split, size=(32, 24), fields=("small",), **how)
+
+
+def assert_negatives(data):
+    """The small images are negatives of the images, at the same place."""
+    assert len(data) > 0
+    for i in range(len(data)):
+        item = data[i]
+        assert item["small"].shape == (3, 8, 6)
+        made = shrink(item["image"], np.random.default_rng(0), chain=False)
+        assert_close(-item["small"], made, rtol=0, atol=0.1)
+
+
+def test_a_small_image_is_cropped_as_its_image_from_a_column_or_a_folder(pairs):
+    path, small = pairs(30)
+    assert_negatives(superres(path, small=str(small)))
+    assert superres(path, small=str(small)).summary()[0].endswith(f"30 small images of {small}")
+
+    for i in range(30):
+        (small / f"{i}.png").rename(path / f"small-{i}.png")
+    write_metadata(path, 30)
+    data = superres(path)
+    assert len(data) + len(superres(path, "held-out")) == 30
+    assert_negatives(data)
+
+    # Every second epoch is mirrored, small images too.
+    data = superres(path, flip=True)
+    k = len(data)
+    assert_close(data[k]["small"], data[0]["small"].flip(-1))
+
+
+def test_small_images_are_made_if_the_set_has_none_or_if_a_degradation_is_asked_for(pairs):
+    path, small = pairs(4)
+    data = superres(path)
+    assert isinstance(data, Degraded)
+    assert data.summary()[-1] == "small images are made from the images, by the bicubic filter"
+    assert isinstance(superres(path, small=str(small), degrade="chain"), Degraded)
+
+
+def test_a_quarter_of_the_image_stays_as_it_is(tmp_path, pairs):
+    path, small = pairs(1)
+    expected = Image.new("RGB", (12, 20), (1, 2, 3))
+    expected.save(small / "0.png")
+    data = open_dataset(str(path), "train", size=(80, 48), fields=("small",), small=str(small))
+    assert as_bytes(data[0]["small"]) == expected.tobytes()
+
+
+def test_a_changed_small_image_is_another_set(pairs):
+    """Else the latent cache would keep the old one."""
+    path, small = pairs(2)
+    before = superres(path, small=str(small)).fingerprint()
+    assert superres(path, small=str(small)).fingerprint() == before
+    Image.new("RGB", (12, 20)).save(small / "1.png")
+    assert superres(path, small=str(small)).fingerprint() != before
+
+
+def test_pairs_that_do_not_belong_together_are_named(pairs):
+    path, small = pairs(3)
+    Image.new("RGB", (20, 20)).save(small / "1.png")
+    message = r"small: 1.png is 20x20 .*, but its image 1.png is 48x80"
+    with pytest.raises(BadInput, match=message):
+        superres(path, small=str(small))[1]
+
+    (small / "1.png").write_bytes(b"no image")
+    with pytest.raises(BadInput, match="small: 1.png cannot be read"):
+        superres(path, small=str(small))[1]
+
+    (small / "1.png").unlink()
+    with pytest.raises(BadInput, match="1.png has no small; give it"):
+        superres(path, small=str(small))
+
+    write_metadata(path, 3, small="{}.gif")
+    with pytest.raises(BadInput, match="metadata.jsonl line 1: small '0.gif' is not in the"):
+        superres(path)
+
+
+def test_pairs_train_and_are_scored(pairs, tmp_path, cli):
+    """The evaluation and sample.py take the small images of training, and compare with bicubic."""
+    path, small = pairs()
+    data = ["--data", path, "--size", "32x24"]
+    cli("train_ae.py", *TINY_AE, *data, *QUICK, "--out", tmp_path / "ae")
+    train = [*TINY_LDM, *ONE_LEVEL, *data, *QUICK, "--ae", tmp_path / "ae/ckpt.pt",
+             "--small", small]
+    output = cli("train_ldm.py", *train, "--task", "superres", "--out", tmp_path / "x")
+    assert f"60 small images of {small}" in output
+    assert {"psnr", "bicubic_psnr"} < log_rows(tmp_path / "x")[-1].keys()
+
+    output = cli("sample.py", "--ckpt", tmp_path / "x/model.pt", "--steps", 2, "--n", 2, "--score",
+                 "--out", tmp_path / "x.png")
+    bicubic_psnr = float(output.split("bicubic_psnr ")[1].split(",")[0])
+    assert bicubic_psnr < 12                # a negative is far from its image
+
+    # Flags that do not belong together.
+    for flags, message in (
+        (["--task", "uncond"], "--task uncond takes no small images"),
+        (["--task", "superres", "--degrade", "chain"], "--degrade chain makes small images"),
+    ):
+        assert message in cli("train_ldm.py", *train, *flags, "--out", tmp_path / "y", code=2)

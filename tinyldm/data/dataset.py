@@ -13,7 +13,7 @@ An item is a dict of what is known about one image:
     mask          (1, H, W), 1 in the holes of the image and 0 elsewhere
 
 Only `image` is always there. A task needs some of the others (tasks.py); degrade.py
-adds `small` and `mask` to any data set.
+adds `small` and `mask` to any data set that lacks them.
 """
 import hashlib
 from collections.abc import Sequence
@@ -70,6 +70,9 @@ class ImageDataset(Dataset):
 
     # The archive that each image lies in, if images are best read one after another.
     shards: Sequence[str] | None = None
+
+    # True if images have small ones of their own, which need not be made (degrade.py).
+    has_small: bool = False
 
     # True if scorer.py can tell whether an image fits its condition.
     has_exact_scorer: bool = False

@@ -15,9 +15,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
 from tinyldm.data.dataset import ImageDataset
-from tinyldm.data.images import to_image, to_tensor
+from tinyldm.data.images import BICUBIC, to_image, to_tensor
 
-BICUBIC = Image.Resampling.BICUBIC
 SHRINKING_FILTERS = (BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.BOX)
 
 
@@ -59,7 +58,11 @@ class Degraded(ImageDataset):
         return item
 
     def summary(self) -> list[str]:
-        return self.data.summary()
+        lines = self.data.summary()
+        if self.field == "small":
+            how = "a chain of degradations" if self.chain else "the bicubic filter"
+            lines = [*lines, f"small images are made from the images, by {how}"]
+        return lines
 
     def captions(self) -> list[str]:
         return self.data.captions()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyldm.data import archives
-from tinyldm.data.rows import find_rows, is_image
+from tinyldm.data.rows import files_of, find_rows, is_image
 from tinyldm.data.text import decode_text
 from tinyldm.errors import BadInput, trying
 
@@ -98,7 +98,7 @@ class Files:
         self.left_out = +self.left_out          # without what there is none of
 
         # From now on, only images and what belongs to them are read.
-        used = {row["file_name"] for row in rows} | {row.get("mask") for row in rows}
+        used = files_of(rows)
         self.places = {name: self.places[name] for name in self.places if name in used}
         if len(rows) >= KEEP_FROM:
             self._keep_rows(rows)

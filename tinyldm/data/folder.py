@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tinyldm.data.dataset import ImageDataset
 from tinyldm.data.files import Files
 from tinyldm.data.images import (
+    BICUBIC,
     LANCZOS,
     NEAREST,
     both_sides,
@@ -28,7 +29,7 @@ from tinyldm.data.images import (
     turned_like,
     upright_size,
 )
-from tinyldm.data.rows import BOX_FORMAT, IMAGE_SUFFIXES
+from tinyldm.data.rows import BOX_FORMAT, IMAGE_SUFFIXES, common_folder, files_of
 from tinyldm.errors import BadInput, require, trying
 
 # Images with a shorter side are skipped: little but stripes would come of them.
@@ -53,6 +54,11 @@ FIELD_SOURCES = {
         "mask",
         'give it a "mask" in metadata.jsonl: the file of its label map',
     ),
+    "small": (
+        "small",
+        'give it a "small" in metadata.jsonl, or a file of the same name in the folder of '
+        "small images",
+    ),
 }
 
 
@@ -67,6 +73,8 @@ class Folder(ImageDataset):
     label_column: the key in metadata that holds an image's class.
     channels: 1 for grey images, 3 for RGB, 4 for RGBA.
     seed: decides which of several captions an epoch takes.
+    small: a second folder, .zip or .tar, with a small image of the same name for each
+        image; default: metadata says which are the small images, if there are any.
 
     Raises BadInput if there are no images, or if metadata is wrong. An image that
     cannot be read is replaced by the next one, with a warning.
@@ -82,6 +90,7 @@ class Folder(ImageDataset):
         label_column: str = "label",
         channels: int = 3,
         seed: int = 0,
+        small: str | None = None,
     ):
         self.path = path
         self.size = both_sides(size)
@@ -92,8 +101,16 @@ class Folder(ImageDataset):
         self.seed = seed
         self.files = Files(path, label_column)
 
-        # The classes of all images, so that they are the same for each split.
         rows = self.files.rows()
+
+        # The small images, in metadata or in a folder of their own.
+        self.small_files = self.files
+        if small is not None:
+            self.small_files = Files(small)
+            rows = with_small(rows, self.small_files.rows())
+        self.has_small = small is not None or any("small" in row for row in rows)
+
+        # The classes of all images, so that they are the same for each split.
         labels = [row["label"] for row in rows if "label" in row]
         boxes = chain.from_iterable(row.get("boxes", []) for row in rows)
         self.label_names = class_names(labels)
@@ -184,6 +201,9 @@ class Folder(ImageDataset):
         n_maps = sum("mask" in row for row in rows)
         if n_maps:
             parts.append(counted(n_maps, "label map"))
+        n_small = sum("small" in row for row in rows)
+        if n_small:
+            parts.append(f"{counted(n_small, 'small image')} of {self.small_files.path}")
         n_boxed = sum("boxes" in row for row in rows)
         if n_boxed:
             parts.append(f"{n_boxed:,} with boxes, {listed(self.box_names)}")
@@ -207,12 +227,8 @@ class Folder(ImageDataset):
 
     def fingerprint(self) -> list:
         """Return what decides the items, and the states of the files they come from."""
-        used = set()
-        for row in self.rows:
-            used.add(self.files.container(row["file_name"]))
-            if "mask" in row:
-                used.add(self.files.container(row["mask"]))
-        states = [self.files.state(name) for name in sorted(used)]
+        states = file_states(self.files, files_of(self.rows, ("file_name", "mask")))
+        states += file_states(self.small_files, files_of(self.rows, ("small",)))
         how = [self.size, self.channels, self.resize, self.flip]
         return [how, self.label_names, self.box_names, self.rows, states]
 
@@ -245,12 +261,15 @@ class Folder(ImageDataset):
             item["boxes"] = self._boxes(row["boxes"], crop)
         if "mask" in row:
             item["segmentation"] = self._label_map(row, crop, image.size)
+        if "small" in row:
+            item["small"] = self._small_image(row, crop, image.size)
         return item
 
     def readable(self, k: int) -> tuple[dict, Image.Image]:
         """Return the row and the image k, or those of the next image that can be read.
 
-        The image may be smaller than its file says, except if it has boxes in pixels.
+        The image may be smaller than its file says, except if it has boxes in pixels, or
+        a small image, whose shape is compared with its own.
         Raises BadInput if no image can be read.
         """
         for j in range(k, k + len(self)):
@@ -260,7 +279,7 @@ class Folder(ImageDataset):
             if self.unreadable[j]:
                 continue
 
-            may_be_smaller = self.resize and "boxes" not in row
+            may_be_smaller = self.resize and "boxes" not in row and "small" not in row
             least_side = 2 * max(self.size) if may_be_smaller else None
             try:
                 image = self.load_image(self.files.read(name), least_side)
@@ -313,13 +332,33 @@ class Folder(ImageDataset):
                 "its image",
             )
 
-        # The crop of the image, in pixels of the map.
-        map_crop = []
-        for edge, of_map, of_image in zip(crop, label_map.size * 2, image_size * 2):
-            map_crop.append(edge * of_map / of_image)
         h, w = self.size
+        map_crop = scaled_crop(crop, image_size, label_map.size)
         cropped = label_map.resize((w, h), NEAREST, map_crop)
         return map_to_tensor(cropped)
+
+    def _small_image(
+        self, row: dict, crop: tuple[int, ...], image_size: tuple[int, int]
+    ) -> Tensor:
+        """The small image of a row, cropped as its image -> (C, H / 4, W / 4).
+
+        It is resized by the bicubic filter if it is not a quarter of the size already.
+        Raises BadInput for one of another shape than its image.
+        """
+        name = row["small"]
+        source = f"{self.small_files.path}: {name}"
+        with trying(f"{source} cannot be read"):
+            small = self.load_image(self.small_files.read(name))
+        width, height = image_size
+        require(
+            has_shape(small.size, image_size),
+            f"{source} is {small.width}x{small.height} (width x height), but its image "
+            f"{row['file_name']} is {width}x{height}; a small image has the shape of its "
+            "image",
+        )
+        h, w = self.size
+        small_crop = scaled_crop(crop, image_size, small.size)
+        return to_tensor(small.resize((w // 4, h // 4), BICUBIC, small_crop))
 
 
 def check_sides(image: Image.Image) -> None:
@@ -334,6 +373,43 @@ def has_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
     """Return whether two sizes have one aspect ratio, as far as whole pixels allow."""
     (w, h), (other_w, other_h) = size, other
     return abs(w * other_h - h * other_w) <= max(*size, *other)
+
+
+def scaled_crop(
+    crop: tuple[int, ...], size: tuple[int, int], other: tuple[int, int]
+) -> list[float]:
+    """Return a crop (left, top, right, bottom) of an image in the pixels of another one.
+
+    The other image shows the same, in its own size. Sizes are (width, height).
+    """
+    pairs = zip(crop, size * 2, other * 2)
+    return [edge * of_other / of_image for edge, of_image, of_other in pairs]
+
+
+def with_small(rows: list[dict], small_rows: list[dict]) -> list[dict]:
+    """Return rows with the names of the small images that have the same names.
+
+    Folders around all images of a set do not count.
+    """
+    names = [row["file_name"] for row in small_rows]
+    around = common_folder(names)
+    small_names = {name.removeprefix(around): name for name in names}
+
+    around = common_folder([row["file_name"] for row in rows])
+    paired = []
+    for row in rows:
+        key = row["file_name"].removeprefix(around)
+        row = {column: value for column, value in row.items() if column != "small"}
+        if key in small_names:
+            row["small"] = small_names[key]
+        paired.append(row)
+    return paired
+
+
+def file_states(files: Files, names: set[str]) -> list[list[int]]:
+    """Return the states of the files on disk that some files are in."""
+    containers = {files.container(name) for name in names}
+    return [files.state(name) for name in sorted(containers)]
 
 
 def largest_crop(image: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:

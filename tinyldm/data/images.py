@@ -21,6 +21,7 @@ from tinyldm.errors import require
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 NEAREST = Image.Resampling.NEAREST
+BICUBIC = Image.Resampling.BICUBIC
 LANCZOS = Image.Resampling.LANCZOS
 
 EXIF_ORIENTATION = 0x0112       # the number of the tag

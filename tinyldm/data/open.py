@@ -23,7 +23,8 @@ def open_dataset(
     flip: bool = False,
     label_column: str = "label",
     fields: Sequence[str] = (),
-    degrade: str = "bicubic",
+    degrade: str | None = None,
+    small: str | None = None,
 ) -> ImageDataset:
     """Open a data set. To make `--data` know a new kind of data set, open it here.
 
@@ -36,13 +37,17 @@ def open_dataset(
     n_shapes: the number of training images of the built-in world.
     resize, label_column: see Folder.
     flip: mirror training images in every second epoch.
-    fields: what each item must have for the task; `small` and `mask` are made for it.
-    degrade: how `small` is made, "bicubic" or "chain" (degrade.py).
+    fields: what each item must have for the task; `mask` is made for it, and `small`
+        too, unless the set has small images of its own.
+    degrade: make `small` in this way, "bicubic" or "chain" (degrade.py); default: bicubic,
+        only if the set has none.
+    small: a folder, .zip or .tar of small images (see Folder).
 
     Raises BadInput if there are no images at the path, or one of them lacks a field.
     """
     flip = flip and split == "train"
     if path == "shapes":
+        require(small is None, "shapes: the small images of the built-in world are made")
         h, w = both_sides(size)
         require(h == w, f"shapes: the images of the built-in world are square, not {h}x{w}")
         require(channels == 3, f"shapes: the built-in world has 3 channels, not {channels}")
@@ -51,14 +56,15 @@ def open_dataset(
         # NB: this world is not mirrored; as always, its second epoch has new images.
         data.flip = flip
     else:
-        data = Folder(path, size, split, resize, flip, label_column, channels, seed)
+        data = Folder(path, size, split, resize, flip, label_column, channels, seed, small)
 
     require(
-        degrade == "bicubic" or "small" not in fields or channels in (1, 3),
+        degrade != "chain" or "small" not in fields or channels in (1, 3),
         f"degrade {degrade}: its JPEGs have 1 or 3 channels, not {channels}; take bicubic",
     )
+    makes_small = degrade is not None or not data.has_small
     for field in fields:
-        if field in ("small", "mask"):
+        if field == "mask" or (field == "small" and makes_small):
             data = Degraded(data, field, seed, chain=degrade == "chain")
         else:
             data.require_field(field)

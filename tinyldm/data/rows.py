@@ -7,6 +7,7 @@ A row is a dict of what is known of one image, as the files say it:
     label      its class
     boxes      [[class, x0, y0, x1, y1], ...] in pixels
     mask       the file name of its label map
+    small      the file name of the same image with fewer pixels
     where      the line or file that says so, for messages; only with boxes
     split      "train" or "held-out", if folders say so
 
@@ -17,6 +18,7 @@ import math
 import os.path
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -38,6 +40,9 @@ SPLITS = {
     "test": "held-out",
     "testing": "held-out",
 }
+
+# The columns that name files.
+FILE_COLUMNS = ("file_name", "mask", "small")
 
 BOX_FORMAT = "boxes are [[class, x0, y0, x1, y1], ...] in pixels, from the top left"
 
@@ -69,6 +74,14 @@ def find_rows(files: Any, names: list[str]) -> list[dict[str, Any]]:
     add_folders(files, rows)
     count_left_out(files, names, rows)
     return rows
+
+
+def files_of(rows: list[dict], columns: Sequence[str] = FILE_COLUMNS) -> set[str]:
+    """Return the names of the files in some columns of rows."""
+    names = set()
+    for row in rows:
+        names.update(row[column] for column in columns if column in row)
+    return names
 
 
 def metadata_files(names: list[str]) -> list[str]:
@@ -110,7 +123,7 @@ def parse_row(
     said = {name: value for name, value in said.items() if value is not None}
 
     row = dict(known)
-    for column in ("file_name", "mask"):
+    for column in FILE_COLUMNS:
         if column in said and column not in known:
             file = said[column]
             exists = isinstance(file, str) and folder + file in known_names
@@ -231,9 +244,9 @@ def rows_from_files(
             row = parse_row(text, row, folder, known_names, where, files)
         rows.append(row)
 
-    # A label map is no image of its own.
-    maps = {row["mask"] for row in rows if "mask" in row}
-    return [row for row in rows if row["file_name"] not in maps]
+    # A label map or a small image is no image of its own.
+    others = files_of(rows, ("mask", "small"))
+    return [row for row in rows if row["file_name"] not in others]
 
 
 def check_label_column(files: Any, rows: list[dict]) -> None:
@@ -305,8 +318,8 @@ def common_folder(names: list[str]) -> str:
 
 def count_left_out(files: Any, names: list[str], rows: list[dict]) -> None:
     """Count the files that are neither an image of the set nor belong to one."""
-    used = {row["file_name"] for row in rows} | {row.get("mask") for row in rows}
-    stems = {name[:name.rindex(".")] for name in used if name}
+    used = files_of(rows)
+    stems = {name[:name.rindex(".")] for name in used}
     counts: Counter[str] = Counter()
     for name in names:
         if name in used or name.endswith("metadata.jsonl"):

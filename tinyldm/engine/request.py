@@ -120,6 +120,7 @@ def held_out_conditions(
     model: LatentDiffusion, size: tuple[int, int], n: int, path: str | None
 ) -> Sequence[dict]:
     """Return n held-out items of a data set; path None: of the one that the model learned."""
+    small = None if path else model.run.get("small")
     path = path or model.run.get("data")
     require(path, "data: a released model has none of its own; give a condition or a folder")
     data = open_dataset(
@@ -131,7 +132,8 @@ def held_out_conditions(
         seed=model.run.get("seed", 0),
         resize=model.run.get("resize", True),
         label_column=model.run.get("label_column", "label"),
-        degrade=model.run.get("degrade", "bicubic"),
+        degrade=model.run.get("degrade"),
+        small=small,
     )
     require(len(data), f"{path}: it has no held-out images; give a condition")
     model.task.check_data(data, str(path))
