@@ -115,7 +115,7 @@ def test_a_model_of_other_channels_trains_and_samples(rgba_folder, tmp_path, cli
 
 def test_grey_pixels_are_diffused_without_a_stage_one(rgba_folder, tmp_path, cli):
     cli("train_ldm.py", *TINY_LDM, *ONE_LEVEL, *QUICK, "--data", rgba_folder, "--size", 16,
-        "--ae", "none", "--channels", 1, "--task", "uncond", "--out", tmp_path / "x")
+        "--ae", "none", "--attn-res", 16, "--channels", 1, "--task", "uncond", "--out", tmp_path / "x")
     model = open_model(tmp_path / "x/model.pt")
     assert model.config.autoencoder.c_x == model.unet.cfg.c_in == 1
     assert model.sample([{}], seeds=[(0, 0)], steps=2).shape == (1, 1, 16, 16)
@@ -332,7 +332,7 @@ def test_pairs_train_and_are_scored(pairs, tmp_path, cli):
     data = ["--data", path, "--size", "32x24"]
     cli("train_ae.py", *TINY_AE, *data, *QUICK, "--out", tmp_path / "ae")
     train = [*TINY_LDM, *ONE_LEVEL, *data, *QUICK, "--ae", tmp_path / "ae/ckpt.pt",
-             "--small", small]
+             "--small", small, "--attn-res", 12]
     output = cli("train_ldm.py", *train, "--task", "superres", "--out", tmp_path / "x")
     assert f"60 small images of {small}" in output
     assert {"psnr", "bicubic_psnr"} < log_rows(tmp_path / "x")[-1].keys()
