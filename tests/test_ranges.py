@@ -11,6 +11,7 @@ import train_ldm
 from tinyldm.autoencoder import AEConfig
 from tinyldm.diffusion import DiffusionConfig
 from tinyldm.engine import presets
+from tinyldm.engine.flags import image_size
 from tinyldm.engine.ranges import ASCENDING, RANGES, Range, check_ranges
 from tinyldm.errors import BadInput
 from tinyldm.unet import UNetConfig
@@ -23,6 +24,9 @@ PROGRAMS = {
     "tinyldm.metrics.__main__": ["--real", "gone", "--fake", "gone"],
     "tinyldm.engine.bench": ["--data", "gone"],
 }
+
+
+NUMBER_TYPES = (int, float, image_size)
 
 
 def number_flags(program):
@@ -38,7 +42,7 @@ def number_flags(program):
         patch.setattr(argparse.ArgumentParser, "parse_args", remember)
         module = importlib.import_module(program.removesuffix(".py"))
         module.parse_args(PROGRAMS[program])
-    return [action for action in parsers[0]._actions if action.type in (int, float)]
+    return [action for action in parsers[0]._actions if action.type in NUMBER_TYPES]
 
 
 NUMBERS = [(program, action) for program in PROGRAMS for action in number_flags(program)]
@@ -54,7 +58,7 @@ def ranges_of(action):
 
 def just_outside(allowed, kind):
     """Numbers next to both ends of a range, which do not belong to it."""
-    step = 1 if kind is int else 0.001
+    step = 0.001 if kind is float else 1
     numbers = [allowed.low if allowed.low_open else allowed.low - step]
     if allowed.high_open:
         numbers.append(allowed.high)
