@@ -115,7 +115,8 @@ def test_a_model_of_other_channels_trains_and_samples(rgba_folder, tmp_path, cli
 
 def test_grey_pixels_are_diffused_without_a_stage_one(rgba_folder, tmp_path, cli):
     cli("train_ldm.py", *TINY_LDM, *ONE_LEVEL, *QUICK, "--data", rgba_folder, "--size", 16,
-        "--ae", "none", "--attn-res", 16, "--channels", 1, "--task", "uncond", "--out", tmp_path / "x")
+        "--ae", "none", "--attn-res", 16, "--channels", 1, "--task", "uncond",
+        "--out", tmp_path / "x")
     model = open_model(tmp_path / "x/model.pt")
     assert model.config.autoencoder.c_x == model.unet.cfg.c_in == 1
     assert model.sample([{}], seeds=[(0, 0)], steps=2).shape == (1, 1, 16, 16)
