@@ -6,8 +6,7 @@ scaled and cropped to one size, and its boxes and its label map with it.
 import os
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from tinyldm.data.crops import (
+    central_crop,
+    cropped_boxes,
+    has_shape,
+    largest_crop,
+    scaled_crop,
+)
 from tinyldm.data.dataset import ImageDataset
 from tinyldm.data.files import Files
 from tinyldm.data.images import (
@@ -29,14 +35,18 @@ from tinyldm.data.images import (
     turned_like,
     upright_size,
 )
-from tinyldm.data.rows import BOX_FORMAT, IMAGE_SUFFIXES, common_folder, files_of
+from tinyldm.data.rows import (
+    BOX_FORMAT,
+    box_names,
+    common_folder,
+    files_of,
+    label_names,
+)
+from tinyldm.data.summary import found_nothing, summarise
 from tinyldm.errors import BadInput, require, trying
 
 # Images with a shorter side are skipped: little but stripes would come of them.
 LEAST_SIDE = 8
-
-# How many names a summary lists.
-MOST_NAMED = 20
 
 # For each field: the column of a row that it comes from, and what to do if it is
 # missing.
@@ -111,17 +121,16 @@ class Folder(ImageDataset):
         self.has_small = small is not None or any("small" in row for row in rows)
 
         # The classes of all images, so that they are the same for each split.
-        labels = [row["label"] for row in rows if "label" in row]
-        boxes = chain.from_iterable(row.get("boxes", []) for row in rows)
-        self.label_names = class_names(labels)
-        self.box_names = class_names(box[0] for box in boxes)
+        self.label_names = label_names(rows)
+        self.box_names = box_names(rows)
         self.has_several_captions = any(isinstance(row.get("text"), list) for row in rows)
 
         held_out = held_out_rows(rows)
         self.rows = rows_of_split(rows, held_out, split)
-        self.summary_lines = self._summarise(rows, sum(held_out))
-        kinds = ", ".join(IMAGE_SUFFIXES)
-        require(rows, f"{self._found_nothing()}; images are {kinds}, or in plain .tar files")
+        small_source = self.small_files.path
+        left_out = self.files.left_out
+        self.summary_lines = summarise(path, rows, sum(held_out), left_out, small_source)
+        require(rows, found_nothing(path, left_out))
         require(
             self.rows or split == "held-out",
             f"{path}: its folders say that all of its {len(rows)} images are held out",
@@ -184,46 +193,8 @@ class Folder(ImageDataset):
                 stacklevel=3,
             )
 
-    # ---- what was found
-
     def summary(self) -> list[str]:
         return self.summary_lines
-
-    def _summarise(self, rows: Sequence[dict], n_held_out: int) -> list[str]:
-        """Say in one or two lines what was found, and what was left out."""
-        parts = [f"{counted(len(rows), 'image')}, {n_held_out or 'none'} of them held out"]
-        if self.label_names:
-            n = sum("label" in row for row in rows)
-            parts.append(f"{n:,} with a class, {listed(self.label_names)}")
-        n_captions = sum("text" in row for row in rows)
-        several = " (some with several)" if self.has_several_captions else ""
-        parts.append(f"{counted(n_captions, 'caption')}{several}")
-        n_maps = sum("mask" in row for row in rows)
-        if n_maps:
-            parts.append(counted(n_maps, "label map"))
-        n_small = sum("small" in row for row in rows)
-        if n_small:
-            parts.append(f"{counted(n_small, 'small image')} of {self.small_files.path}")
-        n_boxed = sum("boxes" in row for row in rows)
-        if n_boxed:
-            parts.append(f"{n_boxed:,} with boxes, {listed(self.box_names)}")
-        lines = [f"{self.path}: " + " | ".join(parts)]
-
-        left_out = self._left_out()
-        if left_out:
-            lines.append(f"{self.path}: left out: {left_out}")
-        return lines
-
-    def _left_out(self) -> str:
-        """Return what was left out, with counts, the most frequent first."""
-        counts = self.files.left_out.most_common(MOST_NAMED)
-        found = [f"{n:,} {what}" for what, n in counts]
-        return ", ".join(found)
-
-    def _found_nothing(self) -> str:
-        left_out = self._left_out()
-        there_is = f" (but {left_out})" if left_out else ""
-        return f"{self.path}: no images in it{there_is}"
 
     def fingerprint(self) -> list:
         """Return what decides the items, and the states of the files they come from."""
@@ -247,9 +218,7 @@ class Folder(ImageDataset):
             f"height), smaller than the crop of {w}x{h}; allow scaling, or take a smaller "
             "size",
         )
-        left = (image.width - crop_w) // 2
-        top = (image.height - crop_h) // 2
-        crop = (left, top, left + crop_w, top + crop_h)
+        crop = central_crop(image.size, (crop_w, crop_h))
 
         cropped = image.resize((w, h), LANCZOS, crop)
         item: dict[str, Any] = {"image": to_tensor(cropped)}
@@ -258,7 +227,7 @@ class Folder(ImageDataset):
         if "label" in row:
             item["label"] = self.label_names.index(row["label"])
         if "boxes" in row:
-            item["boxes"] = self._boxes(row["boxes"], crop)
+            item["boxes"] = cropped_boxes(row["boxes"], self.box_names, crop)
         if "mask" in row:
             item["segmentation"] = self._label_map(row, crop, image.size)
         if "small" in row:
@@ -291,23 +260,6 @@ class Folder(ImageDataset):
                 warnings.warn(f"{name} is skipped: {error} {count}", stacklevel=2)
 
         raise BadInput(f"{self.path}: none of its {len(self)} images can be read")
-
-    def _boxes(self, rows: list, crop: tuple[int, int, int, int]) -> Tensor:
-        """[[class, x0, y0, x1, y1], ...] in pixels -> (K, 5), in shares of the crop."""
-        numbered = []
-        for name, *corners in rows:
-            number = float(self.box_names.index(name))
-            numbered.append([number, *corners])
-        boxes = torch.tensor(numbered).reshape(-1, 5)
-
-        left, top, right, bottom = crop
-        origin = torch.tensor([left, top, left, top])
-        extent = torch.tensor([right - left, bottom - top] * 2)
-        boxes[:, 1:] = ((boxes[:, 1:] - origin) / extent).clamp(0, 1)
-
-        # A box outside the crop has no area left.
-        has_area = (boxes[:, 3:] > boxes[:, 1:3]).all(1)
-        return boxes[has_area]
 
     def _label_map(
         self, row: dict, crop: tuple[int, ...], image_size: tuple[int, int]
@@ -369,23 +321,6 @@ def check_sides(image: Image.Image) -> None:
         )
 
 
-def has_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Return whether two sizes have one aspect ratio, as far as whole pixels allow."""
-    (w, h), (other_w, other_h) = size, other
-    return abs(w * other_h - h * other_w) <= max(*size, *other)
-
-
-def scaled_crop(
-    crop: tuple[int, ...], size: tuple[int, int], other: tuple[int, int]
-) -> list[float]:
-    """Return a crop (left, top, right, bottom) of an image in the pixels of another one.
-
-    The other image shows the same, in its own size. Sizes are (width, height).
-    """
-    pairs = zip(crop, size * 2, other * 2)
-    return [edge * of_other / of_image for edge, of_image, of_other in pairs]
-
-
 def with_small(rows: list[dict], small_rows: list[dict]) -> list[dict]:
     """Return rows with the names of the small images that have the same names.
 
@@ -410,18 +345,6 @@ def file_states(files: Files, names: set[str]) -> list[list[int]]:
     """Return the states of the files on disk that some files are in."""
     containers = {files.container(name) for name in names}
     return [files.state(name) for name in sorted(containers)]
-
-
-def largest_crop(image: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
-    """Return the size of the largest crop of an image that has a shape.
-
-    All three are (width, height). A crop has whole pixels, so its shape is nearly that.
-    """
-    width, height = image
-    w, h = shape
-    if width * h <= height * w:
-        return width, max(1, round(width * h / w))
-    return max(1, round(height * w / h)), height
 
 
 def held_out_rows(rows: Sequence[dict]) -> list[bool]:
@@ -451,22 +374,3 @@ def rows_of_split(rows: list[dict], held_out: list[bool], split: str) -> list[di
         return rows
     wanted = split == "held-out"
     return [row for row, is_held_out in zip(rows, held_out) if is_held_out == wanted]
-
-
-def class_names(found: Iterable[str]) -> tuple[str, ...]:
-    """Return the classes that were found, sorted, each once."""
-    return tuple(sorted(set(found)))
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return the number of classes and the first names."""
-    first = ", ".join(names[:MOST_NAMED])
-    more = ", ..." if len(names) > MOST_NAMED else ""
-    return f"{counted(len(names), 'class', 'es')}: {first}{more}"
-
-
-def counted(n: int, noun: str, plural: str = "s") -> str:
-    """Return a number and a noun, such as "1 image", "2,000 images" or "no images"."""
-    if n == 1:
-        return f"1 {noun}"
-    return f"{n:,} {noun}{plural}" if n else f"no {noun}{plural}"

@@ -84,6 +84,19 @@ def files_of(rows: list[dict], columns: Sequence[str] = FILE_COLUMNS) -> set[str
     return names
 
 
+def label_names(rows: Sequence[dict]) -> tuple[str, ...]:
+    """Return the classes of images, sorted."""
+    return tuple(sorted({row["label"] for row in rows if "label" in row}))
+
+
+def box_names(rows: Sequence[dict]) -> tuple[str, ...]:
+    """Return the classes of boxes, sorted."""
+    found = set()
+    for row in rows:
+        found.update(box[0] for box in row.get("boxes", []))
+    return tuple(sorted(found))
+
+
 def metadata_files(names: list[str]) -> list[str]:
     """Return the metadata files, those of outer folders first."""
     found = []
