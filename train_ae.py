@@ -217,7 +217,13 @@ def prepare_evaluation(
     device = machine.device
     x = first_images(held_out, args.eval_n) if machine.main else None
     if x is not None:
-        features = open_features(args.features, device, args.inception, args.vgg_weights)
+        features = open_features(
+            args.features,
+            device,
+            args.inception,
+            args.vgg_weights,
+            built_in=held_out.has_exact_scorer,
+        )
 
     def evaluate(step: int) -> None:
         if x is None:

@@ -357,7 +357,13 @@ def prepare_evaluation(
         return take_part
 
     averaged = averaged_model(model, ema, args.fsdp)
-    features = open_features(args.features, device, args.inception, args.vgg_weights)
+    features = open_features(
+        args.features,
+        device,
+        args.inception,
+        args.vgg_weights,
+        built_in=data.has_exact_scorer,
+    )
     items = model.task.examples(args.eval_n, data, held_out)
     real = Statistics(features, spread_images(data, 2048, args.workers, device))
     posterior, y = encode_pairs(args, model, held_out if len(held_out) else data, machine)

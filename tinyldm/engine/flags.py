@@ -185,10 +185,10 @@ def print_found(data: ImageDataset) -> None:
 def add_feature_flags(parser: ArgumentParser) -> None:
     """Add the flags that say in whose features two sets of images are compared."""
     g = parser.add_argument_group("features of the metrics")
-    g.add_argument("--features", type=str, default="shapes",
-                   choices=["shapes", "vgg16", "inception"],
-                   help="network of the Frechet distance: inception gives FID, shapes needs "
-                        "no file")
+    g.add_argument("--features", type=str, default="auto",
+                   choices=["auto", "shapes", "texture", "vgg16", "inception"],
+                   help="network of the Frechet distance: inception gives FID; auto needs no "
+                        "file: shapes in the built-in world, texture elsewhere")
     g.add_argument("--inception", type=str,
                    help="path of pt_inception-2015-12-05-6726825d.pth; default: fetched")
     g.add_argument("--vgg-weights", type=str,
