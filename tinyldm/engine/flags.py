@@ -13,6 +13,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from tinyldm.data.dataset import ImageDataset
@@ -20,6 +21,7 @@ from tinyldm.data.images import both_sides
 from tinyldm.data.open import open_dataset
 from tinyldm.engine.ranges import check_ranges
 from tinyldm.errors import BadInput, naming, require
+from tinyldm.metrics.features import open_features
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.MetavarTypeHelpFormatter):
@@ -193,6 +195,23 @@ def add_feature_flags(parser: ArgumentParser) -> None:
                    help="path of pt_inception-2015-12-05-6726825d.pth; default: fetched")
     g.add_argument("--vgg-weights", type=str,
                    help="path of torchvision's vgg16-397923af.pth; default: fetched")
+
+
+def open_feature_net(args: Namespace, device: torch.device, built_in: bool) -> nn.Module:
+    """Open the feature network that the feature flags describe.
+
+    built_in: whether the images are the built-in world's. Raises BadInput, which names the
+    flag.
+    """
+    source = f"--features {args.features}"
+    if args.features == "inception" and args.inception:
+        source = "--inception"
+    if args.features == "vgg16" and args.vgg_weights:
+        source = "--vgg-weights"
+    with naming(source):
+        return open_features(
+            args.features, device, args.inception, args.vgg_weights, built_in=built_in
+        )
 
 
 def add_system_flags(parser: ArgumentParser) -> None:

@@ -96,8 +96,8 @@ class Texture(nn.Module):
         return torch.cat(parts), None
 
     def _features(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, d)"""
-        h = torch.einsum("ac,bchw->bahw", self.axes, x)
+        """(B, C, H, W) -> (B, d)"""
+        h = torch.einsum("ac,bchw->bahw", self.axes, as_rgb(x))
         features = [
             h.mean((2, 3)) / self.COLOUR_STD,
             h.std((2, 3)) / self.COLOUR_STD,
