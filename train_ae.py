@@ -42,7 +42,6 @@ from tinyldm.engine.processes import (
 from tinyldm.engine.weights import open_perceptual
 from tinyldm.errors import naming, require
 from tinyldm.losses import LossConfig, autoencoder_loss, discriminator_loss
-from tinyldm.metrics.features import open_features
 from tinyldm.metrics.images import gradient_length, psnr, ssim
 from tinyldm.metrics.sets import Statistics, compare
 from tinyldm.patchgan import Discriminator, DiscriminatorConfig
@@ -115,19 +114,23 @@ def print_sizes(
     )
 
 
-def healthy_values(reg: str) -> str:
-    """What a learner should look for in the log."""
+def healthy_values(reg: str, loss_cfg: LossConfig) -> str:
+    """What a learner should look for in the log, whatever the images are."""
+    falling = "rec falls" if loss_cfg.perceptual == "none" else "rec and perceptual fall"
+    parts = [falling]
     if reg == "kl":
-        latents = "kl 1..9 nats per latent value; z_std 0.5..4"
+        parts.append("kl and z_std level off")
     else:
-        latents = (
-            "codebook far below rec; z_std steady; codes_used and perplexity rise towards "
-            "--n-codes (if they stay at a few, try --restart-codes 50)"
+        parts.append(
+            "codes_used and perplexity rise towards --n-codes (if they stay at a few, try "
+            "--restart-codes 50)"
         )
-    return (
-        "healthy: rec and perceptual fall; with D_psi, lam stays below 10 and d_real a little "
-        "above d_fake; " + latents
-    )
+    if loss_cfg.disc_weight > 0:
+        parts.append(
+            f"after step {loss_cfg.disc_start}, D_psi's start, lam stays below 10 and d_real "
+            "above d_fake"
+        )
+    return "healthy: " + "; ".join(parts)
 
 
 # ---- evaluation
@@ -217,7 +220,7 @@ def prepare_evaluation(
     device = machine.device
     x = first_images(held_out, args.eval_n) if machine.main else None
     if x is not None:
-        features = open_features(args.features, device, args.inception, args.vgg_weights)
+        features = flags.open_feature_net(args, device, held_out.has_exact_scorer)
 
     def evaluate(step: int) -> None:
         if x is None:
@@ -264,7 +267,8 @@ def main(args: Namespace) -> None:
         disc = nn.SyncBatchNorm.convert_sync_batchnorm(disc)
     run_ae = wrap_ddp(compiled(ae, args.compile), machine)
     run_disc = wrap_ddp(compiled(disc, args.compile), machine, broadcast_buffers=False)
-    perceptual = open_perceptual(loss_cfg.perceptual, args.vgg_weights, device)
+    with naming("--vgg-weights" if args.vgg_weights else f"--perceptual {loss_cfg.perceptual}"):
+        perceptual = open_perceptual(loss_cfg.perceptual, args.vgg_weights, device)
 
     # The optimisers; then everything as an earlier run left it, if there was one.
     opt_ae = torch.optim.Adam(ae.parameters(), betas=args.betas, fused=True)
@@ -288,7 +292,7 @@ def main(args: Namespace) -> None:
 
     # The log, the evaluation (again, if the run was stopped before it), and the batches.
     log = Log(args.out, done=done, steps=args.steps, batch=args.batch, machine=machine)
-    log.note(healthy_values(args.reg))
+    log.note(healthy_values(args.reg, loss_cfg))
     evaluate = None
     if args.eval_n > 0:
         evaluate = prepare_evaluation(args, ae, held_out, log, machine)

@@ -219,7 +219,7 @@ def test_a_data_set_that_holds_nothing_out_is_evaluated_by_its_training_images(
 ):
     flags = [*TINY_LDM, "--ae", trained / "ae/ckpt.pt", "--size", 16, "--T", 4, "--steps", 1]
     cli("train_ldm.py", *flags, "--task", "uncond", "--data", folder(1), "--out", tmp_path / "x")
-    assert {"held_out_loss_at_0", "fd_shapes"} <= set(log_rows(tmp_path / "x")[-1])
+    assert {"held_out_loss_at_0", "fd_texture"} <= set(log_rows(tmp_path / "x")[-1])
 
     output = cli("train_ae.py", *TINY_AE, "--size", 16, "--steps", 1, "--data", tmp_path / "images",
                  "--out", tmp_path / "ae")

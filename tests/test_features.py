@@ -1,6 +1,7 @@
-"""metrics/features.py: what ShapesNet sees of the built-in world; other networks."""
+"""metrics/features.py: what ShapesNet and Texture see; other networks."""
 import pytest
 import torch
+from texture import blurred as blurred_by_gaussian, measure, photographs
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -128,6 +129,73 @@ def test_a_few_images_of_the_world_lack_recall(net, world):
     figures = compare(real, Statistics(net, few.split(64)))
     assert figures["precision"] > 0.5
     assert figures["recall"] < 0.2
+
+
+# ---- texture, for all other images
+
+@pytest.fixture(scope="module", params=[32, 64])
+def orders(request):
+    """What tests/texture.py measures on made-up photographs, of two sizes."""
+    return measure(*photographs(240, request.param))
+
+
+@pytest.mark.parametrize("wrong", ["blur", "noise", "tint", "missing kinds"])
+def test_fd_texture_rises_with_what_is_wrong_with_photographs(orders, wrong):
+    distances = [row[0] for row in orders[wrong]]
+    assert distances == sorted(distances)
+    assert distances[-1] > 5 * distances[0]
+
+
+def test_precision_and_recall_of_texture(orders):
+    """Noise and blur look like no photograph; a missing kind is missed, the others look well."""
+    _, precision, recall = orders["noise"][0]
+    assert min(precision, recall) > 0.7
+    for wrong in ("noise", "blur"):
+        assert orders[wrong][-1][1] < precision / 3
+    _, precision_of_one, recall_of_one = orders["missing kinds"][-1]
+    assert precision_of_one > 0.7
+    assert recall_of_one < 0.6 * recall
+
+
+def test_texture_of_few_fakes_is_still_in_order():
+    """With 64 samples, as many as training evaluates by default."""
+    net = open_features("auto", CPU)
+    images = photographs(564, 32)[0]
+    real = Statistics(net, images[:500].split(64))
+    fakes = images[500:]
+    distances = []
+    for fake in (fakes, blurred_by_gaussian(fakes, 1), blurred_by_gaussian(fakes, 2)):
+        distances.append(compare(real, Statistics(net, [fake]))["fd_texture"])
+    assert distances == sorted(distances)
+
+
+@pytest.mark.parametrize("side,n_features", [(16, 102), (32, 126), (256, 198)])
+def test_texture_has_24_features_for_each_scale(side, n_features):
+    """Grey images and RGBA have them, too; an even image has no detail at all."""
+    net = open_features("texture", CPU)
+    for channels in (1, 3, 4):
+        features, p = net(torch.ones(2, channels, side, side + 4))
+        assert features.shape == (2, n_features)
+        assert p is None
+    no_detail = torch.tensor(net.NO_DETAIL).log() / net.DETAIL_STD
+    assert_close(features[:, 54:], no_detail.expand(2, n_features - 54))
+
+
+def test_texture_of_a_slope_by_hand():
+    """Brightness rises by 0.01 to the right: at scale s by 0.01 * 2^s, and never curves."""
+    net = open_features("texture", CPU)
+    slope = (0.01 * torch.arange(32.0) - 0.16).expand(1, 3, 32, 32)
+    features = net(slope)[0][0, 54:].view(3, 2, 2, 2, 3)    # scale, axis, order, mean or rms
+    size = (features * net.DETAIL_STD).exp() - net.NO_DETAIL
+    expected = torch.zeros(3, 2, 2, 2, 3)
+    for scale in range(3):
+        expected[scale, 1, 0, :, 0] = 0.01 * 2 ** scale / 2
+    assert_close(size, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_auto_is_shapes_in_the_built_in_world_alone():
+    assert open_features("auto", CPU, built_in=True).name == "shapes"
+    assert open_features("auto", CPU).name == "texture"
 
 
 # ---- the networks with public weights

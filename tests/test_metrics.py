@@ -416,9 +416,9 @@ def two_folders(tmp_path):
     return real, fake
 
 
-def figures_in(output):
+def figures_in(output, counts="8 real, 8 fake"):
     """The figures that the program prints, by name."""
-    text = re.search(r"8 real, 8 fake: (.*)", output)[1]
+    text = re.search(counts + r": (.*)", output)[1]
     pairs = [part.split() for part in text.split(" | ")]
     return {name: float(value) for name, value in pairs}
 
@@ -426,11 +426,11 @@ def figures_in(output):
 def test_the_program_compares_two_folders(two_folders, cli):
     real, fake = two_folders
     figures = figures_in(cli(PROGRAM, "--real", real, "--fake", fake))
-    assert figures.keys() == {"fd_shapes", "precision", "recall", "is_shapes"}
-    assert figures["fd_shapes"] > 1
+    assert figures.keys() == {"fd_texture", "precision", "recall"}
+    assert figures["fd_texture"] > 1
 
     figures = figures_in(cli(PROGRAM, "--real", real, "--fake", real, "--pairs"))
-    assert abs(figures["fd_shapes"]) < 1e-6
+    assert abs(figures["fd_texture"]) < 1e-6
     assert figures["precision"] == figures["recall"] == 1
     assert figures["psnr"] == math.inf
     assert figures["ssim"] == 1
@@ -446,12 +446,66 @@ def test_the_program_pairs_images_by_name(two_folders, cli):
     assert figures["perceptual_random"] > 0
 
 
-def test_an_unreadable_image_is_in_no_pair(two_folders, cli):
-    """The next image, which takes its place in the sets, is another one."""
+def test_unreadable_images_are_left_out_of_counts_sets_and_pairs(two_folders, cli):
+    """No neighbour takes their place: the figures are those of a folder without them."""
     real, fake = two_folders
-    (fake / "40.png").write_bytes(b"not an image")
-    figures = figures_in(cli(PROGRAM, "--real", real, "--fake", fake, "--pairs"))
+    for name in ("40.png", "41.png"):
+        (fake / name).write_bytes(b"not an image")
+    output = cli(PROGRAM, "--real", real, "--fake", fake, "--pairs")
+    figures = figures_in(output, "8 real, 6 fake")
+    assert f"{fake}: 6 images are compared | 2 left out: 40.png (" in output
+    assert output.count("40.png") == output.count("41.png") == 1
+    assert "--pairs: 4 images have the same name in both | 2 left out" in output
     assert_close(figures["psnr"], 20 * math.log10(255 / BRIGHTER), atol=0.01, rtol=0)
+
+    for name in ("40.png", "41.png"):
+        (fake / name).unlink()
+    output = cli(PROGRAM, "--real", real, "--fake", fake, "--pairs")
+    assert figures_in(output, "8 real, 6 fake") == figures
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_first_unreadable_images_are_named_once_and_the_others_counted(
+    two_folders, cli, workers
+):
+    real, fake = two_folders
+    for i in range(10, 20):
+        (real / f"{i}.png").write_bytes(b"not an image")
+    output = cli(PROGRAM, "--real", real, "--fake", fake, "--workers", workers)
+    assert "8 images are compared | 10 left out: 10.png (" in output
+    assert " and 7 more" in output
+    assert "13.png" not in output
+
+
+def test_images_of_other_shapes_and_sizes_are_counted(two_folders, cli):
+    """All are 24 wide and 20 high, but one is as large as the others are made."""
+    real, fake = two_folders
+    Image.new("RGB", (16, 16)).save(fake / "42.png")
+    output = cli(PROGRAM, "--real", real, "--fake", fake, "--size", 16)
+    assert f"{real}: 8 images are compared | 8 are not square: their centre is taken" in output
+    assert f"{fake}: 8 images are compared | 7 are not square: their centre is taken" in output
+
+    output = cli(PROGRAM, "--real", real, "--fake", fake, "--size", "40x48")
+    assert f"{real}: 8 images are compared | 8 are scaled from 20x24 to 40x48" in output
+    assert "1 are not of the shape 40x48: their centre is taken" in output
+    assert "7 are scaled from 20x24 to 40x48" in output
+
+
+@pytest.mark.parametrize("flags,name", [
+    (["--fake", "held-out"], "fd_shapes"),
+    (["--fake", "held-out", "--features", "texture"], "fd_texture"),
+])
+def test_the_built_in_world_is_compared_by_its_own_features(
+    two_folders, cli, monkeypatch, flags, name
+):
+    """A folder that is called like a split is not taken, and the program says so."""
+    real, _ = two_folders
+    monkeypatch.chdir(real.parent)
+    real.rename(real.parent / "held-out")
+    flags = ["--real", "./held-out", *flags, "--size", 16, "--n", 8]
+    output = cli(PROGRAM, *flags)
+    assert name in figures_in(output)
+    assert "for the folder here, write ./held-out" in output
 
 
 def test_the_program_keeps_features_evenly_of_more_than_10_000_images(cli, monkeypatch):
@@ -460,6 +514,7 @@ def test_the_program_keeps_features_evenly_of_more_than_10_000_images(cli, monke
 
     def statistics(net, images, stride):
         strides.append(stride)
+        return Statistics(RowNet(1), [torch.zeros(4, 1)])
 
     monkeypatch.setattr(program, "Shapes", lambda *args, **kwargs: range(60_000))
     monkeypatch.setattr(program, "Statistics", statistics)
@@ -472,12 +527,18 @@ def test_the_program_keeps_features_evenly_of_more_than_10_000_images(cli, monke
 def test_bad_input_to_the_program_is_one_line(two_folders, folder, cli):
     real, fake = two_folders
     built_in = ["--fake", "held-out", "--size", 16, "--n", 8, "--pairs"]
+    small = folder(3)
+    for path in small.glob("*.png"):
+        Image.new("RGB", (8, 8)).save(path)
     cases = [
-        (["--fake", real / "gone"], "gone"),
+        (["--fake", real / "gone"], "--fake: "),
         (["--fake", fake, "--size", 8], "--size 8"),
-        (["--fake", folder(3)], "four images"),
-        (["--fake", fake, "--n", 3], "four images"),
-        (["--fake", real.parent, "--pairs"], "--pairs: no image"),
+        (["--fake", small], f"--fake: {small}: the first image is 8x8, too small"),
+        (["--fake", small, "--size", 16], "--fake: "),
+        (["--fake", small, "--size", 16], "four images"),
+        (["--fake", fake, "--n", 3], "--n 3: "),
+        (["--fake", "held-out"], "--fake: held-out has images of any size; choose --size"),
+        (["--fake", real.parent, "--size", 16, "--pairs"], "--pairs: no image"),
         (built_in, "--pairs: needs"),
     ]
     for flags, message in cases:
@@ -491,5 +552,5 @@ def test_missing_weights_are_one_line(two_folders, tmp_path, cli):
     real, fake = two_folders
     flags = ["--features", "vgg16", "--vgg-weights", tmp_path / "gone.pth"]
     output = cli(PROGRAM, "--real", real, "--fake", fake, *flags, code=2)
-    assert output.startswith("error: --features vgg16: ")
+    assert output.startswith("error: --vgg-weights: ")
     assert "gone.pth" in output

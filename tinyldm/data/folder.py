@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinyldm.data.crops import (
+    Crop,
     central_crop,
     cropped_boxes,
     has_shape,
@@ -207,19 +208,10 @@ class Folder(ImageDataset):
 
     def load(self, k: int) -> dict[str, Any]:
         """Return the item of image k; BadInput if it is smaller than the crop."""
-        row, image = self.readable(k)
-
-        # The crop is in the centre of the image, and has the shape of `size`.
+        j, image = self.readable(k)
+        row = self.rows[j]
+        crop = self.crop_of(j, image)
         h, w = self.size
-        crop_w, crop_h = largest_crop(image.size, (w, h)) if self.resize else (w, h)
-        require(
-            crop_w <= image.width and crop_h <= image.height,
-            f"{self.path}: {row['file_name']} is {image.width}x{image.height} (width x "
-            f"height), smaller than the crop of {w}x{h}; allow scaling, or take a smaller "
-            "size",
-        )
-        crop = central_crop(image.size, (crop_w, crop_h))
-
         cropped = image.resize((w, h), LANCZOS, crop)
         item: dict[str, Any] = {"image": to_tensor(cropped)}
         if "text" in row:
@@ -234,35 +226,60 @@ class Folder(ImageDataset):
             item["small"] = self._small_image(row, crop, image.size)
         return item
 
-    def readable(self, k: int) -> tuple[dict, Image.Image]:
-        """Return the row and the image k, or those of the next image that can be read.
+    def readable(self, k: int) -> tuple[int, Image.Image]:
+        """Return k and image k, or the number and image of the next that can be read.
 
-        The image may be smaller than its file says, except if it has boxes in pixels, or
-        a small image, whose shape is compared with its own.
         Raises BadInput if no image can be read.
         """
         for j in range(k, k + len(self)):
             j %= len(self)
-            row = self.rows[j]
-            name = row["file_name"]
             if self.unreadable[j]:
                 continue
-
-            may_be_smaller = self.resize and "boxes" not in row and "small" not in row
-            least_side = 2 * max(self.size) if may_be_smaller else None
             try:
-                image = self.load_image(self.files.read(name), least_side)
-                check_sides(image)
-                return row, image
+                return j, self.open_image(j)
             except Exception as error:      # a stranger's file may raise anything
                 self.unreadable[j] = True
+                name = self.rows[j]["file_name"]
                 count = f"({int(self.unreadable.sum())} so far)"
                 warnings.warn(f"{name} is skipped: {error} {count}", stacklevel=2)
 
         raise BadInput(f"{self.path}: none of its {len(self)} images can be read")
 
+    def open_image(self, k: int) -> Image.Image:
+        """Return image k; raise any error if it cannot be read.
+
+        The image may be smaller than its file says, except if it has boxes in pixels, or
+        a small image, whose shape is compared with its own.
+        """
+        row = self.rows[k]
+        may_be_smaller = self.resize and "boxes" not in row and "small" not in row
+        least_side = 2 * max(self.size) if may_be_smaller else None
+        image = self.load_image(self.files.read(row["file_name"]), least_side)
+        check_sides(image)
+        return image
+
+    def stored_size(self, k: int) -> tuple[int, int]:
+        """Return the (width, height) of the file of image k; raise any error."""
+        return upright_size(self.files.read(self.rows[k]["file_name"]))
+
+    def crop_of(self, k: int, image: Image.Image) -> Crop:
+        """Return the crop of image k, in its pixels.
+
+        It is in the centre of the image, and has the shape of `size`. Raises BadInput if
+        the image is smaller.
+        """
+        h, w = self.size
+        crop_w, crop_h = largest_crop(image.size, (w, h)) if self.resize else (w, h)
+        require(
+            crop_w <= image.width and crop_h <= image.height,
+            f"{self.path}: {self.rows[k]['file_name']} is {image.width}x{image.height} (width "
+            f"x height), smaller than the crop of {w}x{h}; allow scaling, or take a smaller "
+            "size",
+        )
+        return central_crop(image.size, (crop_w, crop_h))
+
     def _label_map(
-        self, row: dict, crop: tuple[int, ...], image_size: tuple[int, int]
+        self, row: dict, crop: Crop, image_size: tuple[int, int]
     ) -> Tensor:
         """The label map of a row, in the shape of its image but of any size -> (H, W).
 
@@ -290,7 +307,7 @@ class Folder(ImageDataset):
         return map_to_tensor(cropped)
 
     def _small_image(
-        self, row: dict, crop: tuple[int, ...], image_size: tuple[int, int]
+        self, row: dict, crop: Crop, image_size: tuple[int, int]
     ) -> Tensor:
         """The small image of a row, cropped as its image -> (C, H / 4, W / 4).
 

@@ -13,6 +13,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from tinyldm.data.dataset import ImageDataset
@@ -20,6 +21,7 @@ from tinyldm.data.images import both_sides
 from tinyldm.data.open import open_dataset
 from tinyldm.engine.ranges import check_ranges
 from tinyldm.errors import BadInput, naming, require
+from tinyldm.metrics.features import open_features
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.MetavarTypeHelpFormatter):
@@ -185,14 +187,31 @@ def print_found(data: ImageDataset) -> None:
 def add_feature_flags(parser: ArgumentParser) -> None:
     """Add the flags that say in whose features two sets of images are compared."""
     g = parser.add_argument_group("features of the metrics")
-    g.add_argument("--features", type=str, default="shapes",
-                   choices=["shapes", "vgg16", "inception"],
-                   help="network of the Frechet distance: inception gives FID, shapes needs "
-                        "no file")
+    g.add_argument("--features", type=str, default="auto",
+                   choices=["auto", "shapes", "texture", "vgg16", "inception"],
+                   help="network of the Frechet distance: inception gives FID; auto needs no "
+                        "file: shapes in the built-in world, texture elsewhere")
     g.add_argument("--inception", type=str,
                    help="path of pt_inception-2015-12-05-6726825d.pth; default: fetched")
     g.add_argument("--vgg-weights", type=str,
                    help="path of torchvision's vgg16-397923af.pth; default: fetched")
+
+
+def open_feature_net(args: Namespace, device: torch.device, built_in: bool) -> nn.Module:
+    """Open the feature network that the feature flags describe.
+
+    built_in: whether the images are the built-in world's. Raises BadInput, which names the
+    flag.
+    """
+    source = f"--features {args.features}"
+    if args.features == "inception" and args.inception:
+        source = "--inception"
+    if args.features == "vgg16" and args.vgg_weights:
+        source = "--vgg-weights"
+    with naming(source):
+        return open_features(
+            args.features, device, args.inception, args.vgg_weights, built_in=built_in
+        )
 
 
 def add_system_flags(parser: ArgumentParser) -> None:

@@ -45,7 +45,7 @@ def load_public(net: nn.Module, url: str, path: str | Path | None, prefix: str =
         file_name = url.split("/")[-1]
         raise BadInput(
             f"{path or url}: no weights ({reason}); give the path of {file_name}, or choose "
-            "what needs no file: the perceptual loss `random`, the features `shapes`"
+            "what needs no file: the perceptual loss `random`, the features `texture`"
         ) from error
     return net
 

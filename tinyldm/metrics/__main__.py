@@ -6,25 +6,26 @@
 
 NB: FID in the literature compares 50,000 samples with the whole training set.
 """
+import os
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import nn
+from torch.utils.data import Dataset
 
-from tinyldm.data.dataset import ImageDataset
 from tinyldm.data.folder import Folder
 from tinyldm.data.images import size_text
 from tinyldm.data.shapes import Shapes
 from tinyldm.engine.command import run
-from tinyldm.engine.flags import add_feature_flags, image_size, new_parser
+from tinyldm.engine.flags import add_feature_flags, image_size, new_parser, open_feature_net
 from tinyldm.engine.processes import setup
 from tinyldm.engine.ranges import check_ranges
 from tinyldm.engine.weights import open_perceptual
 from tinyldm.errors import naming, require
-from tinyldm.metrics.features import open_features
 from tinyldm.metrics.images import psnr, ssim
-from tinyldm.metrics.sets import Statistics, compare, load_images
+from tinyldm.metrics.reading import ExactImages, Tally, read_images, read_pairs
+from tinyldm.metrics.sets import Statistics, compare
 
 BUILT_IN = ("train", "held-out")        # splits of the built-in world
 MOST_BUILT_IN = 10_000                  # images of it to compare with
@@ -36,7 +37,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
     group = parser.add_argument_group("images")
     group.add_argument("--real", type=str, required=True,
-                       help="folder, .zip or .tar; or built-in: 'train' or 'held-out'")
+                       help="folder, .zip or .tar; or of the built-in world: train or held-out "
+                            "(write ./train for a folder that is called so)")
     group.add_argument("--fake", type=str, required=True,
                        help="images to evaluate, given in the same way as --real")
     group.add_argument("--size", type=image_size, metavar="HxW",
@@ -59,8 +61,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 def main(args: Namespace) -> None:
     device = setup(args.device, "fp32").device
-    with naming(f"--features {args.features}"):
-        net = open_features(args.features, device, args.inception, args.vgg_weights)
+    built_in = args.real in BUILT_IN or args.fake in BUILT_IN
+    net = open_feature_net(args, device, built_in)
 
     # The two sets, at one size.
     size = args.size if args.size is not None else size_of_first(args.fake)
@@ -70,28 +72,23 @@ def main(args: Namespace) -> None:
     with naming("--fake"):
         fake = open_set(args.fake, size, args.n)
     if args.pairs:
-        have_names = isinstance(real, Folder) and isinstance(fake, Folder)
+        have_names = isinstance(real, ExactImages) and isinstance(fake, ExactImages)
         require(have_names, "--pairs: needs two folders, whose images have names")
+        pairs = pairs_by_name(real, fake, args.n)
 
-    # What the sets are like. Each gives at most --n images, evenly spread over it.
-    statistics = []
-    numbers = []
-    for data in (real, fake):
-        n = min(len(data), args.n)
-        require(n >= 4, "--real, --fake, --n: each set must have four images or more")
-        spread = [i * len(data) // n for i in range(n)]
-        stride = -(-n // MOST_FEATURES)
-        images = load_images(data, spread, args.workers, device)
-        statistics.append(Statistics(net, images, stride))
-        numbers.append(n)
-    figures = compare(*statistics)
+    # What the sets are like, and what became of their images.
+    with naming("--real"):
+        real_statistics = statistics_of(real, net, size, args, device)
+    with naming("--fake"):
+        fake_statistics = statistics_of(fake, net, size, args, device)
+    figures = compare(real_statistics, fake_statistics)
 
     # How far the images of each pair are apart.
     if args.pairs:
-        pairs = paired_images(real, fake, args.n, args.workers, device)
-        figures |= compare_pairs(pairs, args.vgg_weights, device)
+        figures |= compare_pairs(real, fake, pairs, args, device)
 
-    n_real, n_fake = numbers
+    n_real = real_statistics.moments.n
+    n_fake = fake_statistics.moments.n
     text = " | ".join(f"{name} {value:.4g}" for name, value in figures.items())
     print(f"{n_real:,} real, {n_fake:,} fake: {text}")
 
@@ -99,45 +96,77 @@ def main(args: Namespace) -> None:
 def size_of_first(path: str) -> tuple[int, int]:
     """Return the size (H, W) of the first image in a folder that can be read."""
     with naming("--fake"):
+        require(path not in BUILT_IN, f"{path} has images of any size; choose --size")
         _, image = Folder(path, 1, "all", resize=False).readable(0)
+        require(
+            min(image.size) >= 16,
+            f"{path}: the first image is {image.width}x{image.height}, too small to compare; "
+            "choose --size, at least 16",
+        )
     return image.height, image.width
 
 
-def open_set(path: str, size: tuple[int, int], n: int) -> ImageDataset:
+def open_set(path: str, size: tuple[int, int], n: int) -> Dataset:
     """Open all images of a folder, or at most n of a split of the built-in world."""
-    if path in BUILT_IN:
-        h, w = size
-        require(h == w, f"{path}: the images of the built-in world are square, not {h}x{w}")
-        return Shapes(max(0, min(n, MOST_BUILT_IN)), h, split=path)
-    return Folder(path, size, "all")
+    if path not in BUILT_IN:
+        return ExactImages(Folder(path, size, "all"))
 
-
-def paired_images(
-    real: Folder, fake: Folder, n: int, workers: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches (B, 3, H, W) of real and fake images of the same name.
-
-    There are at most n pairs in all. Raises BadInput if no name occurs in both.
-    """
-    real_index = {row["file_name"]: i for i, row in enumerate(real.rows)}
-    fake_index = {row["file_name"]: i for i, row in enumerate(fake.rows)}
-    names = real_index.keys() & fake_index.keys()
-
-    # An image that cannot be read was replaced by the next one, which is no partner.
-    names = sorted(names - real.unreadable - fake.unreadable)[:n]
-    require(names, "--pairs: no image of --fake has the name of one of --real")
-
-    real_items = [real_index[name] for name in names]
-    fake_items = [fake_index[name] for name in names]
-    yield from zip(
-        load_images(real, real_items, workers, device),
-        load_images(fake, fake_items, workers, device),
+    if os.path.exists(path):
+        print(f"{path} is the built-in world's split; for the folder here, write ./{path}")
+    h, w = size
+    require(
+        h == w,
+        f"{path}: the images of the built-in world are square, not {h}x{w}; choose --size",
     )
+    return Shapes(max(0, min(n, MOST_BUILT_IN)), h, split=path)
+
+
+def statistics_of(
+    data: Dataset, net: nn.Module, size: tuple[int, int], args: Namespace, device: torch.device
+) -> Statistics:
+    """Return the statistics of at most --n images, evenly spread over a set.
+
+    Prints what became of its images.
+    """
+    name = data.folder.path if isinstance(data, ExactImages) else "the built-in world"
+    n = min(len(data), args.n)
+    require(args.n >= 4, f"--n {args.n}: must be at least 4")
+    spread = [i * len(data) // n for i in range(n)]
+    stride = -(-n // MOST_FEATURES)
+    tally = Tally(size)
+    images = read_images(data, spread, args.workers, device, tally)
+    statistics = Statistics(net, images, stride)
+
+    n_read = statistics.moments.n
+    parts = [f"{name}: {n_read:,} images are compared", *tally.parts()]
+    lines = [" | ".join(parts)]
+    if isinstance(data, ExactImages):
+        lines += data.folder.summary()[1:]      # what was no image
+    print("\n".join(lines))
+    require(
+        n_read >= 4,
+        f"{name}: {n_read} images can be read; each set must have four images or more",
+    )
+    return statistics
+
+
+def pairs_by_name(real: ExactImages, fake: ExactImages, n: int) -> list[tuple[int, int]]:
+    """Return the numbers of the real and the fake image of at most n names in both sets.
+
+    Raises BadInput if no name occurs in both.
+    """
+    real_index = {real.name(i): i for i in range(len(real))}
+    fake_index = {fake.name(i): i for i in range(len(fake))}
+    names = sorted(real_index.keys() & fake_index.keys())[:n]
+    require(names, "--pairs: no image of --fake has the name of one of --real")
+    return [(real_index[name], fake_index[name]) for name in names]
 
 
 def compare_pairs(
-    pairs: Iterator[tuple[Tensor, Tensor]],
-    vgg_weights: str | None,
+    real: ExactImages,
+    fake: ExactImages,
+    pairs: Sequence[tuple[int, int]],
+    args: Namespace,
     device: torch.device,
 ) -> dict[str, float]:
     """Return the means of PSNR, SSIM and perceptual distance over pairs of images.
@@ -145,13 +174,20 @@ def compare_pairs(
     The perceptual distance is VGG16's if its weights are given, else one of random
     features.
     """
-    kind = "vgg16" if vgg_weights else "random"
-    distance = open_perceptual(kind, vgg_weights, device)
+    kind = "vgg16" if args.vgg_weights else "random"
+    with naming("--vgg-weights"):
+        distance = open_perceptual(kind, args.vgg_weights, device)
     rows = []
-    for x, x_rec in pairs:
+    for x, x_rec in read_pairs(real, fake, pairs, args.workers, device):
         row = [psnr(x, x_rec), ssim(x, x_rec), distance(x, x_rec)]
         rows.append(torch.stack(row))                           # (3, B)
-    mean_psnr, mean_ssim, mean_distance = torch.cat(rows, dim=1).mean(1).tolist()
+    require(rows, "--pairs: no two images of the same name can be read")
+
+    figures = torch.cat(rows, dim=1)                            # (3, number of pairs)
+    n_pairs = figures.shape[1]
+    left_out = f" | {len(pairs) - n_pairs:,} left out" if n_pairs < len(pairs) else ""
+    print(f"--pairs: {n_pairs:,} images have the same name in both{left_out}")
+    mean_psnr, mean_ssim, mean_distance = figures.mean(1).tolist()
     return {"psnr": mean_psnr, "ssim": mean_ssim, f"perceptual_{kind}": mean_distance}
 
 

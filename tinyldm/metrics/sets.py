@@ -17,6 +17,7 @@ samples it is larger, so such values cannot be compared.
 """
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -208,7 +209,14 @@ def load_images(
     data: Dataset, items: Sequence[int], workers: int, device: torch.device
 ) -> Iterator[Tensor]:
     """Yield the images of some items in batches (64, 3, H, W), with a progress bar."""
+    for batch in load_batches_of(data, items, workers):
+        yield batch["image"].to(device)
+
+
+def load_batches_of(
+    data: Dataset, items: Sequence[int], workers: int
+) -> Iterator[dict[str, Any]]:
+    """Yield batches of 64 items, with a progress bar."""
     parts = [items[i:i + 64] for i in range(0, len(items), 64)]
     bar = tqdm(parts, "images", dynamic_ncols=True)
-    for batch in load_batches(data, bar, workers):
-        yield batch["image"].to(device)
+    yield from load_batches(data, bar, workers)
