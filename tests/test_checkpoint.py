@@ -117,7 +117,7 @@ def test_a_missing_checkpoint_and_one_of_another_kind_are_bad_input(tmp_path):
         load_checkpoint(tmp_path / "gone.pt", "ldm")
 
     path = save_good(tmp_path / "ckpt.pt")
-    with pytest.raises(BadInput, match="holds a tinyldm autoencoder.* kind ldm"):
+    with pytest.raises(BadInput, match="of stage one .*, where one of stage two .* is needed"):
         load_checkpoint(path, "ldm")
     assert load_checkpoint(path)["kind"] == "tinyldm autoencoder"
 

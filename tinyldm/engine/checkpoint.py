@@ -11,7 +11,6 @@ file contains.
 """
 import contextlib
 import os
-import pickle
 import re
 import warnings
 import zipfile
@@ -20,12 +19,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tinyldm.engine.processes import fit_to
+from tinyldm.engine.recognise import names_in_pickle, recognise_file, recognise_state
 from tinyldm.errors import BadInput, require, trying
 
 KIND = "tinyldm "
+STAGES = {
+    "tinyldm autoencoder": "stage one (train_ae.py)",
+    "tinyldm ldm": "stage two (train_ldm.py)",
+}
 
 
 # ---- writing
@@ -91,23 +95,40 @@ def unpickle(path: str | Path, mmap: bool = False, allowed: Sequence = ()) -> ob
     unless the name is one of `allowed` (see torch.serialization.safe_globals).
 
     mmap: map the file into memory instead of reading it.
-    Raises BadInput that names the file.
+    Raises BadInput that names the file, and what it is where that is known.
     """
+    path = Path(path)
+    how = {"map_location": "cpu", "weights_only": True}
     try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = "it is no checkpoint, or holds more than tensors and plain values"
-        if named:
-            reason = f"it asks for {named[1]}"
-        message = f"{path}: refused: {reason}, which could run code when loaded"
-        raise BadInput(message) from error
+        with torch.serialization.safe_globals(allowed), open(path, "rb") as file:
+            # torch takes a name that ends so for the content, and maps no open file.
+            if mmap and path.suffix != ".safetensors":
+                return torch.load(path, mmap=True, **how)
+            return torch.load(file, **how)
     except Exception as error:
-        message = f"{path}: truncated, or not a checkpoint ({type(error).__name__})"
-        raise BadInput(message) from error
+        with trying(f"{path}: damaged, or not a checkpoint"):
+            reason = why_unreadable(path, error)
+        raise BadInput(f"{path}: {reason}") from error
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Return why torch could not load a file, from its error and the file's content."""
+    if path.is_dir():
+        return str(recognise_file(path))
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+
+    # torch names what a pickle asks for, but only in the protocol that torch writes.
+    named = re.findall(r"GLOBAL (\S+)", str(error)) or names_in_pickle(path)
+    if named:
+        return (
+            f"refused: it asks for {named[0]}, which could run code when loaded; give a state "
+            "dict or a .safetensors"
+        )
+    kind = recognise_file(path)
+    if kind is not None:
+        return str(kind)
+    return f"damaged, or not a checkpoint ({type(error).__name__})"
 
 
 def load_checkpoint(path: str | Path, kind: str | None = None) -> dict:
@@ -126,16 +147,42 @@ def load_checkpoint(path: str | Path, kind: str | None = None) -> dict:
         warnings.warn(f"{error}; {previous}, the one before it, is used", stacklevel=2)
         checkpoint = unpickle(previous)
 
-    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    require(str(found).startswith(KIND), f"{path}: not a checkpoint of tinyldm")
-    require(
-        kind is None or found == KIND + kind,
-        f"{path}: holds a {found}, where one of kind {kind} is needed",
-    )
+    check_kind(path, checkpoint, kind)
     with trying(f"{path}: its config cannot be read"):
         for shape in checkpoint.get("config", {}).values():
             require(is_buildable(shape), f"{path}: its config has absurd sizes")
     return checkpoint
+
+
+def check_kind(path: Path, checkpoint: object, kind: str | None) -> None:
+    """Raise BadInput, which says what a file holds, unless it is a checkpoint of this kind."""
+    is_dict = isinstance(checkpoint, dict)
+    found = str(checkpoint.get("kind")) if is_dict else ""
+    if not found.startswith(KIND):
+        state = checkpoint.get("state_dict", checkpoint) if is_dict else None
+        other = recognise_state(state) if isinstance(state, dict) else None
+        but = f", but {other.what}" if other else ""
+        raise BadInput(
+            f"{path}: not a checkpoint of tinyldm{but}; give one of train_ae.py or train_ldm.py"
+        )
+    if kind is not None and found != KIND + kind:
+        stage = STAGES.get(found, found)
+        raise BadInput(
+            f"{path}: a checkpoint of {stage}, where one of {STAGES[KIND + kind]} is needed"
+        )
+
+
+def check_finite(state: dict[str, Tensor], source: str) -> None:
+    """Raise BadInput that names the first tensor with a value that is not a number.
+
+    source: what the state dict is of, such as the path of its file.
+    """
+    for key, x in state.items():
+        require(
+            x.isfinite().all(),
+            f"{source}: {key} holds values that are not numbers (NaN or infinite); take an "
+            "earlier checkpoint, or download it again",
+        )
 
 
 def is_buildable(shape: dict) -> bool:
