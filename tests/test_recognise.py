@@ -203,7 +203,6 @@ class Evil:
         return os.system, ("touch pwned",)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("zipped", [False, True])
 def test_a_pickle_with_code_is_named_as_such_and_not_run(

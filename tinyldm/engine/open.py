@@ -13,7 +13,7 @@ from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, build_autoencoder
 from tinyldm.data.tokenizer import check_tokenizer
 from tinyldm.engine.checkpoint import check_finite, load_checkpoint
 from tinyldm.engine.released import load_released
-from tinyldm.errors import require, trying
+from tinyldm.errors import naming, require, trying
 from tinyldm.model import LatentDiffusion, ModelConfig, build_model
 
 
@@ -40,7 +40,8 @@ def open_model(
     for name in ("ae", "unet", "tau"):
         net = getattr(model, name)
         if net is not None:
-            check_finite(net.state_dict(), f"{path}: {name}")
+            with naming(f"{path}: {name}"):
+                check_finite(net.state_dict())
     return model
 
 
@@ -78,7 +79,8 @@ def open_stage_one(path: Path | str, channels: int | None = None) -> Autoencoder
         with torch.device("meta"):
             ae = build_autoencoder(AEConfig(**checkpoint["config"]["autoencoder"]))
         ae.load_state_dict(checkpoint["nets"]["ae"], assign=True)
-    check_finite(ae.state_dict(), str(path))
+    with naming(str(path)):
+        check_finite(ae.state_dict())
     require(
         channels in (None, ae.cfg.c_x),
         f"{path}: its images have {ae.cfg.c_x} channel(s), not {channels}",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tinyldm.engine.checkpoint import atomic_write, check_finite, save_checkpoint, unpickle
 from tinyldm.engine.recognise import recognise_state
-from tinyldm.errors import BadInput, require, trying
+from tinyldm.errors import BadInput, naming, require, trying
 from tinyldm.perceptual import VGG16, Perceptual, random_vgg
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -47,7 +47,8 @@ def load_public(net: nn.Module, url: str, path: str | Path | None, prefix: str =
             f"{path or url}: no weights ({reason}); give the path of {file_name}, or choose "
             "what needs no file: the perceptual loss `random`, the features `shapes`"
         ) from error
-    check_finite(net.state_dict(), str(path or url))
+    with naming(str(path or url)):
+        check_finite(net.state_dict())
     return net
 
 
