@@ -383,7 +383,7 @@ def main(args: Namespace) -> None:
     bar = tqdm(
         total=len(starts) * steps.n_calls, unit="step", dynamic_ncols=True, disable=not machine.main
     )
-    if args.compile and not args.attention:     # its hooks would be compiled again at each step
+    if args.compile:
         model.unet.forward = torch.compile(model.unet.forward, dynamic=False)
     model.unet.register_forward_hook(lambda *_: bar.update() and None)  # a hook returns None
     attended_calls = set()

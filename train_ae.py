@@ -40,7 +40,7 @@ from tinyldm.engine.processes import (
     wrap_ddp,
 )
 from tinyldm.engine.weights import open_perceptual
-from tinyldm.errors import naming, require
+from tinyldm.errors import NotFinite, naming, require
 from tinyldm.losses import LossConfig, autoencoder_loss, discriminator_loss
 from tinyldm.metrics.images import gradient_length, psnr, ssim
 from tinyldm.metrics.sets import Statistics, compare
@@ -226,8 +226,12 @@ def prepare_evaluation(
         if x is None:
             log.note("no image is held out (one in 20 is), so evaluation is skipped")
             return
-        with machine.autocast():
-            x_rec, figures = evaluate_reconstructions(ae, features, x, device)
+        try:
+            with machine.autocast():
+                x_rec, figures = evaluate_reconstructions(ae, features, x, device)
+        except NotFinite as error:
+            log.note(f"step {step} is not evaluated: {error}")
+            return
         if held_out.has_exact_scorer:
             items = [{"caption": caption} for caption in held_out.captions()[:len(x_rec)]]
             score = scorer.text_score(x_rec, items)
@@ -278,7 +282,7 @@ def main(args: Namespace) -> None:
     config = {"autoencoder": vars(cfg), "discriminator": vars(disc.cfg)}
     head = {"config": config, "size": args.size}
     with naming("--out"):
-        ckpt = resume(args.out / "ckpt.pt", "autoencoder", head, parts)
+        ckpt = resume(args.out / "ckpt.pt", "autoencoder", head, parts, len(data))
     done = ckpt["step"]
     never_idle = torch.zeros(cfg.n_codes or 0, dtype=torch.long)
     idle = ckpt.get("idle", never_idle).to(device)      # steps since each code was last chosen
@@ -287,7 +291,7 @@ def main(args: Namespace) -> None:
         states = gathered_states(parts)
         if machine.main:
             ckpt = {"kind": "tinyldm autoencoder", "step": step, "idle": idle} | head
-            ckpt |= {"args": flags.plain_values(args)} | states
+            ckpt |= {"args": flags.plain_values(args), "n_images": len(data)} | states
             save_checkpoint(ckpt, args.out / "ckpt.pt", keep=True)
 
     # The log, the evaluation (again, if the run was stopped before it), and the batches.

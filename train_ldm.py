@@ -49,7 +49,7 @@ from tinyldm.engine.processes import (
     shard_weights,
     wrap_ddp,
 )
-from tinyldm.errors import naming, require
+from tinyldm.errors import NotFinite, naming, require
 from tinyldm.guidance import drop_condition
 from tinyldm.metrics.sets import Statistics, compare, load_images
 from tinyldm.model import LatentDiffusion, build_model
@@ -373,12 +373,16 @@ def prepare_evaluation(
     def evaluate(step: int) -> None:
         if args.fsdp:
             load_averaged(averaged, gathered_states(ema.nets))
-        with machine.autocast():
-            losses = held_out_loss(averaged, posterior, y)
-            images = sample_all(averaged, items)
+        try:
+            with machine.autocast():
+                losses = held_out_loss(averaged, posterior, y)
+                images = sample_all(averaged, items)
+            fake = Statistics(features, (part.to(device) for part in images.split(64)))
+        except NotFinite as error:
+            log.note(f"step {step} is not evaluated: {error}")
+            return
         can_score = data.has_exact_scorer or model.task.scores_any_world
         scores = model.task.score(images, items) if can_score else {}
-        fake = Statistics(features, (part.to(device) for part in images.split(64)))
         log.write(step, **losses, **scores, **compare(real, fake))
 
         path = args.out / f"samples_{step:06d}.png"
@@ -486,7 +490,9 @@ def main(args: Namespace) -> None:
     # and its z_std included.
     parts = {"nets": nets, "ema": ema.nets, "ae": model.ae, "opt": opt}
     with naming("--out"):
-        ckpt = resume(args.out / "ckpt.pt", "ldm", model.config.to_checkpoint(), parts)
+        ckpt = resume(
+            args.out / "ckpt.pt", "ldm", model.config.to_checkpoint(), parts, len(data), args.ae
+        )
     done = ckpt["step"]
     ema.n_updates = ckpt.get("ema_n", 0)
 
@@ -495,6 +501,10 @@ def main(args: Namespace) -> None:
     cache = latents_of(args, model, data, machine) if args.cache_latents else None
     if done == 0:
         model.ae.z_std.copy_(z_std_of(args, model, data, cache, machine))
+    require(
+        args.z_std is None or model.z_std == args.z_std,
+        f"--z-std {args.z_std}: the run in {args.out} has {float(model.z_std):g}",
+    )
     y_null = {name: v.to(device) for name, v in model.task.null().items()}
 
     def save(step: int) -> None:
@@ -502,7 +512,7 @@ def main(args: Namespace) -> None:
         if not machine.main:
             return
         ckpt = {"kind": "tinyldm ldm", "step": step, "args": flags.plain_values(args)}
-        ckpt |= model.config.to_checkpoint()
+        ckpt |= model.config.to_checkpoint() | {"n_images": len(data)}
         # Write model.pt first: if the run is killed between the two writes, the resumed run
         # repeats the last steps and writes both again.
         if step == args.steps:

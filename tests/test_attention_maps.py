@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -150,6 +151,33 @@ def test_observing_changes_no_bit_and_leaves_nothing_behind():
     assert number_of_hooks(unet) == 0
     assert torch.equal(unet(*inputs()), before)
     assert len(maps) == n_maps
+
+
+def test_a_compiled_unet_is_compiled_once_and_observed_alike():
+    """However often it is called, and whichever calls are kept."""
+    unet = tiny_unet()
+    with attention_maps(unet, 3, 4, 8) as expected:
+        unet(*inputs())
+
+    torch._dynamo.reset()
+    counter = CompileCounter()              # it compiles nothing, but counts
+    unet.forward = torch.compile(unet.forward, dynamic=False, backend=counter)
+    with attention_maps(unet, 3, 4, 8, calls={1, 2, 4}) as maps:
+        for _ in range(6):
+            unet(*inputs())
+    assert counter.frame_count == 1
+    assert len(maps) == 3 * len(expected)
+    for observed, layer_map in zip(maps, expected * 3):
+        assert_close(observed, layer_map)
+
+
+def test_without_calls_to_keep_nothing_is_observed():
+    """So a run without maps is not slowed down by them."""
+    unet = tiny_unet()
+    with attention_maps(unet, 3, 4, 8, calls=set()) as maps:
+        assert number_of_hooks(unet) == 0
+        unet(*inputs())
+    assert maps == []
 
 
 def test_no_hook_stays_after_an_exception():

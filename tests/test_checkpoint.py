@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tinyldm.data.tokenizer import train_tokenizer
 from tinyldm.engine.checkpoint import half, load_checkpoint, resume, save_checkpoint
 from tinyldm.engine.processes import gathered_states
 from tinyldm.errors import BadInput
@@ -117,7 +118,7 @@ def test_a_missing_checkpoint_and_one_of_another_kind_are_bad_input(tmp_path):
         load_checkpoint(tmp_path / "gone.pt", "ldm")
 
     path = save_good(tmp_path / "ckpt.pt")
-    with pytest.raises(BadInput, match="holds a tinyldm autoencoder.* kind ldm"):
+    with pytest.raises(BadInput, match="of stage one .*, where one of stage two .* is needed"):
         load_checkpoint(path, "ldm")
     assert load_checkpoint(path)["kind"] == "tinyldm autoencoder"
 
@@ -149,13 +150,18 @@ def make_parts(seed):
     return {"nets": {"net": net}, "opt": optimiser}
 
 
+def tokenizer(*captions):
+    """Return the JSON of a tokenizer of these words."""
+    return train_tokenizer(captions).to_str()
+
+
 @pytest.fixture
 def saved(tmp_path):
     """Return the path of a run's checkpoint, and the parts that are in it."""
     path = tmp_path / "ckpt.pt"
     parts = make_parts(0)
     head = {"kind": "tinyldm ldm", "step": 7, "config": CONFIG}
-    head |= {"size": 32, "classes": ["a", "b"], "tokenizer": "{...}" * 100}
+    head |= {"size": 32, "classes": ["a", "b"], "tokenizer": tokenizer("a", "b")}
     save_checkpoint(head | gathered_states(parts), path)
     return path, parts
 
@@ -165,8 +171,8 @@ def test_a_run_continues_with_all_its_parts(saved):
     path, parts = saved
     other = make_parts(1)
 
-    assert resume(path.with_name("none.pt"), "ldm", CONFIG, other) == {"step": 0}
-    assert resume(path, "ldm", CONFIG, other)["step"] == 7
+    assert resume(path.with_name("none.pt"), "ldm", CONFIG, other, 9) == {"step": 0}
+    assert resume(path, "ldm", CONFIG, other, 9)["step"] == 7
     assert_close(gathered_states(other), gathered_states(parts), rtol=0, atol=0)
 
 
@@ -175,10 +181,10 @@ def test_a_run_of_another_model_is_refused_with_every_difference(saved):
     path, _ = saved
     config = {"unet": {"ch": 32, "ch_mult": (1, 2)}, "tau": {"depth": 3}}
     config["task"] = {"name": "class"}
-    head = {"config": config, "size": 64, "classes": ["a", "c"], "tokenizer": "{}" * 100}
+    head = {"config": config, "size": 64, "classes": ["a", "c"], "tokenizer": tokenizer("a", "c")}
 
     with pytest.raises(BadInput) as error:
-        resume(path, "ldm", head, make_parts(1))
+        resume(path, "ldm", head, make_parts(1), 9)
 
     message = str(error.value)
     assert "\n" not in message
@@ -188,8 +194,8 @@ def test_a_run_of_another_model_is_refused_with_every_difference(saved):
         "tau depth = 2, now it is 3",
         "task name = text, now it is class",
         "size = 32, now it is 64",
-        "classes = ['a', 'b'], now it is ['a', 'c']",
-        "another value of tokenizer",
+        "classes = [a, b] (2 in all), now it is [a, c] (2 in all)",
+        "tokenizer words = [[PAD], [UNK], a, b] (4 in all), now it is [[PAD], [UNK], a, c] (4 in",
     ):
         assert difference in message
     assert "ch_mult" not in message
@@ -202,4 +208,4 @@ def test_parts_that_do_not_fit_are_bad_input(saved):
     parts["nets"]["net"] = torch.nn.Linear(4, 2)
 
     with pytest.raises(BadInput, match="ckpt.pt: its parts do not fit together"):
-        resume(path, "ldm", CONFIG, parts)
+        resume(path, "ldm", CONFIG, parts, 9)

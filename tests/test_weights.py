@@ -52,7 +52,7 @@ def test_truncated_and_missing_files_are_refused(tmp_path, suffix):
     content = path.read_bytes()
     for n in (0, 4, 9, 100, 5000, len(content) - 1):
         path.write_bytes(content[:n])
-        check_refused(path, "truncated|header|could run code")
+        check_refused(path, "truncated|an empty file")
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
@@ -63,7 +63,7 @@ def test_a_list_is_no_state_dict(tmp_path, suffix):
     torch.save([1, 2], buffer)
     path.write_bytes(buffer.getvalue())
 
-    check_refused(path, "not a checkpoint|header")
+    check_refused(path, "holds a list, no weights")
 
 
 # ---- pickles

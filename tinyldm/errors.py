@@ -11,6 +11,10 @@ class BadInput(ValueError):
     """
 
 
+class NotFinite(BadInput):
+    """A network gave values that are not numbers: NaN or infinite ones."""
+
+
 def require(ok: object, message: str) -> None:
     """Raise BadInput(message) unless ok."""
     if not ok:

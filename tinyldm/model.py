@@ -18,7 +18,7 @@ from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, build_autoencoder
 from tinyldm.conditioning import Context
 from tinyldm.data.images import both_sides
 from tinyldm.diffusion import DiffusionConfig, as_eps_theta, q_sample
-from tinyldm.errors import require
+from tinyldm.errors import NotFinite, require
 from tinyldm.guidance import guided
 from tinyldm.samplers import SAMPLERS, TIMESTEPS, each, later, masked
 from tinyldm.seeds import generator
@@ -168,7 +168,8 @@ class LatentDiffusion:
         watch: wraps the eps_theta that the sampler calls, to record what it says.
 
         Raises BadInput for steps that the schedule does not have, and for a mask with a
-        sampler that builds on its past steps.
+        sampler that builds on its past steps; NotFinite, which names the network, where one
+        gives values that are not numbers.
         """
         device = self.abar.device
         H, W = size or self.config.size
@@ -203,10 +204,11 @@ class LatentDiffusion:
         if "init" in conditions[0]:
             ts = later(ts, strength)
             init = self._stack(conditions, "init")
-            z = q_sample(self.ae.encode(init).mean, each(ts[0], z), z, self.abar)
+            z = q_sample(self._encode(init), each(ts[0], z), z, self.abar)
 
         def run_sampler(z_t: Tensor, ts: list[int]) -> Tensor:
-            return SAMPLERS[sampler](eps_theta, z_t, ctx, self.abar, ts, randn, eta=eta)
+            z_0 = SAMPLERS[sampler](eps_theta, z_t, ctx, self.abar, ts, randn, eta=eta)
+            return finite(z_0, "the U-Net")
 
         if "mask" not in conditions[0]:
             return self._decode(run_sampler(z, ts)).cpu()
@@ -222,7 +224,7 @@ class LatentDiffusion:
         image = self._stack(conditions, "image")
         mask = self._stack(conditions, "mask")
         known = 1 - torch.max_pool2d(mask, f)                   # (n, 1, h, w)
-        z_known = self.ae.encode(image).mean
+        z_known = self._encode(image)
         z = masked(run_sampler, z, z_known, known, self.abar, ts, randn)
         return torch.where(mask > 0, self._decode(z), image).cpu()
 
@@ -241,14 +243,36 @@ class LatentDiffusion:
 
         ctx = self.task.context(y, self.tau, self.ae)
         ctx_null = self.task.context(y_null, self.tau, self.ae)
+        for tokens, beside in (ctx, ctx_null):
+            if tokens is not None:
+                finite(tokens, "tau, the condition's network,")
+            if beside is not None:
+                finite(beside, "the encoder of the condition")
         return ctx, ctx_null
 
     def _stack(self, conditions: Sequence[dict], name: str) -> Tensor:
         """One field of all conditions, as a batch on the model's device."""
         return torch.stack([condition[name] for condition in conditions]).to(self.abar.device)
 
+    def _encode(self, x: Tensor) -> Tensor:
+        return finite(self.ae.encode(x).mean, "stage one's encoder")
+
     def _decode(self, z: Tensor) -> Tensor:
-        return self.ae.decode(z).float().clamp(-1, 1)
+        x = finite(self.ae.decode(z).float(), "stage one's decoder")
+        return x.clamp(-1, 1)
+
+
+def finite(x: Tensor, source: str) -> Tensor:
+    """Return x. Raises NotFinite, which names what made it, for values that are not numbers.
+
+    Why: else NaN would become a black image.
+    """
+    if not x.isfinite().all():
+        raise NotFinite(
+            f"{source} gave values that are not numbers (NaN or infinite); in half precision "
+            "large values overflow, so try fp32; else its weights are damaged"
+        )
+    return x
 
 
 def build_model(config: ModelConfig, ae: Autoencoder | Pixels | None = None) -> LatentDiffusion:

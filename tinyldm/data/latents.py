@@ -26,6 +26,7 @@ from tinyldm.autoencoder import Posterior
 from tinyldm.data.dataset import ImageDataset
 from tinyldm.data.loader import load_batches
 from tinyldm.engine.checkpoint import save_checkpoint, unpickle
+from tinyldm.errors import NotFinite
 
 SHARD = 512     # items of a file; no more latents are in memory while they are made
 BATCH = 64      # images that E sees at a time
@@ -67,10 +68,28 @@ def encode_dataset(
                 q = ae.encode(batch["image"].to(device))
                 means.append(q.mean.float().cpu())
                 logvars.append(q.logvar.float().cpu())
+                check_latents(means[-1], logvars[-1], part[len(means) * BATCH - BATCH:], len(data))
                 conditions.append(to_y(batch))
                 bar.update()
             q = Posterior(torch.cat(means), torch.cat(logvars))
             yield q, concatenate(conditions)
+
+
+def check_latents(mean: Tensor, logvar: Tensor, items: range, n_images: int) -> None:
+    """Raise NotFinite, which names the first image, for latents that are not numbers.
+
+    mean, logvar (B, c_z, h, w): q(z | x) of the first B items; a logvar may be -inf. A cache
+    holds means in fp16, so these must be numbers there too.
+    """
+    is_bad = ~mean.half().isfinite() | ~logvar.exp().isfinite()     # (B, c_z, h, w)
+    bad_rows = is_bad.flatten(1).any(1).nonzero()[:, 0]
+    if len(bad_rows):
+        k = items[int(bad_rows[0])] % n_images
+        raise NotFinite(
+            f"stage one's encoder gives latents of image {k} (from 0) that are not numbers (NaN "
+            "or infinite); in half precision large values overflow, so try fp32; else stage one "
+            "is damaged, or its training diverged"
+        )
 
 
 def concatenate(conditions: Sequence[Conditions]) -> Conditions:
@@ -102,7 +121,9 @@ class Latents:
     name when it is complete, so a run that was killed goes on with the shard that it
     was making.
 
-    Raises BadInput if a shard is damaged, or cannot be written.
+    A shard of an earlier version with values that are not numbers is made anew.
+
+    Raises BadInput if a shard is damaged, cannot be written, or would hold such values.
     """
 
     def __init__(
@@ -121,7 +142,7 @@ class Latents:
         paths = [folder / f"{i:06}.pt" for i in range(n_shards)]
 
         # The missing ones among every world-th shard are made by this process.
-        missing = [i for i in range(rank, n_shards, world) if not paths[i].exists()]
+        missing = [i for i in range(rank, n_shards, world) if not is_usable(paths[i])]
         parts = [range(i * SHARD, min((i + 1) * SHARD, n)) for i in missing]
         encoded = encode_dataset(ae, data, parts, workers, device, to_y, show=rank == 0)
         for i, (q, y) in zip(missing, encoded):
@@ -151,6 +172,14 @@ class Latents:
         n, mean, mean_squared, variance = sums
         variance_of_means = (mean_squared - mean * mean / n) / (n - 1)
         return (variance_of_means + variance / n).sqrt()
+
+
+def is_usable(path: Path) -> bool:
+    """Return whether a shard exists and all its latents are numbers, which their sums tell.
+
+    Raises BadInput if the file is damaged.
+    """
+    return path.exists() and bool(unpickle(path, mmap=True)["sums"].isfinite().all())
 
 
 def write_shard(path: Path, q: Posterior, y: Conditions) -> None:

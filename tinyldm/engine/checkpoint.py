@@ -1,17 +1,17 @@
 """Checkpoints of ours: one plain dict per file, written completely or not at all.
 
 Stage one:  {"kind": "tinyldm autoencoder", "step", "config", "args", "nets", "opts",
-             "idle"}
+             "idle", "n_images"}
 Stage two:  {"kind": "tinyldm ldm", "step", "config", "size", "classes", "tokenizer",
-             "args", "nets", "ema", "ema_n", "ae", "opt"}
+             "args", "n_images", "nets", "ema", "ema_n", "ae", "opt"}
 
 "config" has one dict per network, the arguments that shape it; "args" has the flags of
 the run; the rest are state dicts. Reading a checkpoint never executes code that the
 file contains.
 """
 import contextlib
+import json
 import os
-import pickle
 import re
 import warnings
 import zipfile
@@ -20,12 +20,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tinyldm.engine.processes import fit_to
-from tinyldm.errors import BadInput, require, trying
+from tinyldm.engine.recognise import names_in_pickle, recognise_file, recognise_state
+from tinyldm.errors import BadInput, naming, require, trying
 
 KIND = "tinyldm "
+STAGES = {
+    "tinyldm autoencoder": "stage one (train_ae.py)",
+    "tinyldm ldm": "stage two (train_ldm.py)",
+}
 
 
 # ---- writing
@@ -91,23 +96,44 @@ def unpickle(path: str | Path, mmap: bool = False, allowed: Sequence = ()) -> ob
     unless the name is one of `allowed` (see torch.serialization.safe_globals).
 
     mmap: map the file into memory instead of reading it.
-    Raises BadInput that names the file.
+    Raises BadInput that names the file, and what it is where that is known.
     """
+    path = Path(path)
+    how = {"map_location": "cpu", "weights_only": True}
     try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = "it is no checkpoint, or holds more than tensors and plain values"
-        if named:
-            reason = f"it asks for {named[1]}"
-        message = f"{path}: refused: {reason}, which could run code when loaded"
-        raise BadInput(message) from error
+        with (
+            torch.serialization.safe_globals(allowed),
+            warnings.catch_warnings(action="ignore"),       # the error below says more
+            open(path, "rb") as file,
+        ):
+            # torch takes a name that ends so for the content, and maps no open file.
+            if mmap and path.suffix != ".safetensors":
+                return torch.load(path, mmap=True, **how)
+            return torch.load(file, **how)
     except Exception as error:
-        message = f"{path}: truncated, or not a checkpoint ({type(error).__name__})"
-        raise BadInput(message) from error
+        with trying(f"{path}: damaged, or not a checkpoint"):
+            reason = why_unreadable(path, error)
+        raise BadInput(f"{path}: {reason}") from error
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Return why torch could not load a file, from its error and the file's content."""
+    if path.is_dir():
+        return str(recognise_file(path))
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+
+    # torch names what a pickle asks for, but only in the protocol that torch writes.
+    named = re.findall(r"GLOBAL (\S+)", str(error)) or names_in_pickle(path)
+    if named:
+        return (
+            f"refused: it asks for {named[0]}, which could run code when loaded; give a state "
+            "dict or a .safetensors"
+        )
+    kind = recognise_file(path)
+    if kind is not None:
+        return str(kind)
+    return f"damaged, or not a checkpoint ({type(error).__name__})"
 
 
 def load_checkpoint(path: str | Path, kind: str | None = None) -> dict:
@@ -126,16 +152,39 @@ def load_checkpoint(path: str | Path, kind: str | None = None) -> dict:
         warnings.warn(f"{error}; {previous}, the one before it, is used", stacklevel=2)
         checkpoint = unpickle(previous)
 
-    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    require(str(found).startswith(KIND), f"{path}: not a checkpoint of tinyldm")
-    require(
-        kind is None or found == KIND + kind,
-        f"{path}: holds a {found}, where one of kind {kind} is needed",
-    )
+    check_kind(path, checkpoint, kind)
     with trying(f"{path}: its config cannot be read"):
         for shape in checkpoint.get("config", {}).values():
             require(is_buildable(shape), f"{path}: its config has absurd sizes")
     return checkpoint
+
+
+def check_kind(path: Path, checkpoint: object, kind: str | None) -> None:
+    """Raise BadInput, which says what a file holds, unless it is a checkpoint of this kind."""
+    is_dict = isinstance(checkpoint, dict)
+    found = str(checkpoint.get("kind")) if is_dict else ""
+    if not found.startswith(KIND):
+        state = checkpoint.get("state_dict", checkpoint) if is_dict else None
+        other = recognise_state(state) if isinstance(state, dict) else None
+        but = f", but {other.what}" if other else ""
+        raise BadInput(
+            f"{path}: not a checkpoint of tinyldm{but}; give one of train_ae.py or train_ldm.py"
+        )
+    if kind is not None and found != KIND + kind:
+        stage = STAGES.get(found, found)
+        raise BadInput(
+            f"{path}: a checkpoint of {stage}, where one of {STAGES[KIND + kind]} is needed"
+        )
+
+
+def check_finite(state: dict[str, Tensor]) -> None:
+    """Raise BadInput that names the first tensor with a value that is not a number."""
+    for key, x in state.items():
+        require(
+            x.isfinite().all(),
+            f"{key} holds values that are not numbers (NaN or infinite); take an "
+            "earlier checkpoint, or download it again",
+        )
 
 
 def is_buildable(shape: dict) -> bool:
@@ -151,14 +200,23 @@ def is_buildable(shape: dict) -> bool:
 
 # ---- resuming
 
-def resume(path: Path, kind: str, config: dict, parts: dict) -> dict:
+def resume(
+    path: Path,
+    kind: str,
+    config: dict,
+    parts: dict,
+    n_images: int,
+    stage_one: str | Path = "",
+) -> dict:
     """Fill modules and optimisers from the checkpoint of the run so far.
 
     config: nested dict of all that the checkpoint must say of the model: what shapes
         each network, {"autoencoder": {...}, ...}, or a whole head of a checkpoint,
         {"config": {"autoencoder": {...}, ...}, "size": 32, "tokenizer": ...}.
     parts: nested dict of modules and optimisers, named as in the checkpoint, to be
-        filled.
+        filled. If it has a stage one as "ae", this must have the checkpoint's weights.
+    n_images: the number of training images. If it has changed, a warning says so.
+    stage_one: the file that "ae" comes from.
 
     Returns the checkpoint; {"step": 0} where there is none yet.
     Raises BadInput that names each difference, or says that the file is damaged.
@@ -167,19 +225,47 @@ def resume(path: Path, kind: str, config: dict, parts: dict) -> dict:
         return {"step": 0}
     checkpoint = load_checkpoint(path, kind)
 
-    # The first checkpoints of stage two did not name their task, which was text.
-    saved_config = {"task": {"name": "text"}} | checkpoint["config"]
-    saved = checkpoint | {"config": saved_config} | saved_config
-    changed = differences(saved, config)
-    require(
-        not changed,
-        f"{path} was made with {'; '.join(changed)}; give the same values again, or "
-        "another folder",
-    )
-
     with trying(f"{path}: its parts do not fit together"):
-        fill(parts, checkpoint)
+        # The first checkpoints of stage two did not name their task, which was text.
+        saved_config = {"task": {"name": "text"}} | checkpoint["config"]
+        saved = checkpoint | {"config": saved_config} | saved_config
+        changed = differences(saved, config)
+        if "ae" in parts and not changed:
+            changed = stage_one_differences(checkpoint, parts["ae"], stage_one)
+        grown = set_change(checkpoint, n_images)
+        require(
+            not changed,
+            f"{path} was made with {'; '.join([*changed, *grown])}; give the same values "
+            "again, or another folder",
+        )
+        for phrase in grown:
+            warnings.warn(f"{path}: {phrase}; the run goes on with these", stacklevel=2)
+
+        with naming(str(path)):
+            fill(parts, checkpoint)
     return checkpoint
+
+
+def set_change(checkpoint: dict, n_images: int) -> list[str]:
+    """Return a phrase if the data set had another number of images; else none."""
+    before = checkpoint.get("n_images", n_images)       # an older version did not save it
+    if before == n_images:
+        return []
+    step = checkpoint["step"]
+    return [f"the data set had {before:,} images at step {step:,}, and has {n_images:,} now"]
+
+
+def stage_one_differences(checkpoint: dict, ae: nn.Module, path: str | Path) -> list[str]:
+    """Return a phrase if stage one has other weights than the one in the checkpoint.
+
+    z_std is not compared: it is measured in stage two. Nor is the name of the file, which
+    may have been moved.
+    """
+    for key, x in ae.state_dict().items():
+        if key != "z_std" and not torch.equal(x.cpu(), checkpoint["ae"][key]):
+            before = checkpoint.get("args", {}).get("ae")
+            return [f"stage one = {before}, now it is {path}, whose {key} has other values"]
+    return []
 
 
 def differences(saved: dict, current: dict, name: str = "") -> list[str]:
@@ -193,18 +279,57 @@ def differences(saved: dict, current: dict, name: str = "") -> list[str]:
         if key not in saved:
             continue
         old = saved[key]
-        if isinstance(new, dict):
-            phrases += differences(old, new, "" if key == "config" else f"{key} ")
+        if key == "tokenizer" and old and new:
+            old = tokenizer_parts(old)
+            new = tokenizer_parts(new)
+        if isinstance(new, dict) and isinstance(old, dict):
+            phrases += differences(old, new, "" if key == "config" else f"{name}{key} ")
         elif new != old:
             phrases.append(difference(f"{name}{key}", old, new))
     return phrases
 
 
 def difference(name: str, old: object, new: object) -> str:
-    """Return a phrase that says what has changed; a long value is not printed."""
-    if len(f"{old}{new}") > 150:
-        return f"another value of {name}"
-    return f"{name} = {old}, now it is {new}"
+    """Return a phrase that says what has changed, from which value to which."""
+    old_text, new_text = both_texts(old, new)
+    return f"{name} = {old_text}, now it is {new_text}"
+
+
+def tokenizer_parts(text: str) -> dict:
+    """Return what the JSON of a tokenizer says, with its vocabulary as a list of words."""
+    parts = json.loads(text)
+    vocab = parts["model"].pop("vocab")
+    return {"words": sorted(vocab, key=vocab.get)} | parts
+
+
+def both_texts(old: object, new: object) -> tuple[str, str]:
+    """Return two values as short texts that show how they differ.
+
+    Long lists are shown from the first item that differs.
+    """
+    if not (isinstance(old, list) and isinstance(new, list)):
+        return short(old), short(new)
+    n_same = 0
+    while old[:n_same + 1] == new[:n_same + 1]:
+        n_same += 1
+    start = n_same if max(len(old), len(new)) > 10 else 0
+    return list_text(old, start), list_text(new, start)
+
+
+def list_text(values: list, start: int) -> str:
+    """Return up to ten values of a list as text, from number `start` on."""
+    shown = [short(value) for value in values[start:start + 10]]
+    if start > 0:
+        shown.insert(0, "...")
+    if start + 10 < len(values):
+        shown.append("...")
+    return f"[{', '.join(shown)}] ({len(values):,} in all)"
+
+
+def short(value: object) -> str:
+    """Return a value as text of at most 80 characters."""
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def fill(parts: dict, saved: dict) -> None:
@@ -219,7 +344,8 @@ def fill(parts: dict, saved: dict) -> None:
 
 
 def fill_module(net: nn.Module, saved: dict) -> None:
-    """Load a module's state dict."""
+    """Load a module's state dict. Raises BadInput for values that are not numbers."""
+    check_finite(saved)
     own = net.state_dict()
     state = {name: fit_to(x, own[name]) for name, x in saved.items()}
     net.load_state_dict(state)

@@ -11,9 +11,9 @@ import torch
 
 from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, build_autoencoder
 from tinyldm.data.tokenizer import check_tokenizer
-from tinyldm.engine.checkpoint import load_checkpoint
+from tinyldm.engine.checkpoint import check_finite, load_checkpoint
 from tinyldm.engine.released import load_released
-from tinyldm.errors import require, trying
+from tinyldm.errors import naming, require, trying
 from tinyldm.model import LatentDiffusion, ModelConfig, build_model
 
 
@@ -33,9 +33,20 @@ def open_model(
     shapes leave that open, and the path of its tokenizer's vocabulary.
     Raises BadInput that names the file and what is wrong with it.
     """
-    if not is_ours(path):
-        return load_released(path, preset, ema, vocab, device, dtype)
+    if is_ours(path):
+        model = open_ours(path, ema, device)
+    else:
+        model = load_released(path, preset, ema, vocab, device, dtype)
+    for name in ("ae", "unet", "tau"):
+        net = getattr(model, name)
+        if net is not None:
+            with naming(f"{path}: {name}"):
+                check_finite(net.state_dict())
+    return model
 
+
+def open_ours(path: Path, ema: bool, device: torch.device | str) -> LatentDiffusion:
+    """Open the model in a checkpoint of ours, as open_model does."""
     checkpoint = load_checkpoint(path, "ldm")
     require(ema or "nets" in checkpoint, f"{path} has averaged weights only; take ckpt.pt")
     weights = checkpoint["ema" if ema else "nets"]
@@ -68,6 +79,8 @@ def open_stage_one(path: Path | str, channels: int | None = None) -> Autoencoder
         with torch.device("meta"):
             ae = build_autoencoder(AEConfig(**checkpoint["config"]["autoencoder"]))
         ae.load_state_dict(checkpoint["nets"]["ae"], assign=True)
+    with naming(str(path)):
+        check_finite(ae.state_dict())
     require(
         channels in (None, ae.cfg.c_x),
         f"{path}: its images have {ae.cfg.c_x} channel(s), not {channels}",

@@ -5,15 +5,15 @@ sizes. So only tensors are taken from files, and every size in a header is check
 """
 import json
 import math
-import warnings
 import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tinyldm.engine.checkpoint import atomic_write, save_checkpoint, unpickle
-from tinyldm.errors import BadInput, trying
+from tinyldm.engine.checkpoint import atomic_write, check_finite, save_checkpoint, unpickle
+from tinyldm.engine.recognise import recognise_state
+from tinyldm.errors import BadInput, naming, require, trying
 from tinyldm.perceptual import VGG16, Perceptual, random_vgg
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -28,25 +28,27 @@ def load_public(net: nn.Module, url: str, path: str | Path | None, prefix: str =
     prefix: only the keys that begin with it are taken.
     Raises BadInput. TorchScript is refused, too: it is a program, not weights.
     """
-    how = {"map_location": "cpu", "weights_only": True}
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", ".*TorchScript")
-            if path is None:
-                state = torch.hub.load_state_dict_from_url(url, check_hash=True, **how)
-            else:
-                state = torch.load(path, **how)
+        if path is None:
+            state = torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", check_hash=True, weights_only=True
+            )
+        else:
+            state = read_state(path)
+            refuse_other_kinds(path, state)
         wanted = {key: x for key, x in state.items() if key.startswith(prefix)}
         net.load_state_dict(wanted)
     except Exception as error:
         reason = type(error).__name__
-        if isinstance(error, Warning):
-            reason = "TorchScript, which is a program"
+        if isinstance(error, BadInput):
+            reason = str(error).removeprefix(f"{path}: ")
         file_name = url.split("/")[-1]
         raise BadInput(
             f"{path or url}: no weights ({reason}); give the path of {file_name}, or choose "
             "what needs no file: the perceptual loss `random`, the features `texture`"
         ) from error
+    with naming(str(path or url)):
+        check_finite(net.state_dict())
     return net
 
 
@@ -102,11 +104,26 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     with trying(f"{path}: not a checkpoint"):
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             return read_safetensors(path)
         content = unpickle(path, mmap=zipfile.is_zipfile(path), allowed=ALLOWED)
+        require(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, no weights")
         state = content.get("state_dict", content)
         return {str(key): x for key, x in state.items() if isinstance(x, Tensor)}
+
+
+def refuse_other_kinds(path: str | Path, state: dict[str, Tensor]) -> None:
+    """Raise BadInput for a state dict that is known as none of a whole model, such as a LoRA."""
+    kind = recognise_state(state)
+    require(kind is None, f"{path}: {kind}")
+
+
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file begins like a .safetensors, whatever its name is."""
+    if not path.is_file() or zipfile.is_zipfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def write_state(state: dict[str, Tensor], path: Path) -> None:
@@ -129,6 +146,8 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,         # read, so that the file can be named for what it is
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -145,15 +164,21 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises BadInput for a header whose sizes do not fit the file.
     """
     size = path.stat().st_size
-    with trying(f"{path}: truncated, or its header is wrong"):
+    with trying(f"{path}: its header is wrong"):
         with open(path, "rb") as file:
             n = int.from_bytes(file.read(8), "little")
-            if n > min(size - 8, LARGEST_HEADER):
+            if n > LARGEST_HEADER:
                 raise ValueError(f"it says that it has {n:,} bytes")
+            require(8 + n <= size, f"{path}: truncated: it ends within its header")
             header = json.loads(file.read(n))
         header.pop("__metadata__", None)
 
         data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + n:]
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        require(
+            end <= len(data),
+            f"{path}: truncated: it holds {len(data):,} bytes of data, and its header says {end:,}",
+        )
         return {name: tensor_at(data, name, entry) for name, entry in header.items()}
 
 
@@ -162,6 +187,8 @@ def tensor_at(data: Tensor, name: str, entry: dict) -> Tensor:
 
     data: the bytes of all tensors. Raises ValueError if the entry does not fit the data.
     """
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{name[:99]!r} has the dtype {entry['dtype']!r:.99}, which is not known")
     dtype = DTYPES[entry["dtype"]]
     shape = entry["shape"]
     begin, end = entry["data_offsets"]

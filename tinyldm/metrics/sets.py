@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from tinyldm.data.loader import load_batches
+from tinyldm.errors import NotFinite
 
 # ---- Frechet distance
 
@@ -159,7 +160,8 @@ class Statistics:
     """What comparing two sets needs of one: moments, some features, inception score.
 
     net is a feature network, whose name is in net.name; batches are images (B, 3, H, W)
-    in [-1, 1]. The features of every stride-th image are kept.
+    in [-1, 1]. The features of every stride-th image are kept. Raises NotFinite for features
+    that are not numbers.
     """
 
     def __init__(self, net: nn.Module, batches: Iterable[Tensor], stride: int = 1):
@@ -173,6 +175,11 @@ class Statistics:
                 features, p = net(x)
             features = features.cpu()
             index = torch.arange(self.moments.n, self.moments.n + len(x))
+            if not features.isfinite().all():
+                raise NotFinite(
+                    f"the {net.name} features of images {index[0]}..{index[-1]} are not all "
+                    "numbers (NaN or infinite): the images or the network's weights are damaged"
+                )
 
             self.moments.add(features)
             self.features.append(features[index % stride == 0])

@@ -42,23 +42,32 @@ def attention_maps(
     calls: only these calls of unet, by their numbers from 0; None: all.
     """
     maps: list[Tensor] = []
-    call = -1
+    if calls == set():
+        yield maps                  # no map is computed
+        return
+    of_this_call: list[Tensor] = []
+    call = 0
 
-    def count_call(module: nn.Module, inputs: tuple) -> None:
+    # This hook runs inside unet.forward, which may be compiled. So it depends on nothing that
+    # changes from call to call: else each call would be compiled anew.
+    def add_map(attention: Attention, inputs: tuple, output: Tensor) -> None:
+        x, ctx = inputs
+        weights = mean_weights(attention, x, ctx, n)
+        of_this_call.append(on_grid(weights, h, w))
+
+    # This one runs after unet.forward.
+    def keep_maps(module: nn.Module, inputs: tuple, output: Tensor) -> None:
         nonlocal call
+        if calls is None or call in calls:
+            maps.extend(of_this_call)
+        of_this_call.clear()
         call += 1
 
-    def keep_map(attention: Attention, inputs: tuple, output: Tensor) -> None:
-        if calls is None or call in calls:
-            x, ctx = inputs
-            weights = mean_weights(attention, x, ctx, n)
-            maps.append(on_grid(weights, h, w))
-
     with ExitStack() as hooks:
-        hooks.enter_context(unet.register_forward_pre_hook(count_call))
+        hooks.enter_context(unet.register_forward_hook(keep_maps))
         for module in unet.modules():
             if isinstance(module, TransformerBlock):
-                hook = module.cross_attn.register_forward_hook(keep_map)
+                hook = module.cross_attn.register_forward_hook(add_map)
                 hooks.enter_context(hook)
         yield maps
 
