@@ -118,6 +118,7 @@ def metadata(rng: random.Random, folder: Path) -> None:
         "text": "a red circle",
         "label": "red",
         "mask": "m.png",
+        "small": "m.png",
         "boxes": [["dog", 1, 2, 9, 10], ["cat", 0, 0, 20, 24]],
     }
     lines = [json.dumps(row | {"file_name": f"{i}.png"}) for i in range(2)]
@@ -129,7 +130,7 @@ def metadata(rng: random.Random, folder: Path) -> None:
 
     label_column = rng.choice(("label", "text", "boxes"))
     dataset = Folder(str(folder), 16, "all", flip=True, label_column=label_column)
-    for field in rng.sample(("caption", "label", "boxes", "segmentation"), 2):
+    for field in rng.sample(("caption", "label", "boxes", "segmentation", "small"), 2):
         dataset.require_field(field)
     for i in range(2 * len(dataset)):
         item = dataset[i]

@@ -281,25 +281,11 @@ class Folder(ImageDataset):
     def _label_map(
         self, row: dict, crop: Crop, image_size: tuple[int, int]
     ) -> Tensor:
-        """The label map of a row, in the shape of its image but of any size -> (H, W).
-
-        A map is upright, or lies as the image is stored in its file. Then it is turned
-        with it. Raises BadInput for a map of another shape.
-        """
-        name = row["mask"]
-        with trying(f"{self.path}: {name} cannot be read"):
-            label_map = load_map(self.files.read(name))
-        if not has_shape(label_map.size, image_size):
-            data = self.files.read(row["file_name"])
-            stored = label_map.size
-            label_map = turned_like(label_map, data)
-            width, height = upright_size(data)
-            require(
-                has_shape(label_map.size, image_size),
-                f"{self.path}: {name} is {stored[0]}x{stored[1]} (width x height), but its "
-                f"image {row['file_name']} is {width}x{height}; a label map has the shape of "
-                "its image",
-            )
+        """The label map of a row, in the shape of its image but of any size -> (H, W)."""
+        source = f"{self.path}: {row['mask']}"
+        with trying(f"{source} cannot be read"):
+            label_map = load_map(self.files.read(row["mask"]))
+        label_map = self._turned_as_image(label_map, source, row, image_size)
 
         h, w = self.size
         map_crop = scaled_crop(crop, image_size, label_map.size)
@@ -312,22 +298,37 @@ class Folder(ImageDataset):
         """The small image of a row, cropped as its image -> (C, H / 4, W / 4).
 
         It is resized by the bicubic filter if it is not a quarter of the size already.
-        Raises BadInput for one of another shape than its image.
         """
-        name = row["small"]
-        source = f"{self.small_files.path}: {name}"
+        source = f"{self.small_files.path}: {row['small']}"
         with trying(f"{source} cannot be read"):
-            small = self.load_image(self.small_files.read(name))
-        width, height = image_size
-        require(
-            has_shape(small.size, image_size),
-            f"{source} is {small.width}x{small.height} (width x height), but its image "
-            f"{row['file_name']} is {width}x{height}; a small image has the shape of its "
-            "image",
-        )
+            small = self.load_image(self.small_files.read(row["small"]))
+        small = self._turned_as_image(small, source, row, image_size)
+
         h, w = self.size
         small_crop = scaled_crop(crop, image_size, small.size)
         return to_tensor(small.resize((w // 4, h // 4), BICUBIC, small_crop))
+
+    def _turned_as_image(
+        self, other: Image.Image, source: str, row: dict, image_size: tuple[int, int]
+    ) -> Image.Image:
+        """Return the label map or the small image of a row, upright.
+
+        It is upright, or lies as the image is stored in its file. Then it is turned with
+        it. Raises BadInput, which begins with `source`, for one of another shape than its
+        image.
+        """
+        if has_shape(other.size, image_size):
+            return other
+
+        data = self.files.read(row["file_name"])
+        turned = turned_like(other, data)
+        width, height = upright_size(data)
+        require(
+            has_shape(turned.size, image_size),
+            f"{source} is {other.width}x{other.height} (width x height), but its image "
+            f"{row['file_name']} is {width}x{height}; it must have the shape of its image",
+        )
+        return turned
 
 
 def check_sides(image: Image.Image) -> None:

@@ -194,12 +194,12 @@ def orientation(image: Image.Image) -> int:
     return exif.get(EXIF_ORIENTATION, 1)
 
 
-def turned_like(label_map: Image.Image, data: bytes) -> Image.Image:
-    """Turn a label map as the EXIF data of an image file says that the image is."""
+def turned_like(other: Image.Image, data: bytes) -> Image.Image:
+    """Turn another image as the EXIF data of an image file says that this is turned."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    label_map = label_map.copy()
-    label_map.getexif()[EXIF_ORIENTATION] = orientation(image)
-    return ImageOps.exif_transpose(label_map)
+    other = other.copy()
+    other.getexif()[EXIF_ORIENTATION] = orientation(image)
+    return ImageOps.exif_transpose(other)
 
 
 def load_map(data: bytes) -> Image.Image:
