@@ -34,10 +34,10 @@ BAD_INPUT = [
     ([*AE, "--out", "{ae}", "--size", 32], "autoencoder side = 16, now it is 32"),
     ([*LDM, "--out", "{ldm}", "--ae", "{ae}/ckpt.pt", "--ch", 32], "unet ch = 16, now it is 32"),
     ([*LDM, "--out", "{ldm}", "--ae", "{ae}/ckpt.pt", "--size", 32], "size = 16, now it is 32"),
-    ([*LDM, "--out", "{ldm}", "--ae", "{ae}/ckpt.pt", "--data", "{images}"], "of classes"),
-    ([*LDM, "--out", "{ldm}", "--ae", "{ae}/ckpt.pt", "--data", "{images}"], "of tokenizer"),
+    ([*LDM, "--out", "{ldm}", "--ae", "{ae}/ckpt.pt", "--data", "{images}"], "classes = ["),
+    ([*LDM, "--out", "{ldm}", "--ae", "{ae}/ckpt.pt", "--data", "{images}"], "tokenizer words = ["),
     # Flags of stage two.
-    ([*LDM, "--out", "{new}", "--ae", "{ldm}/ckpt.pt"], "--ae: {ldm}/ckpt.pt: holds a tinyldm ldm"),
+    ([*LDM, "--out", "{new}", "--ae", "{ldm}/ckpt.pt"], "/ckpt.pt: a checkpoint of stage two"),
     ([*LDM, "--out", "{new}", "--ae", "{new}.pt"], "--ae: {new}.pt: No such file"),
     ([*LDM, "--out", "{new}", "--ae", "{ae}/ckpt.pt", "--size", 18], "not a multiple of 4"),
     ([*LDM, "--out", "{new}", "--ae", "{ae}/ckpt.pt", "--fsdp"], "--fsdp: "),
@@ -55,7 +55,7 @@ BAD_INPUT = [
     ([*SAMPLE, "--size", 17, "a cross"], "--size 17"),
     ([*SAMPLE, "--out", "{file}/x.png", "a red circle"], "cannot be written"),
     ([*SAMPLE, "--score", "a dog"], "built-in world"),
-    (["sample.py", "--ckpt", "{ae}/ckpt.pt", "a cross"], "--ckpt: {ae}/ckpt.pt: holds a tinyldm a"),
+    (["sample.py", "--ckpt", "{ae}/ckpt.pt", "a cross"], "/ckpt.pt: a checkpoint of stage one"),
     (["sample.py", "--ckpt", "{ldm}/model.pt", "--no-ema", "a cross"], "averaged weights only"),
 ]
 

@@ -1,8 +1,9 @@
-"""Losses and gradients that are not finite: a step is skipped and changes nothing, or ends the run.
+"""Values that are not finite: a step is skipped or ends the run; no image, cache or figure has any.
 """
 import pytest
 import torch
 from conftest import ONE_LEVEL, TINY_AE, TINY_LDM, TINY_VQ
+from PIL import Image
 from runs import (
     assert_same_state,
     figures,
@@ -14,9 +15,15 @@ from runs import (
 )
 from torch.testing import assert_close
 
+import sample
 import train_ae
 import train_ldm
-from tinyldm.engine.checkpoint import load_checkpoint
+from tinyldm.engine.checkpoint import load_checkpoint, save_checkpoint
+from tinyldm.engine.open import open_model, open_stage_one
+from tinyldm.errors import NotFinite
+from tinyldm.metrics.features import ShapesNet
+from tinyldm.metrics.sets import Statistics
+from tinyldm.model import finite
 
 RUN = ["--size", 16, "--no-cosine", "--eval-n", 0]
 
@@ -147,3 +154,96 @@ def test_more_than_skip_nan_steps_end_the_run(tmp_path, cli, monkeypatch):
     monkeypatch.setattr(train_ae, "autoencoder_loss", always_nan)
     assert "error: step 3:" in cli(*run, code=2)
     assert load_checkpoint(tmp_path / "ckpt.pt", "autoencoder")["step"] == 2
+
+
+# ---- samples, latents and features
+
+def overflowing(net):
+    """Let the last layer with a bias give values that are not numbers; the weights are finite."""
+    *_, last = [module for module in net.modules() if getattr(module, "bias", None) is not None]
+    last.register_forward_hook(lambda module, inputs, output: output * 1e38 * 1e38)
+
+
+@pytest.mark.parametrize("part, name", [
+    ("tau", "tau, the condition's network,"),
+    ("unet", "the U-Net"),
+    ("decoder", "stage one's decoder"),
+    ("encoder", "stage one's encoder"),
+])
+def test_the_part_that_gives_nan_is_named_and_no_image_is_written(
+    trained, tmp_path, cli, monkeypatch, part, name
+):
+    """By the program, with exit code 2."""
+    def open_spoiled(*args, **how):
+        model = open_model(*args, **how)
+        overflowing(getattr(model, part, None) or getattr(model.ae, part))
+        return model
+
+    monkeypatch.setattr(sample, "open_model", open_spoiled)
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "init.png")
+    output = cli("sample.py", "--ckpt", trained / "ldm/ckpt.pt", "--n", 2, "--steps", 2,
+                 "--init", tmp_path / "init.png", "--out", tmp_path / "x.png", "a red circle",
+                 code=2)
+    assert f"error: {name} gave values that are not numbers" in output.splitlines()[-1]
+    assert "fp32" in output
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_an_evaluation_that_is_not_finite_is_left_out_and_the_run_goes_on(
+    tmp_path, cli, monkeypatch, trained
+):
+    """No black grid is written, and no figure."""
+    def gives_nan(*args, **how):
+        finite(torch.tensor(torch.nan), "the U-Net")
+
+    monkeypatch.setattr(train_ldm, "sample_all", gives_nan)
+    run = ["--size", 16, "--no-cosine", "--eval-n", 4, "--steps", 2]
+    output = cli("train_ldm.py", *TINY_LDM, *ONE_LEVEL, *run, "--ae", trained / "ae/ckpt.pt",
+                 "--out", tmp_path / "x")
+    assert "step 2 is not evaluated: the U-Net gave values that are not numbers" in output
+    assert not list((tmp_path / "x").glob("samples*"))
+    assert trained_state(tmp_path / "x")["step"] == 2
+
+
+def test_a_stage_one_that_gives_nan_is_named_with_the_image_and_leaves_no_cache(
+    tmp_path, cli, monkeypatch, trained
+):
+    """Training ends before its first step."""
+    def open_spoiled(*args):
+        ae = open_stage_one(*args)
+        ae.quant_conv.register_forward_hook(nan_of_the_fourth)
+        return ae
+
+    def nan_of_the_fourth(module, inputs, output):
+        spoiled = output.clone()
+        spoiled[3] = torch.nan
+        return spoiled
+
+    monkeypatch.setattr(train_ldm, "open_stage_one", open_spoiled)
+    output = cli("train_ldm.py", *TINY_LDM, *ONE_LEVEL, *RUN, "--steps", 2,
+                 "--ae", trained / "ae/ckpt.pt", "--out", tmp_path / "x", code=2)
+    last = output.splitlines()[-1]
+    assert "stage one's encoder gives latents of image 3 (from 0) that are not numbers" in last
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_cache_of_an_earlier_version_with_nan_is_made_anew(tmp_path, cli, monkeypatch, trained):
+    """It is on disk under the name that a good one would have."""
+    command = ["train_ldm.py", *TINY_LDM, *ONE_LEVEL, *RUN, "--ae", trained / "ae/ckpt.pt"]
+    cli(*command, "--steps", 1, "--out", tmp_path / "a")
+    shard, = tmp_path.rglob("000000.pt")
+    whole = torch.load(shard, weights_only=True)
+    save_checkpoint(whole | {"sums": whole["sums"] * torch.nan, "mean": whole["mean"] * 0}, shard)
+
+    assert "encoding" in cli(*command, "--steps", 1, "--out", tmp_path / "b")
+    assert_close(torch.load(shard, weights_only=True), whole, rtol=0, atol=0)
+    assert "encoding" not in cli(*command, "--steps", 1, "--out", tmp_path / "c")
+
+
+def test_features_that_are_not_finite_are_refused():
+    """With the numbers of the images; else every figure would be NaN."""
+    net = ShapesNet()
+    good = torch.zeros(3, 3, 32, 32)
+    Statistics(net, [good])
+    with pytest.raises(NotFinite, match=r"the shapes features of images 3\.\.5 are not all num"):
+        Statistics(net, [good, good * torch.nan])
