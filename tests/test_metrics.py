@@ -453,7 +453,7 @@ def test_unreadable_images_are_left_out_of_counts_sets_and_pairs(two_folders, cl
         (fake / name).write_bytes(b"not an image")
     output = cli(PROGRAM, "--real", real, "--fake", fake, "--pairs")
     figures = figures_in(output, "8 real, 6 fake")
-    assert f"{fake}: 6 images are compared | 2 left out: 40.png (" in output
+    assert f"--fake {fake}: 6 images are compared | 2 left out, unreadable: 40.png (not" in output
     assert output.count("40.png") == output.count("41.png") == 1
     assert "--pairs: 4 images have the same name in both | 2 left out" in output
     assert_close(figures["psnr"], 20 * math.log10(255 / BRIGHTER), atol=0.01, rtol=0)
@@ -472,7 +472,7 @@ def test_the_first_unreadable_images_are_named_once_and_the_others_counted(
     for i in range(10, 20):
         (real / f"{i}.png").write_bytes(b"not an image")
     output = cli(PROGRAM, "--real", real, "--fake", fake, "--workers", workers)
-    assert "8 images are compared | 10 left out: 10.png (" in output
+    assert "8 images are compared | 10 left out, unreadable: 10.png (" in output
     assert " and 7 more" in output
     assert "13.png" not in output
 
@@ -482,13 +482,13 @@ def test_images_of_other_shapes_and_sizes_are_counted(two_folders, cli):
     real, fake = two_folders
     Image.new("RGB", (16, 16)).save(fake / "42.png")
     output = cli(PROGRAM, "--real", real, "--fake", fake, "--size", 16)
-    assert f"{real}: 8 images are compared | 8 are not square: their centre is taken" in output
-    assert f"{fake}: 8 images are compared | 7 are not square: their centre is taken" in output
+    assert f"--real {real}: 8 images are compared | 8 cropped to the centre, as not sq" in output
+    assert f"--fake {fake}: 8 images are compared | 7 cropped to the centre, as not sq" in output
 
     output = cli(PROGRAM, "--real", real, "--fake", fake, "--size", "40x48")
-    assert f"{real}: 8 images are compared | 8 are scaled from 20x24 to 40x48" in output
-    assert "1 are not of the shape 40x48: their centre is taken" in output
-    assert "7 are scaled from 20x24 to 40x48" in output
+    assert f"--real {real}: 8 images are compared | 8 scaled from 20x24 to 40x48" in output
+    assert "1 cropped to the centre, as not in the shape of 40x48" in output
+    assert "7 scaled from 20x24 to 40x48" in output
 
 
 @pytest.mark.parametrize("flags,name", [
@@ -534,7 +534,7 @@ def test_bad_input_to_the_program_is_one_line(two_folders, folder, cli):
         (["--fake", real / "gone"], "--fake: "),
         (["--fake", fake, "--size", 8], "--size 8"),
         (["--fake", small], f"--fake: {small}: the first image is 8x8, too small"),
-        (["--fake", small, "--size", 16], "--fake: "),
+        (["--fake", small, "--size", 16], f"--fake {small}: 3 images can be read"),
         (["--fake", small, "--size", 16], "four images"),
         (["--fake", fake, "--n", 3], "--n 3: "),
         (["--fake", "held-out"], "--fake: held-out has images of any size; choose --size"),

@@ -77,10 +77,8 @@ def main(args: Namespace) -> None:
         pairs = pairs_by_name(real, fake, args.n)
 
     # What the sets are like, and what became of their images.
-    with naming("--real"):
-        real_statistics = statistics_of(real, net, size, args, device)
-    with naming("--fake"):
-        fake_statistics = statistics_of(fake, net, size, args, device)
+    real_statistics = statistics_of(f"--real {args.real}", real, net, size, args, device)
+    fake_statistics = statistics_of(f"--fake {args.fake}", fake, net, size, args, device)
     figures = compare(real_statistics, fake_statistics)
 
     # How far the images of each pair are apart.
@@ -122,13 +120,17 @@ def open_set(path: str, size: tuple[int, int], n: int) -> Dataset:
 
 
 def statistics_of(
-    data: Dataset, net: nn.Module, size: tuple[int, int], args: Namespace, device: torch.device
+    name: str,
+    data: Dataset,
+    net: nn.Module,
+    size: tuple[int, int],
+    args: Namespace,
+    device: torch.device,
 ) -> Statistics:
     """Return the statistics of at most --n images, evenly spread over a set.
 
-    Prints what became of its images.
+    Prints what became of its images; name is the set's flag and its value.
     """
-    name = data.folder.path if isinstance(data, ExactImages) else "the built-in world"
     n = min(len(data), args.n)
     require(args.n >= 4, f"--n {args.n}: must be at least 4")
     spread = [i * len(data) // n for i in range(n)]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -43,12 +44,18 @@ class ExactImages(Dataset):
             stored_size = self.folder.stored_size(k)
         except Exception as error:          # a stranger's file may raise anything
             black = -torch.ones(self.folder.channels, h, w)
-            why = " ".join(str(error).split()) or type(error).__name__
-            return {"image": black, "stored_size": (w, h), "error": why}
+            return {"image": black, "stored_size": (w, h), "error": reason(error)}
 
         crop = self.folder.crop_of(k, image)
         cropped = image.resize((w, h), LANCZOS, crop)
         return {"image": to_tensor(cropped), "stored_size": stored_size, "error": ""}
+
+
+def reason(error: Exception) -> str:
+    """Return in one line why an image cannot be read."""
+    if isinstance(error, UnidentifiedImageError):       # its own text has an address
+        return "not an image"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class Tally:
@@ -64,18 +71,19 @@ class Tally:
         h, w = self.size
         parts = []
         if self.unreadable:
-            parts.append(f"{len(self.unreadable):,} left out: {listed(self.unreadable)}")
+            n = len(self.unreadable)
+            parts.append(f"{n:,} left out, unreadable: {listed(self.unreadable)}")
 
         cropped = [size for size in self.sizes if not has_shape(size, (w, h))]
         if cropped:
             n = sum(self.sizes[size] for size in cropped)
-            shape = "square" if h == w else f"of the shape {size_text(self.size)}"
-            parts.append(f"{n:,} are not {shape}: their centre is taken")
+            shape = "square" if h == w else f"in the shape of {size_text(self.size)}"
+            parts.append(f"{n:,} cropped to the centre, as not {shape}")
 
         scaled = [size for size in self.sizes if size != (w, h) and size not in cropped]
         if scaled:
             n = sum(self.sizes[size] for size in scaled)
-            parts.append(f"{n:,} are scaled from {range_text(scaled)} to {size_text(self.size)}")
+            parts.append(f"{n:,} scaled from {range_text(scaled)} to {size_text(self.size)}")
         return parts
 
 
