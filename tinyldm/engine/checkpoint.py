@@ -103,9 +103,10 @@ def unpickle(path: str | Path, mmap: bool = False, allowed: Sequence = ()) -> ob
     try:
         with (
             torch.serialization.safe_globals(allowed),
-            warnings.catch_warnings(action="ignore"),       # the error below says more
+            warnings.catch_warnings(),
             open(path, "rb") as file,
         ):
+            warnings.simplefilter("ignore")         # the error below says more
             # torch takes a name that ends so for the content, and maps no open file.
             if mmap and path.suffix != ".safetensors":
                 return torch.load(path, mmap=True, **how)
@@ -323,7 +324,8 @@ def list_text(values: list, start: int) -> str:
         shown.insert(0, "...")
     if start + 10 < len(values):
         shown.append("...")
-    return f"[{', '.join(shown)}] ({len(values):,} in all)"
+    total = f" ({len(values):,} in all)" if "..." in shown else ""
+    return f"[{', '.join(shown)}]{total}"
 
 
 def short(value: object) -> str:
