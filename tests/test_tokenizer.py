@@ -1,8 +1,10 @@
 """data/tokenizer.py: captions become ids and back, and what is lost is reported."""
 import json
+import unicodedata
 import warnings
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from tinyldm.data.tokenizer import (
@@ -157,3 +159,39 @@ def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path):
             open_vocab(tmp_path / name, n, 77)
     with pytest.raises(BadInput, match="missing: no vocabulary of CLIP or BERT"):
         open_vocab(tmp_path / "missing", n, 77)
+
+
+MARKED_WORDS = [
+    ("con ma", "con má"), ("かき", "がぎ"), ("मेज", "मज"), ("ที่", "ท"), ("Bär", "Bar"),
+    ("año", "ano"), ("قَلَم", "قلم"), ("ёж", "еж"), ("한", "하"),
+]
+
+
+@pytest.mark.parametrize("pair", MARKED_WORDS)
+def test_marks_that_change_words_are_kept(pair):
+    """However they are encoded: as one character (NFC), or as letter and mark (NFD)."""
+    tokenizer = train_tokenizer(list(pair))
+    ids = encode_silently(tokenizer, list(pair), 6)
+    assert not torch.equal(ids[0], ids[1])
+    assert tokenizer.token_to_id("[UNK]") not in ids
+    decomposed = [unicodedata.normalize("NFD", word) for word in pair]
+    assert torch.equal(encode_silently(tokenizer, decomposed, 6), ids)
+
+
+def test_more_than_100_letters_without_a_space_are_read():
+    """Such a caption of training is cut into pieces, whatever its length."""
+    letters = "ไก่จิกเด็กตายบนปากโอ่ง" * 20
+    captions = [letters[:n] for n in (99, 100, 101, 199, 200, 201, 400)]
+    tokenizer = train_tokenizer(captions, vocab_size=200)
+    ids = encode_silently(tokenizer, captions, 500)
+    assert tokenizer.token_to_id("[UNK]") not in ids
+    assert len(torch.unique(ids, dim=0)) == len(captions)
+
+
+def test_berts_own_vocabulary_strips_accents(tmp_path):
+    """As its training did; it has no other words for them."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "bar", "ano"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    tokenizer = open_vocab(tmp_path, 6, 4)
+    assert tokenizer.encode("Bär").tokens[1] == "bar"
+    assert tokenizer.encode("año").tokens[1] == "ano"
