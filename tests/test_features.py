@@ -181,16 +181,27 @@ def test_texture_has_24_features_for_each_scale(side, n_features):
     assert_close(features[:, 54:], no_detail.expand(2, n_features - 54))
 
 
-def test_texture_of_a_slope_by_hand():
-    """Brightness rises by 0.01 to the right: at scale s by 0.01 * 2^s, and never curves."""
+def test_texture_of_a_slope_and_of_a_curve_by_hand():
+    """Brightness rises by 0.01 to the right, and curves by 0.002 downwards.
+
+    At scale s, differences are 2^s times as large, and second ones 4^s times.
+    """
     net = open_features("texture", CPU)
-    slope = (0.01 * torch.arange(32.0) - 0.16).expand(1, 3, 32, 32)
-    features = net(slope)[0][0, 54:].view(3, 2, 2, 2, 3)    # scale, axis, order, mean or rms
+    places = torch.arange(32.0)
+    slope = 0.01 * places
+    curve = 0.001 * places[:, None] ** 2
+    image = (slope + curve - 0.6).expand(1, 3, 32, 32)
+    features = net(image)[0][0, 54:].view(3, 2, 2, 2, 3)    # scale, axis, order, mean or rms
     size = (features * net.DETAIL_STD).exp() - net.NO_DETAIL
-    expected = torch.zeros(3, 2, 2, 2, 3)
+
+    of_brightness = size[..., 0]
+    assert_close(size[..., 1:], torch.zeros(3, 2, 2, 2, 2), atol=1e-6, rtol=0)
     for scale in range(3):
-        expected[scale, 1, 0, :, 0] = 0.01 * 2 ** scale / 2
-    assert_close(size, expected, atol=1e-6, rtol=1e-4)
+        down, right = of_brightness[scale]
+        assert_close(right[0], torch.full((2,), 0.01 * 2 ** scale / 2), atol=1e-6, rtol=1e-4)
+        assert_close(right[1], torch.zeros(2), atol=1e-6, rtol=0)
+        assert_close(down[1], torch.full((2,), 0.002 * 4 ** scale / 4), atol=1e-6, rtol=1e-3)
+        assert down[0, 1] > down[0, 0]          # the rms of what varies is above its mean
 
 
 def test_auto_is_shapes_in_the_built_in_world_alone():
