@@ -182,12 +182,11 @@ def checkpoints(rng: random.Random, folder: Path) -> None:
 
 
 def released(rng: random.Random, folder: Path) -> None:
-    """Pickles and .safetensors, as sample.py reads them."""
+    """Pickles and .safetensors under any name, as sample.py reads them."""
+    path = folder / rng.choice(("x.safetensors", "x.ckpt", "x.bin"))
     if rng.random() < 0.5:
-        path = folder / "x.safetensors"
         path.write_bytes(odd_safetensors(rng))
     else:
-        path = folder / "x.ckpt"
         path.write_bytes(odd_released_pickle(rng, folder.parent))
     read_state(path)
     load_released(path, "tiny")

@@ -122,7 +122,7 @@ def test_each_kind_is_refused_as_stage_one_and_as_public_weights(tmp_path, kind)
 
     for message, read in (
         (kind.what, open_stage_one),
-        (f"no weights ({kind})", functools.partial(load_public, torch.nn.ReLU(), "vgg.pth")),
+        (f"no weights ({kind.what}", functools.partial(load_public, torch.nn.ReLU(), "vgg.pth")),
     ):
         with pytest.raises(BadInput) as error:
             read(path)

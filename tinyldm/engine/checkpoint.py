@@ -101,16 +101,13 @@ def unpickle(path: str | Path, mmap: bool = False, allowed: Sequence = ()) -> ob
     path = Path(path)
     how = {"map_location": "cpu", "weights_only": True}
     try:
-        with (
-            torch.serialization.safe_globals(allowed),
-            warnings.catch_warnings(),
-            open(path, "rb") as file,
-        ):
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")         # the error below says more
-            # torch takes a name that ends so for the content, and maps no open file.
-            if mmap and path.suffix != ".safetensors":
-                return torch.load(path, mmap=True, **how)
-            return torch.load(file, **how)
+            if path.suffix != ".safetensors":
+                return torch.load(path, mmap=mmap, **how)
+            # torch takes such a name for the content; an open file is read for what it is.
+            with open(path, "rb") as file:
+                return torch.load(file, **how)
     except Exception as error:
         with trying(f"{path}: damaged, or not a checkpoint"):
             reason = why_unreadable(path, error)
@@ -128,8 +125,8 @@ def why_unreadable(path: Path, error: Exception) -> str:
     named = re.findall(r"GLOBAL (\S+)", str(error)) or names_in_pickle(path)
     if named:
         return (
-            f"refused: it asks for {named[0]}, which could run code when loaded; give a state "
-            "dict or a .safetensors"
+            f"refused: it asks for {short(named[0])}, which could run code when loaded; give a "
+            "state dict or a .safetensors"
         )
     kind = recognise_file(path)
     if kind is not None:
@@ -172,7 +169,7 @@ def check_kind(path: Path, checkpoint: object, kind: str | None) -> None:
             f"{path}: not a checkpoint of tinyldm{but}; give one of train_ae.py or train_ldm.py"
         )
     if kind is not None and found != KIND + kind:
-        stage = STAGES.get(found, found)
+        stage = STAGES.get(found, "another kind")
         raise BadInput(
             f"{path}: a checkpoint of {stage}, where one of {STAGES[KIND + kind]} is needed"
         )
@@ -329,8 +326,8 @@ def list_text(values: list, start: int) -> str:
 
 
 def short(value: object) -> str:
-    """Return a value as text of at most 80 characters."""
-    text = str(value)
+    """Return a value as one line of at most 80 characters."""
+    text = " ".join(str(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
 
 

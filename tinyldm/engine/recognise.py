@@ -36,6 +36,7 @@ class Kind:
 
 
 AGAIN = "download or copy it again"
+CHECKPOINT = "give a .safetensors or a checkpoint of torch"
 WHOLE_MODEL = "give the checkpoint of a whole model, in the layout of the official code"
 
 # The first row that fits is taken, so what is special stands before what is general.
@@ -53,13 +54,13 @@ KINDS = [
          "download the file itself; that may need a login"),
     Kind("start", r"\AGGUF", "a GGUF, whose weights are in another format",
          "give the .safetensors that it was made from"),
-    Kind("start", r"\A\x89HDF", "an HDF5 file of Keras", WHOLE_MODEL),
+    Kind("start", r"\A\x89HDF", "an HDF5 file of Keras", CHECKPOINT),
     Kind("start", r"\A\x08[\x01-\x20]\x12[\x01-\x40][ -~]", "an ONNX program, not weights",
          "give the checkpoint that it was exported from"),
-    Kind("start", r"\A\x93NUMPY", "an array of numpy", WHOLE_MODEL),
+    Kind("start", r"\A\x93NUMPY", "an array of numpy", CHECKPOINT),
     Kind("start", r"(?s)\A.{257}ustar|\A\x1f\x8b|\A\xfd7zXZ|\A7z\xbc\xaf|\ARar!",
          "an archive", "unpack it, and give the checkpoint in it"),
-    Kind("start", r"\A(\x89PNG|\xff\xd8\xff)", "an image", WHOLE_MODEL),
+    Kind("start", r"\A(\x89PNG|\xff\xd8\xff)", "an image", CHECKPOINT),
     Kind("start", r"(?s)\A.{1,15}\Z", "truncated: only a few bytes", AGAIN),
     Kind("start", r"\APK\x03\x04", "truncated: it begins like a checkpoint, its end is missing",
          AGAIN),
@@ -74,7 +75,7 @@ KINDS = [
     Kind("zip", r"(?i)\.(ckpt|safetensors|pth?|bin)$", "a .zip with a checkpoint in it",
          "unpack it"),
     Kind("zip", r"/data\.pkl$", "damaged: a checkpoint that cannot be read", AGAIN),
-    Kind("zip", r"", "a .zip that holds no checkpoint", WHOLE_MODEL),
+    Kind("zip", r"", "a .zip that holds no checkpoint", CHECKPOINT),
 
     # ---- state dicts
     Kind("keys", r"lora_|\.lora\.|\.hada_w|\.lokr_w|\.alpha ",

@@ -20,8 +20,9 @@ from tinyldm.data.tokenizer import open_vocab
 from tinyldm.engine import flags, presets
 from tinyldm.engine.checkpoint import load_checkpoint
 from tinyldm.engine.command import run
+from tinyldm.engine.recognise import recognise_state
 from tinyldm.engine.released_names import AE, EMA, IGNORED, TAU, UNET, Source, sources
-from tinyldm.engine.weights import read_state, refuse_other_kinds, write_state
+from tinyldm.engine.weights import read_state, write_state
 from tinyldm.errors import BadInput, naming, require, trying
 from tinyldm.model import LatentDiffusion, ModelConfig, build_model
 from tinyldm.unet import UNet
@@ -124,7 +125,8 @@ def load_released(
     Raises BadInput that names the file, and a tensor that is unknown or missing.
     """
     state = read_state(path)
-    refuse_other_kinds(path, state)
+    kind = recognise_state(state)
+    require(kind is None, f"{path}: {kind}")
     with naming(str(path)):
         if preset is None:
             preset = detect(state)

@@ -35,7 +35,9 @@ def load_public(net: nn.Module, url: str, path: str | Path | None, prefix: str =
             )
         else:
             state = read_state(path)
-            refuse_other_kinds(path, state)
+            kind = recognise_state(state)
+            if kind is not None:
+                raise BadInput(kind.what)
         wanted = {key: x for key, x in state.items() if key.startswith(prefix)}
         net.load_state_dict(wanted)
     except Exception as error:
@@ -110,12 +112,6 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         require(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, no weights")
         state = content.get("state_dict", content)
         return {str(key): x for key, x in state.items() if isinstance(x, Tensor)}
-
-
-def refuse_other_kinds(path: str | Path, state: dict[str, Tensor]) -> None:
-    """Raise BadInput for a state dict that is known as none of a whole model, such as a LoRA."""
-    kind = recognise_state(state)
-    require(kind is None, f"{path}: {kind}")
 
 
 def is_safetensors(path: Path) -> bool:
