@@ -195,7 +195,7 @@ def test_a_run_of_another_model_is_refused_with_every_difference(saved):
         "task name = text, now it is class",
         "size = 32, now it is 64",
         "classes = [a, b], now it is [a, c]",
-        "tokenizer words = [[PAD], [UNK], a, b] (4 in all), now it is [[PAD], [UNK], a, c] (4 in",
+        "tokenizer words = [[PAD], [UNK], a, b], now it is [[PAD], [UNK], a, c]",
     ):
         assert difference in message
     assert "ch_mult" not in message

@@ -101,10 +101,7 @@ def unpickle(path: str | Path, mmap: bool = False, allowed: Sequence = ()) -> ob
     path = Path(path)
     how = {"map_location": "cpu", "weights_only": True}
     try:
-        with (
-            torch.serialization.safe_globals(allowed),
-            warnings.catch_warnings(),
-        ):
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")         # the error below says more
             if path.suffix != ".safetensors":
                 return torch.load(path, mmap=mmap, **how)
