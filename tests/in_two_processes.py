@@ -21,7 +21,8 @@ LEAST = 400
 # The files that take longest come first, so that both processes end at about the same time.
 LONGEST = (
     "test_notebooks", "test_all_tasks", "test_distributed", "test_scripts", "test_released",
-    "test_fuzz", "test_not_finite", "test_bad_input", "test_bench", "test_inception",
+    "test_image_shapes", "test_fuzz", "test_strangers_sets", "test_ranges", "test_not_finite",
+    "test_bad_input", "test_bench", "test_inception",
 )
 
 

@@ -35,6 +35,7 @@ from tinyldm.data.images import (
     to_tensor,
     turned_like,
     upright_size,
+    why_unreadable,
 )
 from tinyldm.data.rows import (
     BOX_FORMAT,
@@ -241,7 +242,7 @@ class Folder(ImageDataset):
                 self.unreadable[j] = True
                 name = self.rows[j]["file_name"]
                 count = f"({int(self.unreadable.sum())} so far)"
-                warnings.warn(f"{name} is skipped: {error} {count}", stacklevel=2)
+                warnings.warn(f"{name} is skipped: {why_unreadable(error)} {count}", stacklevel=2)
 
         raise BadInput(f"{self.path}: none of its {len(self)} images can be read")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from tinyldm.errors import require
@@ -200,6 +200,13 @@ def turned_like(other: Image.Image, data: bytes) -> Image.Image:
     other = other.copy()
     other.getexif()[EXIF_ORIENTATION] = orientation(image)
     return ImageOps.exif_transpose(other)
+
+
+def why_unreadable(error: Exception) -> str:
+    """Return in one line why an image cannot be read, from the error of load_image."""
+    if isinstance(error, UnidentifiedImageError):       # its own text has an address
+        return "it is not an image"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def load_map(data: bytes) -> Image.Image:

@@ -15,7 +15,8 @@ def summarise(
 
     path: of the set; small: where its small images are, if it has some.
     """
-    parts = [f"{counted(len(rows), 'image')}, {n_held_out or 'none'} of them held out"]
+    held_out = f"{n_held_out:,}" if n_held_out else "none"
+    parts = [f"{counted(len(rows), 'image')}, {held_out} of them held out"]
     n_labels = number_with(rows, "label")
     if n_labels:
         parts.append(f"{n_labels:,} with a class, {listed(label_names(rows))}")

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from tinyldm.data.crops import has_shape
 from tinyldm.data.folder import Folder
-from tinyldm.data.images import LANCZOS, size_text, to_tensor
+from tinyldm.data.images import LANCZOS, size_text, to_tensor, why_unreadable
 from tinyldm.metrics.sets import load_batches_of
 
 MOST_NAMED = 3                  # images that a line of text names
@@ -44,18 +43,11 @@ class ExactImages(Dataset):
             stored_size = self.folder.stored_size(k)
         except Exception as error:          # a stranger's file may raise anything
             black = -torch.ones(self.folder.channels, h, w)
-            return {"image": black, "stored_size": (w, h), "error": reason(error)}
+            return {"image": black, "stored_size": (w, h), "error": why_unreadable(error)}
 
         crop = self.folder.crop_of(k, image)
         cropped = image.resize((w, h), LANCZOS, crop)
         return {"image": to_tensor(cropped), "stored_size": stored_size, "error": ""}
-
-
-def reason(error: Exception) -> str:
-    """Return in one line why an image cannot be read."""
-    if isinstance(error, UnidentifiedImageError):       # its own text has an address
-        return "not an image"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 class Tally:
