@@ -163,7 +163,10 @@ def check_attended_sides(attn_res: Sequence[int], side: int, n_levels: int) -> N
     """
     sides = [side // 2 ** level for level in range(n_levels)]
     missing = [r for r in attn_res if r not in sides]
-    message = f"attn_res {listed(missing)}: the levels' feature maps have sides {listed(sides)}"
+    message = (
+        f"attn_res {listed(missing)}: no level has feature maps of such a side; choose among "
+        f"{listed(sides)}"
+    )
     require(not missing or len(missing) < len(attn_res), message)
     if missing:
         warnings.warn(message, stacklevel=3)
