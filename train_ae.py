@@ -173,11 +173,16 @@ def evaluate_reconstructions(
 
 
 def save_reconstructions(x: Tensor, x_rec: Tensor, path: Path) -> None:
-    """Save up to 30 images, ten in a row, each row above the row of their reconstructions."""
+    """Save up to three rows of ten images, each above the row of their reconstructions.
+
+    Only full rows are saved; with fewer than ten images, there is one row.
+    """
+    columns = min(10, len(x))
+    n_rows = min(3, len(x) // columns)
     rows = []
-    for i in range(0, min(len(x), 30), 10):
-        rows += [x[i:i + 10], x_rec[i:i + 10]]
-    save_grid(torch.cat(rows), path, min(10, len(x)))
+    for i in range(0, n_rows * columns, columns):
+        rows += [x[i:i + columns], x_rec[i:i + columns]]
+    save_grid(torch.cat(rows), path, columns)
 
 
 def first_images(data: ImageDataset, n: int) -> Tensor | None:
