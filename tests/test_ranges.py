@@ -176,7 +176,7 @@ LDM = ["train_ldm.py", *TINY_LDM, "--size", 16, "--data", "gone", "--ae", "gone.
 
 @pytest.mark.parametrize("command, message", [
     ([*AE, "--ch", 50], "error: --ch, --ch-mult, --groups: ch = 50 is not"),
-    ([*AE, "--attn-res", 7], "error: --attn-res: attn_res 7: the levels"),
+    ([*AE, "--attn-res", 7], "error: --attn-res: attn_res 7: no level has feature maps"),
     ([*AE, "--ch-mult"], "error: --ch, --ch-mult, --groups: ch_mult is empty"),
     ([*LDM, "--ch", 50], "--d-head: ch = 50 is not"),
     ([*LDM, "--n-head", 3], "--d-head: 32 channels, which attend"),
