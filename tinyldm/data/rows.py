@@ -79,8 +79,8 @@ def find_rows(files: Any, names: list[str]) -> list[dict[str, Any]]:
 def files_of(rows: list[dict], columns: Sequence[str] = FILE_COLUMNS) -> set[str]:
     """Return the names of the files in some columns of rows."""
     names = set()
-    for row in rows:
-        names.update(row[column] for column in columns if column in row)
+    for column in columns:
+        names.update([row[column] for row in rows if column in row])
     return names
 
 
@@ -93,7 +93,8 @@ def box_names(rows: Sequence[dict]) -> tuple[str, ...]:
     """Return the classes of boxes, sorted."""
     found = set()
     for row in rows:
-        found.update(box[0] for box in row.get("boxes", []))
+        if "boxes" in row:
+            found.update(box[0] for box in row["boxes"])
     return tuple(sorted(found))
 
 
