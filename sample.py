@@ -138,7 +138,8 @@ def check_condition_flags(args: Namespace, model: LatentDiffusion) -> None:
             (args.image is None) == (args.mask is None),
             "--image and --mask belong together: what is kept, and where it is repainted",
         )
-    listed = ", ".join(f"--{name}" for name in takes)
+    flags_of_task = [f"--{name}" for name in takes if name != "prompt"]
+    listed = ", ".join((["a prompt in quotes"] if "prompt" in takes else []) + flags_of_task)
     for name in ("prompt", "prompts", "label", "boxes", "map", "image", "mask"):
         require(
             name in takes or not getattr(args, name),
@@ -221,6 +222,11 @@ def check_request(args: Namespace, model: LatentDiffusion, request: Request) -> 
     require(
         args.to_seed is None or not request.is_held_out,
         "--to-seed: needs one condition; give it as a file",
+    )
+    require(
+        args.data is None or request.is_held_out or args.score,
+        "--data: it is for conditions of a data set, but a condition is given, or the task needs "
+        "none; leave it out",
     )
     if not args.score:
         return

@@ -67,7 +67,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
     group = parser.add_argument_group("stage one and task")
     group.add_argument("--ae", type=Path, default=Path("out/ae/ckpt.pt"),
-                       help="checkpoint of stage one; 'none' diffuses pixels")
+                       help="checkpoint of stage one; 'none' diffuses pixels, whose --attn-res "
+                            "must be given")
     group.add_argument("--task", type=str, choices=TASKS, default="text",
                        help="what the condition is")
     group.add_argument("--n-classes", type=int,
@@ -131,6 +132,10 @@ def check_small(args: Namespace) -> None:
     require(
         not args.small or "small" in TASKS[args.task].fields,
         f"--small {args.small}: --task {args.task} takes no small images",
+    )
+    require(
+        not args.small or Path(args.small).exists(),
+        f"--small {args.small}: no such file or folder",
     )
     require(
         not args.small or not args.degrade,
@@ -227,6 +232,13 @@ def latents_of(
     """Open the cache of stage one's latents and of y; encode what it lacks."""
     config = model.config
     name = fingerprint(model.ae, data, {"name": config.task}, config.tau, config.tokenizer)
+
+    def to_y(batch: dict) -> dict[str, Tensor]:
+        y = model.task.encode(batch)
+        if data.has_several_captions:
+            y["row"] = torch.tensor(batch["row"])       # for latent_batches
+        return y
+
     with machine.autocast():
         return Latents(
             args.out.parent / "latents" / name,
@@ -235,7 +247,7 @@ def latents_of(
             data.n_distinct,
             args.workers,
             machine.device,
-            model.task.encode,
+            to_y,
             machine.rank,
             machine.world,
         )
@@ -290,8 +302,11 @@ def latent_batches(
         for indices in order:
             posterior, y = cache[[i % data.n_distinct for i in indices]]
             # The cache has one caption of each image, but each epoch takes another.
-            if data.has_several_captions and "caption" in model.task.fields:
-                y |= model.task.encode({"caption": [data.caption(i) for i in indices]})
+            rows = y.pop("row", None)
+            if rows is not None and "caption" in model.task.fields:
+                pairs = zip(indices, rows.tolist())
+                captions = [data.caption(i, row) for i, row in pairs]
+                y |= model.task.encode({"caption": captions})
             # The cache holds latents as they are; Autoencoder.encode, below, divides by itself.
             yield posterior.scaled(model.z_std.cpu()), y
         return

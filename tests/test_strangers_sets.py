@@ -509,3 +509,59 @@ def test_kept_lists_know_what_was_left_out(tmp_path, monkeypatch):
     assert first.rows() == second.rows()
     assert first.left_out == second.left_out == {".heic": 1}
     assert list((tmp_path / "lists").iterdir())
+
+
+# ---- what a first reading found
+
+def test_captions_belong_to_the_image_that_is_shown(tmp_path):
+    """Where another image takes the place of an unreadable one, its captions come with it."""
+    rows = [{"file_name": f"{k}.jpg", "text": [f"{k} a", f"{k} b"]} for k in range(3)]
+    files = images("1.jpg", "2.jpg") | {"0.jpg": b"no image", "metadata.jsonl": rows}
+    data = Folder(str(make_folder(tmp_path / "set", files)), 32, "all")
+    with pytest.warns(UserWarning, match="0.jpg is skipped"):
+        items = [data[i] for i in range(9)]
+    for i, item in enumerate(items):
+        assert item["row"] == (i % 3 or 1)
+        assert item["caption"].startswith(f"{item['row']} ")
+        assert data.caption(i, item["row"]) == item["caption"]
+
+
+def test_a_turned_square_says_that_its_map_is_taken_as_upright(tmp_path):
+    """Its shape does not show whether the map is turned as the file is."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rows = [{"file_name": "a.jpg", "mask": "m.png"}]
+    files = {"a.jpg": jpeg((64, 64), exif), "m.png": png_map(np.zeros((64, 64), "u1"))}
+    data = opened(make_folder(tmp_path / "set", files | {"metadata.jsonl": rows}))
+    with pytest.warns(UserWarning, match="EXIF data turn a.jpg, .* taken as upright") as found:
+        data[0]
+        data[0]
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("written", ["./cat/0.jpg", "cat\\0.jpg", "cat/../cat/0.jpg"])
+def test_names_in_metadata_as_other_programs_write_them(tmp_path, written):
+    rows = [{"file_name": written, "text": "a cat"}]
+    path = make_folder(tmp_path / "set", CLASSES | {"metadata.jsonl": rows})
+    assert names(opened(path)) == ["cat/0.jpg"]
+
+
+def test_suffixes_in_upper_case_belong_to_their_image(tmp_path):
+    files = {"A.JPG": IMAGE, "A.TXT": "a cat", "A.CLS": "cat"}
+    data = opened(make_folder(tmp_path / "set", files))
+    assert data.captions() == ["a cat"]
+    assert data.label_names == ("cat",)
+    assert not data.files.left_out
+
+
+def test_a_file_that_ends_like_metadata_is_left_out(tmp_path):
+    data = opened(make_folder(tmp_path / "set", CLASSES | {"old-metadata.jsonl": "{}"}))
+    assert data.files.left_out == {".jsonl": 1}
+
+
+def test_small_images_are_found_by_their_whole_name_too(tmp_path):
+    """A set with train/ alone, and small images of train/ and val/."""
+    path = make_folder(tmp_path / "set", images("train/0.jpg", "train/1.jpg"))
+    small = make_folder(
+        tmp_path / "small", images("train/0.jpg", "train/1.jpg", "val/0.jpg"))
+    opened(path, small=str(small)).require_field("small")

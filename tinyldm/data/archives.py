@@ -64,9 +64,10 @@ def index_tar(path: Path, message: str) -> tuple[dict[str, tuple[int, int]], int
     """Return the place of each plain file in a .tar, {name: (offset, size)} in bytes.
 
     Links, devices and files whose names lead out of the .tar are left out; the second
-    value is how many they are. Raises
-    BadInput(message) for a .tar that is cut off or damaged, or that is compressed, as
-    then its files have no places.
+    value is how many they are.
+
+    Raises BadInput(message) for a .tar that is cut off or damaged, or that is
+    compressed, as then its files have no places.
     """
     places = {}
     n_left_out = 0

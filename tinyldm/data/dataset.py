@@ -5,6 +5,7 @@ An item is a dict of what is known about one image:
     image         (C, H, W) in [-1, 1]; all images of a data set have one size and as
                   many channels: C is 3 for RGB, 1 for grey, 4 for RGBA, or any number
     caption       str; where `load` gives several, each epoch takes one of them
+    row           int, the image that the caption is of; by default it is k
     label         int, a class: its place in `label_names`
     boxes         (K, 5) [class, x0, y0, x1, y1]: a place in `box_names`, and corners as
                   shares of width and height, 0..1, from the top left
@@ -91,7 +92,7 @@ class ImageDataset(Dataset):
         item = self.load(k)
         if "caption" in item:
             caption = self.choose_caption(item["caption"], epoch, k)
-            item = item | {"caption": caption}
+            item = item | {"caption": caption, "row": item.get("row", k)}
         if self.flip and epoch % 2 == 1:
             return mirrored(item)
         return item
@@ -118,8 +119,11 @@ class ImageDataset(Dataset):
             captions += [found] if isinstance(found, str) else found
         return captions
 
-    def caption(self, i: int) -> str:
-        """Return the caption of item i. By default it loads the image."""
+    def caption(self, i: int, row: int) -> str:
+        """Return the caption of item i, which shows image `row` (the item's field `row`).
+
+        By default it loads the image.
+        """
         return self[i]["caption"]
 
     def choose_caption(self, found: str | Sequence[str], epoch: int, k: int) -> str:

@@ -67,8 +67,8 @@ class Degraded(ImageDataset):
     def captions(self) -> list[str]:
         return self.data.captions()
 
-    def caption(self, i: int) -> str:
-        return self.data.caption(i)
+    def caption(self, i: int, row: int) -> str:
+        return self.data.caption(i, row)
 
     def prompts(self, n: int) -> list[str] | None:
         return self.data.prompts(n)

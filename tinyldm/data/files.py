@@ -206,6 +206,8 @@ class Files:
             f"{self.path}: {tar} is damaged, cut off or compressed; "
             "give whole, plain .tar files"
         )
+        if self.path.is_file() and self.path.suffix.lower() != ".tar":
+            message = f"{self.path}: no image, .zip or .tar; give one, or a folder of images"
         places, n_left_out = archives.index_tar(self.root / tar, message)
         self.left_out["links and odd names in .tar files"] += n_left_out
         for name, place in places.items():

@@ -32,6 +32,7 @@ from tinyldm.data.images import (
     image_loader,
     load_map,
     map_to_tensor,
+    stored_orientation,
     to_tensor,
     turned_like,
     upright_size,
@@ -135,8 +136,11 @@ class Folder(ImageDataset):
         require(rows, found_nothing(path, left_out))
         require(
             self.rows or split == "held-out",
-            f"{path}: its folders say that all of its {len(rows)} images are held out",
+            f"{path}: its folders say that all of its {len(rows)} images are held out; put "
+            "those to train on into a folder train beside them",
         )
+
+        self.warned_of_turned = False
 
         # Which images could not be read. All processes that load images share it.
         self.unreadable = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
@@ -153,9 +157,9 @@ class Folder(ImageDataset):
             captions += text if isinstance(text, list) else [text]
         return captions
 
-    def caption(self, i: int) -> str:
+    def caption(self, i: int, row: int) -> str:
         epoch, k = divmod(i, len(self))
-        return self.choose_caption(self.rows[k]["text"], epoch, k)
+        return self.choose_caption(self.rows[row]["text"], epoch, k)
 
     def require_field(self, name: str) -> None:
         """Raise BadInput that names an image without the field, and says what to do.
@@ -217,6 +221,7 @@ class Folder(ImageDataset):
         item: dict[str, Any] = {"image": to_tensor(cropped)}
         if "text" in row:
             item["caption"] = row["text"]
+            item["row"] = j
         if "label" in row:
             item["label"] = self.label_names.index(row["label"])
         if "boxes" in row:
@@ -318,10 +323,11 @@ class Folder(ImageDataset):
         it. Raises BadInput, which begins with `source`, for one of another shape than its
         image.
         """
+        data = self.files.read(row["file_name"])
         if has_shape(other.size, image_size):
+            self._warn_of_turned(row["file_name"], source, image_size, data)
             return other
 
-        data = self.files.read(row["file_name"])
         turned = turned_like(other, data)
         width, height = upright_size(data)
         require(
@@ -330,6 +336,23 @@ class Folder(ImageDataset):
             f"{row['file_name']} is {width}x{height}; it must have the shape of its image",
         )
         return turned
+
+    def _warn_of_turned(
+        self, name: str, source: str, image_size: tuple[int, int], data: bytes
+    ) -> None:
+        """Warn once if EXIF data turn an image so that no shape shows how its map lies."""
+        if self.warned_of_turned:
+            return
+        turn = stored_orientation(data)
+        width, height = image_size
+        shape_tells = turn >= 5 and not has_shape((width, height), (height, width))
+        if turn > 1 and not shape_tells:
+            self.warned_of_turned = True
+            warnings.warn(
+                f"{self.path}: EXIF data turn {name}, and the shape of {source} does not "
+                "show whether it is turned too; it is taken as upright, as are all such",
+                stacklevel=2,
+            )
 
 
 def check_sides(image: Image.Image) -> None:
@@ -346,16 +369,18 @@ def with_small(rows: list[dict], small_rows: list[dict]) -> list[dict]:
     Folders around all images of a set do not count.
     """
     names = [row["file_name"] for row in small_rows]
-    around = common_folder(names)
-    small_names = {name.removeprefix(around): name for name in names}
+    around_small = common_folder(names)
+    small_names = {name.removeprefix(around_small): name for name in names}
+    small_names |= {name: name for name in names}
 
     around = common_folder([row["file_name"] for row in rows])
     paired = []
     for row in rows:
-        key = row["file_name"].removeprefix(around)
+        name = row["file_name"]
         row = {column: value for column, value in row.items() if column != "small"}
-        if key in small_names:
-            row["small"] = small_names[key]
+        small = small_names.get(name) or small_names.get(name.removeprefix(around))
+        if small is not None:
+            row["small"] = small
         paired.append(row)
     return paired
 

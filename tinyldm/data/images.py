@@ -187,6 +187,11 @@ def upright_size(data: bytes) -> tuple[int, int]:
     return (height, width) if orientation(image) >= 5 else (width, height)
 
 
+def stored_orientation(data: bytes) -> int:
+    """Return how EXIF data say that the image in a file is turned, 1..8; 1 is upright."""
+    return orientation(Image.open(io.BytesIO(data), formats=FORMATS))
+
+
 def orientation(image: Image.Image) -> int:
     """Return how EXIF data says that a stored image is turned, 1..8; 1 is upright."""
     # Why not image.getexif: a PNG's decodes all pixels if there is no EXIF data.

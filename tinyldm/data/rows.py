@@ -11,11 +11,12 @@ A row is a dict of what is known of one image, as the files say it:
     where      the line or file that says so, for messages; only with boxes
     split      "train" or "held-out", if folders say so
 
-README.md here describes what people may write.
+data/README.md describes what people may write.
 """
 import json
 import math
 import os.path
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -139,10 +140,10 @@ def parse_row(
     row = dict(known)
     for column in FILE_COLUMNS:
         if column in said and column not in known:
-            file = said[column]
-            exists = isinstance(file, str) and folder + file in known_names
-            require(exists, f"{where}: {column} {file!r:.99} is not in the folder")
-            row[column] = folder + file
+            name = name_in_set(said[column], folder, known_names)
+            message = f"{where}: {column} {said[column]!r:.99} is not in the folder"
+            require(name is not None, message)
+            row[column] = name
     require("file_name" in row, f'{where}: needs an object with "file_name"')
 
     # WebDataset calls a text "caption". The label column wins over "label".
@@ -158,6 +159,17 @@ def parse_row(
         row["boxes"] = read_boxes(said["boxes"], where)
         row["where"] = where
     return row
+
+
+def name_in_set(file: Any, folder: str, known_names: set[str]) -> str | None:
+    """Return the name in the set of a file that metadata names; None if there is none.
+
+    "./a.png" and, from Windows, "images\\a.png" are understood.
+    """
+    if not isinstance(file, str):
+        return None
+    plain = posixpath.normpath(folder + file.replace("\\", "/"))
+    return next((name for name in (folder + file, plain) if name in known_names), None)
 
 
 def check_caption(value: Any, where: str) -> None:
@@ -196,7 +208,7 @@ def read_boxes(boxes: Any, where: str) -> list[list]:
     for box in boxes:
         is_box = isinstance(box, list) and len(box) >= 5
         require(is_box, f"{where}: {short(box)} is no box; {BOX_FORMAT}")
-        name = class_name(box[0], f"{where}: the class of a box,")
+        name = class_name(box[0], f"{where}: the class of a box:")
         corners = box[1:5]
         require(
             all(map(is_finite, corners)),
@@ -246,21 +258,32 @@ def rows_from_files(
             continue
 
         row = {"file_name": name}
-        key = name[:name.rindex(".") + 1]
-        if key + "txt" in known_names:
-            row["text"] = files.read_text(key + "txt").strip()
-        if key + "cls" in known_names:
-            row["label"] = files.read_text(key + "cls").strip()
-        if name in files.places and key + "json" in known_names:
-            where = f"{files.path}: {key}json"
+        key = name[:name.rindex(".")]
+        caption = with_suffix(key, ".txt", known_names)
+        if caption:
+            row["text"] = files.read_text(caption).strip()
+        label = with_suffix(key, ".cls", known_names)
+        if label:
+            row["label"] = files.read_text(label).strip()
+        about = with_suffix(key, ".json", known_names)
+        if about and name in files.places:
+            where = f"{files.path}: {about}"
             folder = name[:name.rindex("/") + 1]
-            text = files.read_text(key + "json")
+            text = files.read_text(about)
             row = parse_row(text, row, folder, known_names, where, files)
         rows.append(row)
 
     # A label map or a small image is no image of its own.
     others = files_of(rows, ("mask", "small"))
     return [row for row in rows if row["file_name"] not in others]
+
+
+def with_suffix(key: str, suffix: str, known_names: set[str]) -> str | None:
+    """Return the name of a file beside an image, its suffix in lower or upper case."""
+    for name in (key + suffix, key + suffix.upper()):
+        if name in known_names:
+            return name
+    return None
 
 
 def check_label_column(files: Any, rows: list[dict]) -> None:
@@ -336,9 +359,10 @@ def count_left_out(files: Any, names: list[str], rows: list[dict]) -> None:
     stems = {name[:name.rindex(".")] for name in used}
     counts: Counter[str] = Counter()
     for name in names:
-        if name in used or name.endswith("metadata.jsonl"):
+        if name in used or name.rpartition("/")[2] == "metadata.jsonl":
             continue
         stem, dot, suffix = name.rpartition(".")
+        suffix = suffix.lower()
         in_tar = name in files.places
         belongs = suffix in ("txt", "cls") or (suffix == "json" and in_tar)
         if belongs and stem in stems:
@@ -346,7 +370,7 @@ def count_left_out(files: Any, names: list[str], rows: list[dict]) -> None:
         if is_image(name):
             counts["images that metadata.jsonl does not name"] += 1
         elif dot and "/" not in suffix:
-            counts[f".{suffix.lower()}"] += 1
+            counts[f".{suffix}"] += 1
         else:
             counts["without a suffix"] += 1
     files.left_out.update(counts)

@@ -306,8 +306,8 @@ def n_params(net: nn.Module | None) -> int:
 
 def not_finite(step: int, folder: Path) -> BadInput:
     """Return the error that ends a run whose loss or gradient is not finite."""
+    kept = f"{folder} keeps step {step - 1}" if step > 1 else "nothing is saved yet"
     return BadInput(
-        f"step {step}: loss or gradient is not finite: training stops; {folder} keeps step "
-        f"{step - 1}, ckpt.old.pt an earlier one; try a lower --lr, more --warmup, --dtype fp32 "
-        "or --skip-nan 10"
+        f"step {step}: loss or gradient is not finite: training stops; {kept}; try a lower "
+        "--lr, more --warmup, --dtype fp32 or --skip-nan 10"
     )

@@ -11,7 +11,7 @@ import torch
 
 from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, build_autoencoder
 from tinyldm.data.tokenizer import check_tokenizer
-from tinyldm.engine.checkpoint import check_finite, load_checkpoint
+from tinyldm.engine.checkpoint import check_finite, load_checkpoint, previous_path
 from tinyldm.engine.released import load_released
 from tinyldm.errors import naming, require, trying
 from tinyldm.model import LatentDiffusion, ModelConfig, build_model
@@ -74,6 +74,8 @@ def open_stage_one(path: Path | str, channels: int | None = None) -> Autoencoder
     """
     if str(path) == "none":
         return Pixels(channels or 3)
+    exists = Path(path).exists() or previous_path(Path(path)).exists()
+    require(exists, f"{path}: no such file; train stage one first (train_ae.py)")
     checkpoint = load_checkpoint(path, "autoencoder")
     with trying(f"{path}: its parts do not fit together"):
         with torch.device("meta"):
@@ -99,4 +101,4 @@ def is_ours(path: Path) -> bool:
         with archive.open(pickled) as file:
             if b"tinyldm " in file.read(1000):
                 return True
-    return path.with_suffix(".old.pt").exists()
+    return previous_path(path).exists()

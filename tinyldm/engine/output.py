@@ -70,6 +70,15 @@ def settings_of(model: LatentDiffusion, request: Request, **how: object) -> dict
 
     how: how they are sampled: sampler, steps, seed, ...
     """
+    # Held-out conditions are those of the data set as it is now.
+    conditions = None
+    held_out = None
+    if request.is_held_out:
+        fingerprint = json.dumps(request.conditions.dataset.fingerprint())
+        held_out = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+    else:
+        conditions = plain_conditions(request)
+
     settings = {
         "kind": KIND,
         "model": digest_of_model(model),
@@ -77,7 +86,8 @@ def settings_of(model: LatentDiffusion, request: Request, **how: object) -> dict
         "size": request.size,
         "n": len(request),
         "n_each": request.n_each,
-        "conditions": None if request.is_held_out else plain_conditions(request),
+        "conditions": conditions,
+        "held_out": held_out,
         "shared": {name: plain(value) for name, value in request.shared.items()},
     }
     return json.loads(json.dumps(settings | how))

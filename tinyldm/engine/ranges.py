@@ -32,7 +32,7 @@ class Range:
 
 
 COUNT = Range(1, 10 ** 9)
-COUNT_OR_NONE = Range(0, 10 ** 9)
+COUNT_OR_ZERO = Range(0, 10 ** 9)
 WIDTH = Range(1, 10 ** 6)
 LAYERS = Range(1, 99)               # a checkpoint of more is refused (engine/checkpoint.py)
 SEED = Range(0, 10 ** 18)
@@ -55,7 +55,7 @@ RANGES: dict[str, Range | tuple[Range, ...]] = {
     "save_every": COUNT,
     "log_every": COUNT,
     "eval_every": COUNT,
-    "eval_n": COUNT_OR_NONE,
+    "eval_n": COUNT_OR_ZERO,
     "seed": SEED,
 
     # The optimiser.
@@ -64,8 +64,8 @@ RANGES: dict[str, Range | tuple[Range, ...]] = {
     "lr": POSITIVE,
     "betas": DECAY,
     "clip": Range(0, low_open=True),
-    "warmup": COUNT_OR_NONE,
-    "skip_nan": COUNT_OR_NONE,
+    "warmup": COUNT_OR_ZERO,
+    "skip_nan": COUNT_OR_ZERO,
     "ema": DECAY,
 
     # The shapes of the networks.
@@ -94,8 +94,8 @@ RANGES: dict[str, Range | tuple[Range, ...]] = {
     "codebook_weight": WEIGHT,
     "vq_beta": WEIGHT,
     "disc_weight": WEIGHT,
-    "disc_start": COUNT_OR_NONE,
-    "restart_codes": COUNT_OR_NONE,
+    "disc_start": COUNT_OR_ZERO,
+    "restart_codes": COUNT_OR_ZERO,
 
     # The diffusion, and its loss.
     "T": Range(1, 10 ** 5, high_open=True),     # as LAYERS

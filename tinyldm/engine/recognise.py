@@ -67,7 +67,7 @@ KINDS = [
     Kind("start", r"\A\x80\x02\x8a\nl\xfc\x9cF\xf9", "truncated or damaged", AGAIN),
     Kind("start", r"(?s)\A.{8}\{", "a .safetensors, which holds weights alone",
          "give a checkpoint of train_ae.py or train_ldm.py"),
-    Kind("start", r"\A[\t\n\r -~\x80-\xff]*\Z", "a text file, not a checkpoint", AGAIN),
+    Kind("start", r"\A[\t\n\r -~\x80-\xff]*\Z", "a text file, not a checkpoint", WHOLE_MODEL),
 
     # ---- .zip files, which torch's checkpoints are, too
     Kind("zip", r"constants\.pkl$", "TorchScript, which is a program, not weights",

@@ -159,7 +159,7 @@ class InceptionScore:
 class Statistics:
     """What comparing two sets needs of one: moments, some features, inception score.
 
-    net is a feature network, whose name is in net.name; batches are images (B, 3, H, W)
+    net is a feature network, whose name is in net.name; batches are images (B, C, H, W)
     in [-1, 1]. The features of every stride-th image are kept. Raises NotFinite for features
     that are not numbers.
     """
@@ -215,7 +215,7 @@ def compare(real: Statistics, fake: Statistics) -> dict[str, float]:
 def load_images(
     data: Dataset, items: Sequence[int], workers: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """Yield the images of some items in batches (64, 3, H, W), with a progress bar."""
+    """Yield the images of some items in batches (64, C, H, W), with a progress bar."""
     for batch in load_batches_of(data, items, workers):
         yield batch["image"].to(device)
 
