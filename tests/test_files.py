@@ -121,6 +121,7 @@ def test_a_kept_list_follows_metadata_zips_and_tars(
     tmp_path, list_folder, monkeypatch, folder, tars
 ):
     path = folder(3, kind="cat")
+    shutil.copy(path / "0.png", path / "9.png")
     shutil.make_archive(str(tmp_path / "z"), "zip", path)
     for place in (path, tmp_path / "z.zip", tars, tars / "shard-001.tar"):
         assert rows_and_whether_looked(monkeypatch, place)[1]
@@ -128,7 +129,7 @@ def test_a_kept_list_follows_metadata_zips_and_tars(
 
     # A line more in metadata.jsonl; another label column.
     with open(path / "metadata.jsonl", "a") as file:
-        file.write('{"file_name": "0.png", "text": "again"}\n')
+        file.write('{"file_name": "9.png", "text": "again"}\n')
     assert rows(path)[3]["text"] == "again"
     assert rows(path, "kind")[0]["label"] == "cat"
 

@@ -15,8 +15,10 @@ from tinyldm.data import files as files_module
 from tinyldm.data.dataset import ListDataset
 from tinyldm.data.files import Files
 from tinyldm.data.folder import Folder
+from tinyldm.data.images import load_rgb, upright_size
 from tinyldm.data.loader import load_batches
 from tinyldm.data.text import decode_text, text_lines
+from tinyldm.data.tokenizer import encode, train_tokenizer
 from tinyldm.errors import BadInput
 
 
@@ -267,16 +269,16 @@ BAD_VALUES = [float("nan"), {"en": "a dog"}, True, 1.5, [], ["a", 1]]
 
 @pytest.mark.parametrize("value", [*BAD_VALUES, 7])
 def test_captions_are_strings_or_lists_of_strings(tmp_path, value):
-    rows = [{"file_name": "a.jpg", "text": "fine"}, {"file_name": "a.jpg", "text": value}]
-    path = make_folder(tmp_path / "set", images("a.jpg") | {"metadata.jsonl": rows})
+    rows = [{"file_name": "a.jpg", "text": "fine"}, {"file_name": "b.jpg", "text": value}]
+    path = make_folder(tmp_path / "set", images("a.jpg", "b.jpg") | {"metadata.jsonl": rows})
     with pytest.raises(BadInput, match="set: metadata.jsonl line 2: the caption .* neither"):
         opened(path)
 
 
 @pytest.mark.parametrize("value", BAD_VALUES)
 def test_labels_are_strings_or_whole_numbers(tmp_path, value):
-    rows = [{"file_name": "a.jpg", "label": 3}, {"file_name": "a.jpg", "label": value}]
-    path = make_folder(tmp_path / "set", images("a.jpg") | {"metadata.jsonl": rows})
+    rows = [{"file_name": "a.jpg", "label": 3}, {"file_name": "b.jpg", "label": value}]
+    path = make_folder(tmp_path / "set", images("a.jpg", "b.jpg") | {"metadata.jsonl": rows})
     with pytest.raises(BadInput, match="set: metadata.jsonl line 2: the label .* neither"):
         opened(path)
     (path / "metadata.jsonl").write_text('{"file_name": "a.jpg", "label": 3.0}')
@@ -291,10 +293,10 @@ def test_each_epoch_takes_one_of_several_captions(tmp_path):
     path = make_folder(tmp_path / "set", files)
     data = opened(path, seed=5)
     assert data.captions() == ["one", *said, *said]
-    taken = [data.caption(i) for i in range(60)]
+    taken = [data.caption(i, i % 3) for i in range(60)]
     assert taken == [data[i]["caption"] for i in range(60)]
-    assert taken == [opened(path, seed=5).caption(i) for i in range(60)]
-    assert taken != [opened(path, seed=6).caption(i) for i in range(60)]
+    assert taken == [opened(path, seed=5).caption(i, i % 3) for i in range(60)]
+    assert taken != [opened(path, seed=6).caption(i, i % 3) for i in range(60)]
     assert set(taken[::3]) == {"one"}
     assert set(taken[1::3]) == set(taken[2::3]) == set(said)
     assert taken[1::3] != taken[2::3]
@@ -419,6 +421,7 @@ def test_a_map_of_another_shape_is_refused(tmp_path):
     assert opened(path)[0]["segmentation"].shape == (32, 32)
 
 
+@pytest.mark.filterwarnings("ignore:.*taken as upright")
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_map_as_stored_is_turned_with_its_image(tmp_path, orientation):
     """The stored image is white where its map is 1; both are turned alike."""
@@ -511,7 +514,7 @@ def test_kept_lists_know_what_was_left_out(tmp_path, monkeypatch):
     assert list((tmp_path / "lists").iterdir())
 
 
-# ---- what a first reading found
+# ---- what other programs write
 
 def test_captions_belong_to_the_image_that_is_shown(tmp_path):
     """Where another image takes the place of an unreadable one, its captions come with it."""
@@ -565,3 +568,136 @@ def test_small_images_are_found_by_their_whole_name_too(tmp_path):
     small = make_folder(
         tmp_path / "small", images("train/0.jpg", "train/1.jpg", "val/0.jpg"))
     opened(path, small=str(small)).require_field("small")
+
+
+def test_tars_within_folders_have_the_classes_and_splits_of_these(tmp_path):
+    make_tar(tmp_path / "split/train/000.tar", CLASSES)
+    make_tar(tmp_path / "split/val/000.tar", images("cat/5.jpg"))
+    train = opened(tmp_path / "split", "train")
+    assert train.label_names == ("cat", "dog")
+    assert len(train) == 4
+    assert len(opened(tmp_path / "split", "held-out")) == 1
+
+    make_tar(tmp_path / "classes/cat/000.tar", images("0.jpg"))
+    make_tar(tmp_path / "classes/dog/000.tar", images("0.jpg"))
+    assert opened(tmp_path / "classes").label_names == ("cat", "dog")
+
+
+def test_splits_beside_other_images_are_refused(tmp_path):
+    files = images("train2017/cat/0.jpg", "val2017/cat/0.jpg")
+    path = make_folder(tmp_path / "set", files)
+    assert opened(path, "train").label_names == ()
+    make_folder(path, images("docs/figure.jpg"))
+    with pytest.raises(BadInput, match="splits like train and val, but .* in docs, too"):
+        opened(path)
+
+
+def test_a_folder_around_the_images_of_each_split_is_no_class(tmp_path):
+    path = make_folder(tmp_path / "set", images("train/images/0.jpg", "valid/images/0.jpg"))
+    assert opened(path).label_names == ()
+
+
+def test_a_class_that_is_only_held_out_is_not_shown_as_learned(tmp_path):
+    path = make_folder(tmp_path / "set", images("train/cat/0.jpg", "train/dog/0.jpg",
+                                                "val/owl/0.jpg"))
+    train = opened(path, "train")
+    assert train.label_names == ("cat", "dog", "owl")
+    assert train.seen_labels() == [0, 1]
+
+
+def test_one_class_in_two_encodings_is_one_class(tmp_path):
+    nfc, nfd = "caf\u00e9", "cafe\u0301"
+    rows = [{"file_name": "a.jpg", "label": nfc}, {"file_name": "b.jpg", "label": f" {nfd}"}]
+    path = make_folder(tmp_path / "set", images("a.jpg", "b.jpg") | {"metadata.jsonl": rows})
+    assert opened(path).label_names == (nfc,)
+    path = make_folder(tmp_path / "folders", images(f"{nfc}/a.jpg", f"{nfd}/b.jpg", "x/c.jpg"))
+    assert opened(path).label_names == (nfc, "x")
+
+    rows = [{"file_name": f"{nfc}.jpg"}]
+    path = make_folder(tmp_path / "names", images(f"{nfd}.jpg") | {"metadata.jsonl": rows})
+    assert len(opened(path)) == 1
+
+
+def test_a_zip_without_the_flag_of_utf8_is_read_as_utf8(tmp_path):
+    path = make_zip(tmp_path / "set.zip", images("café/0.jpg", "thé/0.jpg"))
+    data = bytearray(path.read_bytes())
+    for place, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = data.find(place)
+        while start >= 0:
+            data[start + offset + 1] &= ~0x08
+            start = data.find(place, start + 4)
+    path.write_bytes(data)
+    found = opened(path)
+    assert found.label_names == ("café", "thé")
+    assert found[0]["image"].shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("row,message", [
+    ({"file_name": "a.jpg"}, "line 2: a.jpg has a line already; several captions are a list"),
+    ({"file_name": "b.heic"}, "line 2: file_name b.heic is no image that can be read"),
+    ({"file_name": "a.jpg", "label": " "}, "line 2: the label is empty"),
+])
+def test_lines_that_cannot_be_meant_are_refused(tmp_path, row, message):
+    rows = [{"file_name": "a.jpg"}, row]
+    files = images("a.jpg", "b.heic") | {"metadata.jsonl": rows}
+    with pytest.raises(BadInput, match=message):
+        opened(make_folder(tmp_path / "set", files))
+
+
+def test_only_one_column_has_the_classes(tmp_path):
+    rows = [{"file_name": "a.jpg", "breed": "poodle", "label": "dog"},
+            {"file_name": "b.jpg", "breed": None, "label": "cat"}]
+    path = make_folder(tmp_path / "set", images("a.jpg", "b.jpg") | {"metadata.jsonl": rows})
+    assert opened(path, label_column="breed").label_names == ("poodle",)
+
+
+def test_boxes_of_yolo_are_no_captions(tmp_path):
+    path = make_folder(tmp_path / "set", images("a.jpg") | {"a.txt": "0 0.5 0.5 0.2 0.3\n"})
+    with pytest.raises(BadInput, match="a.txt has boxes in YOLO's format"):
+        opened(path)
+    (path / "a.txt").write_text("7")
+    assert opened(path).captions() == ["7"]
+
+
+@pytest.mark.parametrize("name", ["0.txt", "deep/metadata.jsonl", "train_metadata.jsonl"])
+def test_text_files_that_are_not_read_are_left_out(tmp_path, name):
+    rows = [{"file_name": "0.jpg", "label": "a"}]
+    files = images("0.jpg") | {"metadata.jsonl": rows, name: "{}"}
+    data = opened(make_folder(tmp_path / "set", files))
+    assert data.files.left_out == {"." + name.rpartition(".")[2]: 1}
+
+
+def test_a_link_to_itself_is_a_broken_link(tmp_path):
+    path = make_folder(tmp_path / "set", images("0.jpg"))
+    os.symlink(path / "x", path / "x")
+    assert opened(path).files.left_out == {"broken links": 1}
+
+
+def test_shares_that_are_rounded_up_are_shares(tmp_path):
+    with pytest.raises(BadInput, match="in 0..1 .are these shares"):
+        with_boxes(tmp_path, [["thing", 0.25, 0.25, 1.0000002, 0.75]])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_the_upright_size_is_that_of_the_loaded_image(kind):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = jpeg((80, 40), exif, kind)
+        assert upright_size(data) == load_rgb(data).size
+
+
+def test_big_endian_greys_of_16_bits_are_read(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(">u2")[None].repeat(64, 0)
+    image = Image.frombytes("I;16B", (64, 64), ramp.tobytes())
+    data = opened(make_folder(tmp_path / "set", {"a.tif": saved(image)}))[0]["image"]
+    assert data.min() < -0.95
+    assert data.max() > 0.95
+
+
+def test_joiners_change_words(tmp_path):
+    """Those of zero width, in Persian and Hindi."""
+    for pair in (("نامه\u200cای", "نامهای"), ("क्\u200dष", "क्ष")):
+        tokenizer = train_tokenizer(list(pair))
+        ids = encode(tokenizer, list(pair), 6)
+        assert not torch.equal(ids[0], ids[1])

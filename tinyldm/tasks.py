@@ -33,6 +33,7 @@ from tinyldm.conditioning import (
 from tinyldm.data import scorer, shapes
 from tinyldm.data.dataset import ImageDataset
 from tinyldm.data.images import NEAREST, fit_image, map_to_tensor, to_tensor
+from tinyldm.data.rows import LARGEST_SHARE
 from tinyldm.data.tokenizer import encode, train_tokenizer
 from tinyldm.errors import require, trying
 from tinyldm.show.grids import show_boxes, show_label_map, show_masked, show_small
@@ -365,6 +366,9 @@ class Layout(Task):
         with trying(f"{text}: a box is [class, x0, y0, x1, y1]"):
             name, x0, y0, x1, y1 = row[:5]
             inside = 0 <= x0 < x1 <= w and 0 <= y0 < y1 <= h
+        is_shares = max(x0, y0, x1, y1) <= LARGEST_SHARE
+        has_bools = any(isinstance(corner, bool) for corner in (x0, y0, x1, y1))
+        inside = inside and not is_shares and not has_bools
         require(inside, f"{text}: must have 0 <= x0 < x1 <= {w} and 0 <= y0 < y1 <= {h}, in pixels")
         number = self.class_number(str(name), n_classes)
         return [number, x0 / w, y0 / h, x1 / w, y1 / h]

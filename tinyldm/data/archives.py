@@ -3,6 +3,7 @@
 Archives may come from strangers. Nothing is unpacked to the disk, and files whose names
 lead out of an archive are left alone.
 """
+import contextlib
 import functools
 import os
 import posixpath
@@ -13,6 +14,7 @@ from pathlib import Path
 from tinyldm.errors import require, trying
 
 MAX_ZIPPED = 2 ** 28        # bytes of one file in a .zip; more could fill the memory
+UTF8_FLAG = 0x800           # a .zip says so that a name is UTF-8
 TAR_BLOCK = 512             # bytes; the last blocks of a tar are zeros
 
 
@@ -29,8 +31,17 @@ def names_in_zip(archive: zipfile.ZipFile) -> dict[str, str]:
 
     Some programs of Windows write "\\" between the parts of a name.
     """
-    names = {name.replace("\\", "/"): name for name in archive.namelist()}
-    return {name: own for name, own in names.items() if not name.endswith("/")}
+    names = {}
+    for info in archive.infolist():
+        name = info.filename
+        if not info.flag_bits & UTF8_FLAG:
+            # zipfile has read it as cp437, but many programs write UTF-8 without the flag.
+            with contextlib.suppress(UnicodeError):
+                name = name.encode("cp437").decode("utf8")
+        name = name.replace("\\", "/")
+        if not name.endswith("/"):
+            names[name] = info.filename
+    return names
 
 
 def read_zipped(path: Path, changed: int, name: str) -> bytes:

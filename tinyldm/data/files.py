@@ -21,7 +21,10 @@ from tinyldm.errors import BadInput, trying
 KEEP_FROM = 10_000
 CACHE_HOME = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 LIST_FOLDER = Path(CACHE_HOME, "tinyldm")
-LIST_VERSION = 2
+LIST_VERSION = 3            # of what is kept; raise it if a row changes
+
+# Folders that programs add to a set.
+ADDED = ("__MACOSX", "@eaDir")
 
 
 class Files:
@@ -34,13 +37,15 @@ class Files:
     def __init__(self, path: str | Path, label_column: str = "label"):
         self.path = Path(path)
         self.label_column = label_column
-        self.is_zip = self.path.suffix.lower() == ".zip"
+        self.is_zip = self.path.suffix.lower() == ".zip" and not self.path.is_dir()
         self.root = self.path if self.path.is_dir() else self.path.parent
 
         # Where the files in tars lie: {name: [tar, offset, size]}.
         self.places: dict[str, list] = {}
         # The states of all that the list of rows depends on: {name: [size, time]}.
         self.seen: dict[str, list[int]] = {}
+        # The text files that were read.
+        self.texts: set[str] = set()
         # The keys of all metadata.
         self.columns: set[str] = set()
         # What is there but not used: {what: how many}.
@@ -74,6 +79,7 @@ class Files:
     def read_text(self, name: str) -> str:
         """Return the contents of a text file. Raises BadInput if it is not UTF-8."""
         data = self.read(name)
+        self.texts.add(name)
         try:
             return decode_text(data)
         except ValueError as error:
@@ -191,9 +197,14 @@ class Files:
                 name = prefix + entry.name
                 if is_hidden(entry.name):
                     continue
-                if entry.is_dir():
+                try:
+                    is_folder = entry.is_dir()
+                    is_file = entry.is_file()
+                except OSError:                 # such as a link to itself
+                    is_folder = is_file = False
+                if is_folder:
                     waiting.append(name + "/")
-                elif entry.is_file():
+                elif is_file:
                     names.append(name)
                 else:
                     self.left_out["broken links"] += 1
@@ -218,11 +229,11 @@ class Files:
 def is_hidden(name: str) -> bool:
     """Return whether a file or one of its folders is never looked at.
 
-    Their names begin with a dot, or are __MACOSX: previews, and what Finder adds.
+    Their names begin with a dot, or are those of folders that Finder or a NAS adds.
     """
-    may_be_hidden = name.startswith(".") or "/." in name or "__MACOSX" in name
+    may_be_hidden = name.startswith(".") or "/." in name or any(x in name for x in ADDED)
     if not may_be_hidden:
         return False
     parts = name.split("/")
     hidden = [part for part in parts if part.startswith(".") and part.strip(".")]
-    return bool(hidden) or "__MACOSX" in parts
+    return bool(hidden) or any(x in parts for x in ADDED)

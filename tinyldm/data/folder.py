@@ -161,6 +161,10 @@ class Folder(ImageDataset):
         epoch, k = divmod(i, len(self))
         return self.choose_caption(self.rows[row]["text"], epoch, k)
 
+    def seen_labels(self) -> list[int]:
+        seen = {row["label"] for row in self.rows if "label" in row}
+        return [i for i, name in enumerate(self.label_names) if name in seen]
+
     def require_field(self, name: str) -> None:
         """Raise BadInput that names an image without the field, and says what to do.
 

@@ -25,6 +25,9 @@ BICUBIC = Image.Resampling.BICUBIC
 LANCZOS = Image.Resampling.LANCZOS
 
 EXIF_ORIENTATION = 0x0112       # the number of the tag
+TIFF_BITS = 258                 # the numbers of tags
+TIFF_PHOTOMETRIC = 262
+EXIF_IN_PNG = b"eXIf"           # the name of the part of a PNG that has EXIF data
 
 # Pillow warns about images with more pixels than this; load_image turns that into an
 # error.
@@ -100,9 +103,20 @@ def load_image(data: bytes, least_side: int | None = None) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.format == "TIFF":
+            check_tiff(image)
         if least_side:
             image.draft(None, (least_side, least_side))
         return ImageOps.exif_transpose(image)
+
+
+def check_tiff(image: Image.Image) -> None:
+    """Raise ValueError for greys whose scale Pillow does not apply."""
+    bits = image.tag_v2.get(TIFF_BITS, (8,))[0]
+    white_is_0 = image.tag_v2.get(TIFF_PHOTOMETRIC) == 0
+    if 8 < bits < 16 or (bits == 16 and white_is_0):
+        how = ", of which 0 is white" if white_is_0 else ""
+        raise ValueError(f"it has greys of {bits} bits{how}; save it with 8 or 16 bits, 0 black")
 
 
 def load_rgb(data: bytes, least_side: int | None = None) -> Image.Image:
@@ -125,7 +139,7 @@ def with_8_bits(image: Image.Image) -> Image.Image:
     other numbers, as nothing says what is black and what is white.
     """
     if image.mode.startswith("I;16"):
-        return image.point(lambda v: v / 256).convert("L")
+        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if image.mode not in ("I", "F"):
         return image
 
@@ -183,13 +197,18 @@ def upright_size(data: bytes) -> tuple[int, int]:
     Only the header is read. Raises an error of Pillow for what is not an image.
     """
     image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.format == "TIFF" or EXIF_IN_PNG in data:
+        return load_image(data).size        # what a header alone does not tell
     width, height = image.size
     return (height, width) if orientation(image) >= 5 else (width, height)
 
 
 def stored_orientation(data: bytes) -> int:
     """Return how EXIF data say that the image in a file is turned, 1..8; 1 is upright."""
-    return orientation(Image.open(io.BytesIO(data), formats=FORMATS))
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if EXIF_IN_PNG in data:
+        image.load()                        # it may stand behind the pixels
+    return orientation(image)
 
 
 def orientation(image: Image.Image) -> int:
@@ -201,9 +220,8 @@ def orientation(image: Image.Image) -> int:
 
 def turned_like(other: Image.Image, data: bytes) -> Image.Image:
     """Turn another image as the EXIF data of an image file says that this is turned."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
     other = other.copy()
-    other.getexif()[EXIF_ORIENTATION] = orientation(image)
+    other.getexif()[EXIF_ORIENTATION] = stored_orientation(data)
     return ImageOps.exif_transpose(other)
 
 
@@ -220,7 +238,7 @@ def load_map(data: bytes) -> Image.Image:
     Raises ValueError for an image with several channels, and load_image's errors.
     """
     image = load_image(data)
-    if image.mode not in ("1", "L", "P", "I", "I;16"):
+    if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
         n_channels = len(image.getbands())
         raise ValueError(f"has {n_channels} channels; a label map has one")
     return image

@@ -18,6 +18,7 @@ import math
 import os.path
 import posixpath
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -34,6 +35,7 @@ IMAGE_SUFFIXES = (
 SPLITS = {
     "train": "train",
     "training": "train",
+    "trainval": "train",
     "val": "held-out",
     "valid": "held-out",
     "validation": "held-out",
@@ -45,6 +47,9 @@ SPLITS = {
 # The columns that name files.
 FILE_COLUMNS = ("file_name", "mask", "small")
 
+YOLO_BOXES = re.compile(r"(\d+(\s+[\d.]+){4,}\s*)+")
+
+LARGEST_SHARE = 1.5     # a box within this is not in pixels
 BOX_FORMAT = "boxes are [[class, x0, y0, x1, y1], ...] in pixels, from the top left"
 
 
@@ -62,19 +67,27 @@ def find_rows(files: Any, names: list[str]) -> list[dict[str, Any]]:
     """
     known_names = set(names)
     rows = []
-    described: tuple[str, ...] = ()     # the folders that a metadata.jsonl describes
+    described: set[str] = set()         # the folders that a metadata.jsonl describes
     for name in metadata_files(names):
         folder = name.removesuffix("metadata.jsonl")
-        if not folder.startswith(described):
-            described += (folder,)
+        if not is_within(folder, described):
+            described.add(folder)
             rows += rows_from_metadata(files, folder, known_names)
-    others = [name for name in names if not name.startswith(described)]
+    others = [name for name in names if not is_within(name, described)]
     rows += rows_from_files(files, others, known_names)
 
     check_label_column(files, rows)
     add_folders(files, rows)
     count_left_out(files, names, rows)
     return rows
+
+
+def is_within(name: str, folders: set[str]) -> bool:
+    """Return whether a file or folder is in one of the folders, which end in "/" or are ""."""
+    if not folders:
+        return False
+    ends = [i + 1 for i, letter in enumerate(name) if letter == "/"]
+    return "" in folders or any(name[:end] in folders for end in ends)
 
 
 def files_of(rows: list[dict], columns: Sequence[str] = FILE_COLUMNS) -> set[str]:
@@ -114,12 +127,19 @@ def rows_from_metadata(files: Any, folder: str, known_names: set[str]) -> list[d
     """Return one row per line of the metadata.jsonl of a folder."""
     name = folder + "metadata.jsonl"
     files.seen[files.container(name)] = files.state(name)
-    rows = []
+    rows = {}
     for number, line in enumerate(text_lines(files.read_text(name)), 1):
-        if line.strip():
-            where = f"{files.path}: {name} line {number}"
-            rows.append(parse_row(line, {}, folder, known_names, where, files))
-    return rows
+        if not line.strip():
+            continue
+        where = f"{files.path}: {name} line {number}"
+        row = parse_row(line, {}, folder, known_names, where, files)
+        image = row["file_name"]
+        require(
+            image not in rows,
+            f"{where}: {image} has a line already; several captions are a list",
+        )
+        rows[image] = row
+    return list(rows.values())
 
 
 def parse_row(
@@ -143,12 +163,17 @@ def parse_row(
             name = name_in_set(said[column], folder, known_names)
             message = f"{where}: {column} {said[column]!r:.99} is not in the folder"
             require(name is not None, message)
+            suffix = PurePosixPath(name).suffix
+            require(
+                is_image(name) or not suffix,
+                f"{where}: {column} {name:.99} is no image that can be read; convert it",
+            )
             row[column] = name
     require("file_name" in row, f'{where}: needs an object with "file_name"')
 
-    # WebDataset calls a text "caption". The label column wins over "label".
+    # WebDataset calls a text "caption".
     caption = said.get("text", said.get("caption"))
-    label = said.get(files.label_column, said.get("label"))
+    label = said.get(files.label_column)
     if caption is not None:
         check_caption(caption, where)
         row.setdefault("text", caption)
@@ -169,7 +194,9 @@ def name_in_set(file: Any, folder: str, known_names: set[str]) -> str | None:
     if not isinstance(file, str):
         return None
     plain = posixpath.normpath(folder + file.replace("\\", "/"))
-    return next((name for name in (folder + file, plain) if name in known_names), None)
+    spellings = [folder + file, plain]
+    spellings += [unicodedata.normalize(form, plain) for form in ("NFC", "NFD")]
+    return next((name for name in spellings if name in known_names), None)
 
 
 def check_caption(value: Any, where: str) -> None:
@@ -195,7 +222,9 @@ def class_name(value: Any, what: str) -> str:
         is_number or isinstance(value, str),
         f"{what} {short(value)} is neither a string nor a whole number",
     )
-    return str(value)
+    name = unicodedata.normalize("NFC", str(value)).strip()
+    require(name, f"{what} is empty")
+    return name
 
 
 def read_boxes(boxes: Any, where: str) -> list[list]:
@@ -222,10 +251,11 @@ def read_boxes(boxes: Any, where: str) -> list[list]:
         )
         read.append([name, *corners])
 
-    # NB: a box of one pixel at the top left is refused, too.
+    # Shares of the image may be rounded to a little above 1. NB: boxes of one pixel at the
+    # top left are refused, too.
     largest = max((max(box[1:]) for box in read), default=math.inf)
     require(
-        largest > 1,
+        largest > LARGEST_SHARE,
         f"{where}: {short(boxes)} lie in 0..1 (are these shares of the image?); "
         f"{BOX_FORMAT}",
     )
@@ -262,9 +292,14 @@ def rows_from_files(
         caption = with_suffix(key, ".txt", known_names)
         if caption:
             row["text"] = files.read_text(caption).strip()
+            require(
+                not YOLO_BOXES.fullmatch(row["text"]),
+                f"{files.path}: {caption} has boxes in YOLO's format, but a .txt is a caption; "
+                "boxes stand in metadata.jsonl",
+            )
         label = with_suffix(key, ".cls", known_names)
         if label:
-            row["label"] = files.read_text(label).strip()
+            row["label"] = class_name(files.read_text(label), f"{files.path}: {label}")
         about = with_suffix(key, ".json", known_names)
         if about and name in files.places:
             where = f"{files.path}: {about}"
@@ -310,37 +345,60 @@ def add_folders(files: Any, rows: list[dict]) -> None:
         folder = place.removeprefix(around_all).rpartition("/")[0]
         folders.append(folder)
 
-    # Folders like train/ and val/, if there are no others at the top.
+    # Folders like train/ and val/ at the top, whose own folders around all say nothing.
     tops = {folder.partition("/")[0] for folder in folders} - {""}
-    if tops and all(top.lower() in SPLITS for top in tops):
+    if are_splits(tops, files.path):
         for i, row in enumerate(rows):
             top, _, folders[i] = folders[i].partition("/")
             if top:
-                row["split"] = SPLITS[top.lower()]
+                row["split"] = split_of(top)
+        around_all = common_folder([folder + "/" for folder in folders])
+        folders = [(folder + "/").removeprefix(around_all).rstrip("/") for folder in folders]
 
     if not any("label" in row for row in rows):
         for row, folder in zip(rows, folders):
             if folder:
-                row["label"] = folder
+                row["label"] = unicodedata.normalize("NFC", folder)
+
+
+def split_of(folder: str) -> str | None:
+    """Return the split that a folder names, such as train, Val or test2017; else None."""
+    return SPLITS.get(folder.lower().rstrip("0123456789_-"))
+
+
+def are_splits(tops: set[str], path: Any) -> bool:
+    """Return whether the folders at the top are splits.
+
+    Raises BadInput if train and a held-out one are there, and others beside them.
+    """
+    found = {split_of(top) for top in tops}
+    others = ", ".join(sorted(top for top in tops if not split_of(top)))
+    require(
+        not others or not {"train", "held-out"} <= found,
+        f"{path}: its folders are splits like train and val, but there are images in "
+        f"{others:.200}, too; move these elsewhere",
+    )
+    return bool(tops) and not others
 
 
 def within_tars(files: Any, names: list[str]) -> list[str]:
-    """Return the path of each file within its .tar, or within the set if there is none.
+    """Return the path of each file as if its .tar were unpacked where it lies.
 
     The folder of a numbered shard that has the shard's own name is left out, too.
     """
-    # What a name begins with: {tar: (the tar's name, the folder of that name)}.
-    beginnings = {}
+    # For each tar: its path, the folder that it is in, and the folder of its own name.
+    parts = {}
     for tar in {files.places[name][0] for name in names if name in files.places}:
+        folder = tar[:tar.rfind("/") + 1]
         shard = PurePosixPath(tar).stem
         own_folder = shard + "/" if re.search(r"\d$", shard) else ""
-        beginnings[tar] = (tar + "/", own_folder)
+        parts[tar] = (tar + "/", folder, own_folder)
 
     inner = []
     for name in names:
         if name in files.places:
-            of_tar, own_folder = beginnings[files.places[name][0]]
-            name = name.removeprefix(of_tar).removeprefix(own_folder)
+            of_tar, folder, own_folder = parts[files.places[name][0]]
+            name = folder + name.removeprefix(of_tar).removeprefix(own_folder)
         inner.append(name)
     return inner
 
@@ -356,17 +414,12 @@ def common_folder(names: list[str]) -> str:
 def count_left_out(files: Any, names: list[str], rows: list[dict]) -> None:
     """Count the files that are neither an image of the set nor belong to one."""
     used = files_of(rows)
-    stems = {name[:name.rindex(".")] for name in used}
     counts: Counter[str] = Counter()
     for name in names:
-        if name in used or name.rpartition("/")[2] == "metadata.jsonl":
+        if name in used or name in files.texts:
             continue
-        stem, dot, suffix = name.rpartition(".")
+        _, dot, suffix = name.rpartition(".")
         suffix = suffix.lower()
-        in_tar = name in files.places
-        belongs = suffix in ("txt", "cls") or (suffix == "json" and in_tar)
-        if belongs and stem in stems:
-            continue
         if is_image(name):
             counts["images that metadata.jsonl does not name"] += 1
         elif dot and "/" not in suffix:

@@ -92,7 +92,7 @@ def wordpiece_tokenizer(pieces: dict[str, int]) -> Tokenizer:
     MAX_WORD, where BERT's reads more than 100 as [UNK]. Why: some languages have no spaces.
     """
     tokenizer = Tokenizer(models.WordPiece(pieces, unk_token=UNK))
-    keep_marks = normalizers.BertNormalizer(strip_accents=False)
+    keep_marks = normalizers.BertNormalizer(clean_text=False, strip_accents=False)
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), keep_marks])
 
     part_of_word = Regex(f".{{{MAX_WORD}}}")

@@ -69,7 +69,7 @@ def atomic_write(path: Path, keep: bool = False) -> Iterator[BinaryIO]:
 
 def previous_path(path: Path) -> Path:
     """Return where the checkpoint before `path` is kept: ckpt.pt -> ckpt.old.pt."""
-    return path.with_suffix(".old.pt")
+    return path.parent / f"{path.stem}.old.pt"
 
 
 def save_checkpoint(checkpoint: dict, path: Path, keep: bool = False) -> None:
@@ -357,6 +357,11 @@ def fill_optimiser(optimiser: torch.optim.Optimizer, saved: dict) -> None:
     for i, values in saved["state"].items():
         state[i] = {}
         for name, x in values.items():
+            require(
+                x.isfinite().all(),
+                f"the optimiser's {name} holds values that are not numbers (NaN or infinite); "
+                "take an earlier checkpoint",
+            )
             is_moment = x.ndim > 0          # else it is the number of steps
             state[i][name] = fit_to(x, params[i]) if is_moment else x
     optimiser.load_state_dict(saved | {"state": state})

@@ -20,6 +20,10 @@ def run(
 ) -> None:
     """Run main(parse_args()) as a program: an expected error is one line and exit code 2."""
     warnings.showwarning = show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # Names of strangers' files may have letters that a terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(parse_args())
         return

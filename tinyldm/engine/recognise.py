@@ -130,7 +130,7 @@ def recognise_state(state: dict[str, Tensor]) -> Kind | None:
 # ---- code in pickles
 
 LONGEST_PICKLE = 1_000_000
-HARMLESS = ("__torch__.", "collections.", "numpy.", "torch.")     # not code of strangers
+HARMLESS = ("__torch__.", "_codecs.", "collections.", "numpy.", "torch.")     # not code of strangers
 
 
 def names_in_pickle(path: Path) -> list[str]:
