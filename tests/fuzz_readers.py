@@ -111,7 +111,7 @@ def boxes(rng: random.Random, folder: Path) -> None:
 
 def metadata(rng: random.Random, folder: Path) -> None:
     """A folder whose metadata.jsonl is odd, read as all tasks would."""
-    for name in ("0.png", "1.png"):
+    for name in ("0.png", "1.png", "2.png"):
         (folder / name).write_bytes(image_files()[0])
     (folder / "m.png").write_bytes(image_file(Image.new("L", (20, 24), 3), "PNG"))
     row = {
@@ -122,7 +122,7 @@ def metadata(rng: random.Random, folder: Path) -> None:
         "boxes": [["dog", 1, 2, 9, 10], ["cat", 0, 0, 20, 24]],
     }
     lines = [json.dumps(row | {"file_name": f"{i}.png"}) for i in range(2)]
-    lines.append(odd_json(rng, row | {"file_name": "0.png"}))
+    lines.append(odd_json(rng, row | {"file_name": "2.png"}))
     data = "\n".join(lines).encode()
     if rng.random() < 0.2:
         data = mutated(rng, data)

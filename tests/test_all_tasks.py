@@ -335,7 +335,7 @@ def test_images_may_be_larger_than_in_training(sample, tmp_path, size, w, h):
 
 BAD_INPUT = [
     # Conditions that the task does not take.
-    ("text", ["--label", "3"], "--label: this model's task is text, which takes --prompt"),
+    ("text", ["--label", "3"], "--label: this model's task is text, which takes a prompt"),
     ("class", ["a", "--map", "{files}/map.png"], "--map: this model's task is class"),
     ("uncond", ["a red circle"], "--prompt: this model's task is uncond"),
     (

@@ -130,7 +130,8 @@ def recognise_state(state: dict[str, Tensor]) -> Kind | None:
 # ---- code in pickles
 
 LONGEST_PICKLE = 1_000_000
-HARMLESS = ("__torch__.", "_codecs.", "collections.", "numpy.", "torch.")     # not code of strangers
+# Names that are not worth reporting; torch itself decides what is loaded.
+HARMLESS = ("__torch__.", "_codecs.", "collections.", "numpy.", "torch.")
 
 
 def names_in_pickle(path: Path) -> list[str]:
