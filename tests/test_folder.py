@@ -190,7 +190,7 @@ def photo(path, side, orientation=1):
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path, orientation):
     photo(tmp_path / "a.jpg", 1000, orientation)
     data = Folder(str(tmp_path), 100, "all")
-    _, decoded = data.readable(0)
+    _, decoded, _ = data.readable(0)
     is_upright = decoded.width < decoded.height
     assert sorted(decoded.size) == [250, 500]
     assert is_upright == (orientation == 6)

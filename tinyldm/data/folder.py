@@ -217,7 +217,7 @@ class Folder(ImageDataset):
 
     def load(self, k: int) -> dict[str, Any]:
         """Return the item of image k; BadInput if it is smaller than the crop."""
-        j, image = self.readable(k)
+        j, image, data = self.readable(k)
         row = self.rows[j]
         crop = self.crop_of(j, image)
         h, w = self.size
@@ -231,13 +231,13 @@ class Folder(ImageDataset):
         if "boxes" in row:
             item["boxes"] = cropped_boxes(row["boxes"], self.box_names, crop)
         if "mask" in row:
-            item["segmentation"] = self._label_map(row, crop, image.size)
+            item["segmentation"] = self._label_map(row, crop, image.size, data)
         if "small" in row:
-            item["small"] = self._small_image(row, crop, image.size)
+            item["small"] = self._small_image(row, crop, image.size, data)
         return item
 
-    def readable(self, k: int) -> tuple[int, Image.Image]:
-        """Return k and image k, or the number and image of the next that can be read.
+    def readable(self, k: int) -> tuple[int, Image.Image, bytes]:
+        """Return k, image k and its file's bytes, or those of the next that can be read.
 
         Raises BadInput if no image can be read.
         """
@@ -246,7 +246,8 @@ class Folder(ImageDataset):
             if self.unreadable[j]:
                 continue
             try:
-                return j, self.open_image(j)
+                data = self.read_image(j)
+                return j, self.open_image(j, data), data
             except Exception as error:      # a stranger's file may raise anything
                 self.unreadable[j] = True
                 name = self.rows[j]["file_name"]
@@ -255,8 +256,12 @@ class Folder(ImageDataset):
 
         raise BadInput(f"{self.path}: none of its {len(self)} images can be read")
 
-    def open_image(self, k: int) -> Image.Image:
-        """Return image k; raise any error if it cannot be read.
+    def read_image(self, k: int) -> bytes:
+        """Return the bytes of the file of image k; raise any error."""
+        return self.files.read(self.rows[k]["file_name"])
+
+    def open_image(self, k: int, data: bytes) -> Image.Image:
+        """Return image k from the bytes of its file; raise any error if it is damaged.
 
         The image may be smaller than its file says, except if it has boxes in pixels, or
         a small image, whose shape is compared with its own.
@@ -264,13 +269,9 @@ class Folder(ImageDataset):
         row = self.rows[k]
         may_be_smaller = self.resize and "boxes" not in row and "small" not in row
         least_side = 2 * max(self.size) if may_be_smaller else None
-        image = self.load_image(self.files.read(row["file_name"]), least_side)
+        image = self.load_image(data, least_side)
         check_sides(image)
         return image
-
-    def stored_size(self, k: int) -> tuple[int, int]:
-        """Return the (width, height) of the file of image k; raise any error."""
-        return upright_size(self.files.read(self.rows[k]["file_name"]))
 
     def crop_of(self, k: int, image: Image.Image) -> Crop:
         """Return the crop of image k, in its pixels.
@@ -289,13 +290,13 @@ class Folder(ImageDataset):
         return central_crop(image.size, (crop_w, crop_h))
 
     def _label_map(
-        self, row: dict, crop: Crop, image_size: tuple[int, int]
+        self, row: dict, crop: Crop, image_size: tuple[int, int], data: bytes
     ) -> Tensor:
         """The label map of a row, in the shape of its image but of any size -> (H, W)."""
         source = f"{self.path}: {row['mask']}"
         with trying(f"{source} cannot be read"):
             label_map = load_map(self.files.read(row["mask"]))
-        label_map = self._turned_as_image(label_map, source, row, image_size)
+        label_map = self._turned_as_image(label_map, source, row, image_size, data)
 
         h, w = self.size
         map_crop = scaled_crop(crop, image_size, label_map.size)
@@ -303,7 +304,7 @@ class Folder(ImageDataset):
         return map_to_tensor(cropped)
 
     def _small_image(
-        self, row: dict, crop: Crop, image_size: tuple[int, int]
+        self, row: dict, crop: Crop, image_size: tuple[int, int], data: bytes
     ) -> Tensor:
         """The small image of a row, cropped as its image -> (C, H / 4, W / 4).
 
@@ -312,22 +313,28 @@ class Folder(ImageDataset):
         source = f"{self.small_files.path}: {row['small']}"
         with trying(f"{source} cannot be read"):
             small = self.load_image(self.small_files.read(row["small"]))
-        small = self._turned_as_image(small, source, row, image_size)
+        small = self._turned_as_image(small, source, row, image_size, data)
 
         h, w = self.size
         small_crop = scaled_crop(crop, image_size, small.size)
         return to_tensor(small.resize((w // 4, h // 4), BICUBIC, small_crop))
 
     def _turned_as_image(
-        self, other: Image.Image, source: str, row: dict, image_size: tuple[int, int]
+        self,
+        other: Image.Image,
+        source: str,
+        row: dict,
+        image_size: tuple[int, int],
+        data: bytes,
     ) -> Image.Image:
         """Return the label map or the small image of a row, upright.
+
+        data: the bytes of the image's file, which say how it is stored.
 
         It is upright, or lies as the image is stored in its file. Then it is turned with
         it. Raises BadInput, which begins with `source`, for one of another shape than its
         image.
         """
-        data = self.files.read(row["file_name"])
         if has_shape(other.size, image_size):
             self._warn_of_turned(row["file_name"], source, image_size, data)
             return other

@@ -95,7 +95,7 @@ def size_of_first(path: str) -> tuple[int, int]:
     """Return the size (H, W) of the first image in a folder that can be read."""
     with naming("--fake"):
         require(path not in BUILT_IN, f"{path} has images of any size; choose --size")
-        _, image = Folder(path, 1, "all", resize=False).readable(0)
+        _, image, _ = Folder(path, 1, "all", resize=False).readable(0)
         require(
             min(image.size) >= 16,
             f"{path}: the first image is {image.width}x{image.height}, too small to compare; "
@@ -116,7 +116,7 @@ def open_set(path: str, size: tuple[int, int], n: int) -> Dataset:
         h == w,
         f"{path}: the images of the built-in world are square, not {h}x{w}; choose --size",
     )
-    return Shapes(max(0, min(n, MOST_BUILT_IN)), h, split=path)
+    return Shapes(min(n, MOST_BUILT_IN), h, split=path)
 
 
 def statistics_of(

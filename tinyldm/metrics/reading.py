@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from tinyldm.data.crops import has_shape
 from tinyldm.data.folder import Folder
-from tinyldm.data.images import LANCZOS, size_text, to_tensor, why_unreadable
+from tinyldm.data.images import LANCZOS, size_text, to_tensor, upright_size, why_unreadable
 from tinyldm.metrics.sets import load_batches_of
 
 MOST_NAMED = 3                  # images that a line of text names
@@ -39,8 +39,9 @@ class ExactImages(Dataset):
     def __getitem__(self, k: int) -> dict[str, Any]:
         h, w = self.folder.size
         try:
-            image = self.folder.open_image(k)
-            stored_size = self.folder.stored_size(k)
+            data = self.folder.read_image(k)
+            image = self.folder.open_image(k, data)
+            stored_size = upright_size(data)
         except Exception as error:          # a stranger's file may raise anything
             black = -torch.ones(self.folder.channels, h, w)
             return {"image": black, "stored_size": (w, h), "error": why_unreadable(error)}
