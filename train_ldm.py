@@ -33,7 +33,7 @@ from tinyldm.diffusion import (
     snr_weight,
 )
 from tinyldm.engine import flags, presets
-from tinyldm.engine.checkpoint import half, resume, save_checkpoint
+from tinyldm.engine.checkpoint import half, keep_stage_one, resume, save_checkpoint
 from tinyldm.engine.command import run
 from tinyldm.engine.log import Log, StopOnSignal
 from tinyldm.engine.open import open_stage_one
@@ -476,7 +476,8 @@ def main(args: Namespace) -> None:
     )
     check_small(args)
     with naming("--ae"):
-        ae = open_stage_one(args.ae, args.channels).to(device, memory_format=torch.channels_last)
+        ae, knows_z_std = open_stage_one(args.ae, args.channels)
+    ae.to(device, memory_format=torch.channels_last)
     check_size(args, ae, TASKS[args.task])
     what_items_have = {
         "fields": TASKS[args.task].fields,
@@ -503,24 +504,27 @@ def main(args: Namespace) -> None:
     opt = torch.optim.AdamW(params, betas=args.betas, fused=True)
     # The keys of `parts` are those of the checkpoint. A resumed run fills all of it, stage one
     # and its z_std included.
-    parts = {"nets": nets, "ema": ema.nets, "ae": model.ae, "opt": opt}
+    parts = {"nets": nets, "ema": ema.nets, "opt": opt}
     with naming("--out"):
         ckpt = resume(
-            args.out / "ckpt.pt", "ldm", model.config.to_checkpoint(), parts, len(data), args.ae
+            args.out / "ckpt.pt", "ldm", model.config.to_checkpoint(), parts | {"ae": model.ae},
+            len(data), args.ae,
         )
     done = ckpt["step"]
     ema.n_updates = ckpt.get("ema_n", 0)
 
-    # The latents, as q(z | x) of every image; their std, unless the run before measured it; the
-    # null condition.
+    # The latents, as q(z | x) of every image; their std, unless the file of stage one or the run
+    # before knows it; the null condition.
     cache = latents_of(args, model, data, machine) if args.cache_latents else None
-    if done == 0:
+    if done == 0 and not (knows_z_std and args.z_std is None):
         model.ae.z_std.copy_(z_std_of(args, model, data, cache, machine))
     require(
         args.z_std is None or model.z_std == args.z_std,
         f"--z-std {args.z_std}: the run in {args.out} has {float(model.z_std):g}",
     )
     y_null = {name: v.to(device) for name, v in model.task.null().items()}
+
+    stage_one = keep_stage_one(model.ae, args.out) if machine.main else ""
 
     def save(step: int) -> None:
         states = gathered_states(parts)
@@ -531,9 +535,10 @@ def main(args: Namespace) -> None:
         # Write model.pt first: if the run is killed between the two writes, the resumed run
         # repeats the last steps and writes both again.
         if step == args.steps:
-            weights = {"ae": states["ae"], "ema": states["ema"]}
+            weights = {"ae": model.ae.state_dict(), "ema": states["ema"]}
             save_checkpoint(ckpt | half(weights), args.out / "model.pt")
-        ckpt |= states | {"ema_n": ema.n_updates}
+        ckpt |= {"stage_one": stage_one, "z_std": model.z_std.cpu(), "ema_n": ema.n_updates}
+        ckpt |= states
         save_checkpoint(ckpt, args.out / "ckpt.pt", keep=True)
 
     # The log, the evaluation (again, if the run was stopped before it), and the batches.

@@ -210,9 +210,9 @@ def test_a_stage_one_that_gives_nan_is_named_with_the_image_and_leaves_no_cache(
 ):
     """Training ends before its first step."""
     def open_spoiled(*args):
-        ae = open_stage_one(*args)
+        ae, knows_z_std = open_stage_one(*args)
         ae.quant_conv.register_forward_hook(nan_of_the_fourth)
-        return ae
+        return ae, knows_z_std
 
     def nan_of_the_fourth(module, inputs, output):
         spoiled = output.clone()

@@ -156,14 +156,15 @@ def test_a_checkpoint_of_ours_opens_under_any_name(trained, tmp_path):
         (tmp_path / name).write_bytes((trained / "ldm/model.pt").read_bytes())
         assert open_model(tmp_path / name).config.task == "text"
         (tmp_path / name).write_bytes((trained / "ae/ckpt.pt").read_bytes())
-        assert open_stage_one(tmp_path / name).cfg.f == 2
+        ae, knows_z_std = open_stage_one(tmp_path / name)
+        assert ae.cfg.f == 2 and not knows_z_std
 
 
 def test_the_two_stages_are_not_confused(trained):
     with pytest.raises(BadInput, match="of stage one .*where one of stage two .train_ldm.py. is"):
         open_model(trained / "ae/ckpt.pt")
     with pytest.raises(BadInput, match="of stage two .*where one of stage one .train_ae.py. is"):
-        open_stage_one(trained / "ldm/ckpt.pt")
+        load_checkpoint(trained / "ldm/ckpt.pt", "autoencoder")
 
 
 def test_a_foreign_state_dict_as_stage_one_is_named(tmp_path):
@@ -239,7 +240,7 @@ def test_a_truncated_pickle_with_code_is_refused(tmp_path, monkeypatch):
 def test_weights_that_are_not_numbers_are_named_when_a_model_is_opened(trained, tmp_path):
     """By part and tensor."""
     for part, value in (("unet", torch.nan), ("tau", torch.inf), ("ae", -torch.inf)):
-        checkpoint = torch.load(trained / "ldm/ckpt.pt", weights_only=True)
+        checkpoint = torch.load(trained / "ldm/model.pt", weights_only=True)
         state = checkpoint["ae"] if part == "ae" else checkpoint["ema"][part]
         key = list(state)[1]
         state[key].fill_(value)

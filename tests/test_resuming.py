@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 from conftest import ONE_LEVEL, TINY_AE, TINY_LDM, write_images
+from torch.testing import assert_close
 
-from tinyldm.engine.checkpoint import differences, load_checkpoint, save_checkpoint
+from tinyldm.engine.checkpoint import differences, half, load_checkpoint, save_checkpoint
 
 QUICK = ["--size", 16, "--eval-n", 0, "--no-cosine"]
 LDM = ["train_ldm.py", *TINY_LDM, *ONE_LEVEL, *QUICK]
@@ -102,6 +103,45 @@ def test_another_stage_one_is_refused(run, cli):
     assert "ae/ckpt.pt, now it is " in output
     assert "other.pt, whose decoder.layers.0.weight has other values" in output
     assert (run / "ldm/ckpt.pt").read_bytes() == before
+
+
+def test_stage_one_is_kept_once_beside_the_checkpoints(run, cli):
+    """ckpt.pt names its file, an ordinary checkpoint of stage one; model.pt has its weights."""
+    folder = run / "ldm"
+    [stage_one] = folder.glob("stage_one_*.pt")
+    trained = load_checkpoint(run / "ae/ckpt.pt")["nets"]["ae"]
+    kept = load_checkpoint(stage_one, "autoencoder")["nets"]["ae"]
+    assert_close(kept, trained, rtol=0, atol=0)
+    assert "ae" not in torch.load(folder / "ckpt.pt", weights_only=True)
+
+    # From it the run goes on, also with the weights of stage one at another place.
+    shutil.rmtree(run / "ae")
+    written = stage_one.stat().st_mtime_ns
+    cli(*LDM, "--data", run / "images", "--ae", stage_one, "--steps", 2, "--out", folder)
+    assert list(folder.glob("stage_one_*.pt")) == [stage_one]
+    assert stage_one.stat().st_mtime_ns == written
+    whole = load_checkpoint(folder / "ckpt.pt")["ae"]
+    for_sampling = load_checkpoint(folder / "model.pt")["ae"]
+    assert_close(half(whole), for_sampling, rtol=0, atol=0)
+
+    # Without it, the line says what is missing, and what to do.
+    stage_one.unlink()
+    output = cli("sample.py", "--ckpt", folder / "ckpt.pt", "a", code=2)
+    assert f"{stage_one.name}, its stage one, is not beside it; copy it too, or take" in output
+
+
+def test_the_stage_one_of_another_model_is_taken_with_its_z_std(run, cli):
+    """--ae takes a checkpoint of stage two, too; z_std is then known, and not measured."""
+    model = run / "ldm/model.pt"
+    z_std = load_checkpoint(model)["ae"]["z_std"].float()
+    output = cli(*LDM, "--data", run / "images", "--ae", model, "--steps", 1,
+                 "--out", run / "second", "--z-std", 7)
+    assert load_checkpoint(run / "second/ckpt.pt")["ae"]["z_std"] == 7
+
+    cli(*LDM, "--task", "uncond", "--data", run / "images", "--ae", model, "--steps", 1,
+        "--out", run / "third")
+    assert "error" not in output
+    assert load_checkpoint(run / "third/ckpt.pt")["ae"]["z_std"] == z_std
 
 
 def test_another_z_std_is_refused(run, cli):

@@ -3,13 +3,16 @@
 Stage one:  {"kind": "tinyldm autoencoder", "step", "config", "args", "nets", "opts",
              "idle", "n_images"}
 Stage two:  {"kind": "tinyldm ldm", "step", "config", "size", "classes", "tokenizer",
-             "args", "n_images", "nets", "ema", "ema_n", "ae", "opt"}
+             "args", "n_images", "nets", "ema", "ema_n", "opt", "stage_one", "z_std"}
 
 "config" has one dict per network, the arguments that shape it; "args" has the flags of
-the run; the rest are state dicts. Reading a checkpoint never executes code that the
-file contains.
+the run; "stage_one" is the name of a file beside this one; the rest are state dicts. A
+model.pt, which is for sampling, has "ae" in place of the last three. Reading a checkpoint
+never executes code that the file contains.
 """
 import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -154,6 +157,8 @@ def load_checkpoint(path: str | Path, kind: str | None = None) -> dict:
     with trying(f"{path}: its config cannot be read"):
         for shape in checkpoint.get("config", {}).values():
             require(is_buildable(shape), f"{path}: its config has absurd sizes")
+    if "stage_one" in checkpoint:
+        checkpoint["ae"] = stage_one_state(path, checkpoint)
     return checkpoint
 
 
@@ -196,6 +201,53 @@ def is_buildable(shape: dict) -> bool:
     return n_layers < 100 and shape.get("T", 1) < 10 ** 5
 
 
+# ---- the frozen stage one of a run of stage two
+
+def keep_stage_one(ae: nn.Module, folder: Path) -> str:
+    """Write stage one into the folder of a run, once, and return the file's name.
+
+    It is an ordinary checkpoint of stage one. A hash of its weights is in its name, so
+    another stage one gets another file.
+    Why not in ckpt.pt: these weights never change, but ckpt.pt is written again and
+    again, and the one before it is kept.
+    """
+    state = ae.state_dict() | {"z_std": torch.ones(())}     # z_std belongs to stage two
+    path = folder / f"stage_one_{digest(state)[:12]}.pt"
+    if not path.exists():
+        checkpoint = {"kind": "tinyldm autoencoder", "step": 0}
+        checkpoint["config"] = {"autoencoder": dataclasses.asdict(ae.cfg)}
+        save_checkpoint(checkpoint | {"nets": {"ae": state}}, path)
+    return path.name
+
+
+def stage_one_state(path: Path, checkpoint: dict) -> dict[str, Tensor]:
+    """Return the weights of the stage one that lies beside a checkpoint, with its z_std."""
+    with trying(f"{path}: it does not say which stage one it has"):
+        name = Path(checkpoint["stage_one"]).name           # a file beside it, no other
+        z_std = checkpoint["z_std"]
+        beside = path.with_name(name)
+    require(
+        beside.exists(),
+        f"{path}: {name}, its stage one, is not beside it; copy it too, or take model.pt",
+    )
+    return load_checkpoint(beside, "autoencoder")["nets"]["ae"] | {"z_std": z_std}
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """Return a hash of the names and values of a state dict."""
+    found = hashlib.sha256()
+    for name, x in state.items():
+        found.update(name.encode())
+        found.update(bytes_of(x))
+    return found.hexdigest()
+
+
+def bytes_of(x: Tensor) -> memoryview:
+    """Return the bytes of a tensor's values."""
+    values = x.detach().cpu().contiguous().flatten()
+    return values.view(torch.uint8).numpy().data
+
+
 # ---- resuming
 
 def resume(
@@ -212,7 +264,8 @@ def resume(
         each network, {"autoencoder": {...}, ...}, or a whole head of a checkpoint,
         {"config": {"autoencoder": {...}, ...}, "size": 32, "tokenizer": ...}.
     parts: nested dict of modules and optimisers, named as in the checkpoint, to be
-        filled. If it has a stage one as "ae", this must have the checkpoint's weights.
+        filled. If it has a stage one as "ae", this must have the checkpoint's weights,
+        and gets its z_std.
     n_images: the number of training images. If it has changed, a warning says so.
     stage_one: the file that "ae" comes from.
 

@@ -11,8 +11,8 @@ import torch
 
 from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, build_autoencoder
 from tinyldm.data.tokenizer import check_tokenizer
+from tinyldm.engine import released
 from tinyldm.engine.checkpoint import check_finite, load_checkpoint, previous_path
-from tinyldm.engine.released import load_released
 from tinyldm.errors import naming, require, trying
 from tinyldm.model import LatentDiffusion, ModelConfig, build_model
 
@@ -36,7 +36,7 @@ def open_model(
     if is_ours(path):
         model = open_ours(path, ema, device)
     else:
-        model = load_released(path, preset, ema, vocab, device, dtype)
+        model = released.load_released(path, preset, ema, vocab, device, dtype)
     for name in ("ae", "unet", "tau"):
         net = getattr(model, name)
         if net is not None:
@@ -66,28 +66,42 @@ def open_ours(path: Path, ema: bool, device: torch.device | str) -> LatentDiffus
         return model.for_sampling(device, torch.float32)
 
 
-def open_stage_one(path: Path | str, channels: int | None = None) -> Autoencoder | Pixels:
-    """Open the frozen autoencoder in a checkpoint of stage one; "none" is diffusion in pixels.
+def open_stage_one(
+    path: Path | str, channels: int | None = None
+) -> tuple[Autoencoder | Pixels, bool]:
+    """Open the frozen autoencoder in any file -> autoencoder, whether its z_std is known.
 
-    channels: those that the images must have; default: the checkpoint's, or 3 in pixels.
+    path: a checkpoint of either stage, or a released file; "none" is diffusion in pixels. Only
+    the file of a whole model knows the z_std of its latents; else it is 1, to be measured.
+    channels: those that the images must have; default: the file's, or 3 in pixels.
     Raises BadInput that names the file and what is wrong with it.
     """
     if str(path) == "none":
-        return Pixels(channels or 3)
-    exists = Path(path).exists() or previous_path(Path(path)).exists()
+        return Pixels(channels or 3), False
+    path = Path(path)
+    exists = path.exists() or previous_path(path).exists()
     require(exists, f"{path}: no such file; train stage one first (train_ae.py)")
-    checkpoint = load_checkpoint(path, "autoencoder")
-    with trying(f"{path}: its parts do not fit together"):
-        with torch.device("meta"):
-            ae = build_autoencoder(AEConfig(**checkpoint["config"]["autoencoder"]))
-        ae.load_state_dict(checkpoint["nets"]["ae"], assign=True)
+
+    ae, knows_z_std = open_our_stage_one(path) if is_ours(path) else released.load_stage_one(path)
     with naming(str(path)):
         check_finite(ae.state_dict())
     require(
         channels in (None, ae.cfg.c_x),
         f"{path}: its images have {ae.cfg.c_x} channel(s), not {channels}",
     )
-    return ae.eval().requires_grad_(False)
+    return ae.eval().requires_grad_(False), knows_z_std
+
+
+def open_our_stage_one(path: Path) -> tuple[Autoencoder | Pixels, bool]:
+    """Open the autoencoder in a checkpoint of ours, as open_stage_one does."""
+    checkpoint = load_checkpoint(path)
+    with trying(f"{path}: its parts do not fit together"):
+        with torch.device("meta"):
+            ae = build_autoencoder(AEConfig(**checkpoint["config"]["autoencoder"]))
+        is_whole_model = "ae" in checkpoint
+        state = checkpoint["ae"] if is_whole_model else checkpoint["nets"]["ae"]
+        ae.load_state_dict(state, assign=True)
+    return ae.float(), is_whole_model
 
 
 def is_ours(path: Path) -> bool:

@@ -10,11 +10,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from tinyldm.data.images import to_image
-from tinyldm.engine.checkpoint import atomic_write, difference
+from tinyldm.engine.checkpoint import atomic_write, bytes_of, difference, digest
 from tinyldm.engine.processes import wait_for_all
 from tinyldm.engine.request import Request
 from tinyldm.errors import require, trying
@@ -96,19 +95,11 @@ def settings_of(model: LatentDiffusion, request: Request, **how: object) -> dict
 def digest_of_model(model: LatentDiffusion) -> str:
     """Return a hash of the weights that sample, and of the shapes and words around them."""
     config = dataclasses.asdict(model.config)
-    digest = hashlib.sha256(repr(config).encode())
+    parts = [repr(config)]
     for net in (model.ae, model.unet, model.tau):
-        state = net.state_dict() if net is not None else {}
-        for name, weight in state.items():
-            digest.update(name.encode())
-            digest.update(bytes_of(weight))
-    return digest.hexdigest()[:16]
-
-
-def bytes_of(x: Tensor) -> memoryview:
-    """Return the bytes of a tensor's values."""
-    values = x.detach().cpu().contiguous().flatten()
-    return values.view(torch.uint8).numpy().data
+        if net is not None:
+            parts.append(digest(net.state_dict()))
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 def plain_conditions(request: Request) -> dict[str, list]:
