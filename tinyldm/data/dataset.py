@@ -163,6 +163,63 @@ class ImageDataset(Dataset):
         return [len(self), self.flip, names, contents.hexdigest()]
 
 
+class Wrapped(ImageDataset):
+    """The items of another data set, changed: a subclass defines `change`.
+
+    Everything else that is known of them stays as it is, unless the subclass replaces it.
+    """
+
+    def __init__(self, data: ImageDataset):
+        self.data = data
+        self.seed = data.seed
+        self.flip = data.flip
+        self.label_names = data.label_names
+        self.box_names = data.box_names
+        self.map_names = data.map_names
+        self.shards = data.shards
+        self.has_small = data.has_small
+        self.has_exact_scorer = data.has_exact_scorer
+        self.has_several_captions = data.has_several_captions
+
+    def change(self, item: dict[str, Any], i: int) -> dict[str, Any]:
+        """Return item i, changed; `item` is a dict of its own."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def load(self, k: int) -> dict[str, Any]:
+        return self[k]
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.change(dict(self.data[i]), i)
+
+    @property
+    def epochs_that_differ(self) -> int:
+        return self.data.epochs_that_differ
+
+    def summary(self) -> list[str]:
+        return self.data.summary()
+
+    def captions(self) -> list[str]:
+        return self.data.captions()
+
+    def caption(self, i: int, row: int) -> str:
+        return self.data.caption(i, row)
+
+    def prompts(self, n: int) -> list[str] | None:
+        return self.data.prompts(n)
+
+    def seen_labels(self) -> Sequence[int]:
+        return self.data.seen_labels()
+
+    def require_field(self, name: str) -> None:
+        self.data.require_field(name)
+
+    def fingerprint(self) -> Any:
+        return self.data.fingerprint()
+
+
 class ListDataset(ImageDataset):
     """A list of items is a data set:
 

@@ -6,7 +6,6 @@ Shapes: image (C, H, W) in [-1, 1] -> small (C, H / 4, W / 4) in [-1, 1];
         mask (1, H, W), 1 in the holes and 0 elsewhere.
 """
 import io
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
-from tinyldm.data.dataset import ImageDataset
+from tinyldm.data.dataset import ImageDataset, Wrapped
 from tinyldm.data.images import BICUBIC, to_image, to_tensor
 
 SHRINKING_FILTERS = (BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.BOX)
 
 
-class Degraded(ImageDataset):
+class Degraded(Wrapped):
     """The items of a data set, each with a field more: `small` or `mask`.
 
     What item i lacks follows from (seed, i) alone.
@@ -28,27 +27,12 @@ class Degraded(ImageDataset):
 
     def __init__(self, data: ImageDataset, field: str, seed: int, chain: bool = False):
         """field: "small" or "mask"; chain: how small images are made (see shrink)."""
-        self.data = data
+        super().__init__(data)
         self.field = field
         self.seed = seed
         self.chain = chain
 
-        self.flip = data.flip
-        self.label_names = data.label_names
-        self.box_names = data.box_names
-        self.map_names = data.map_names
-        self.shards = data.shards
-        self.has_exact_scorer = data.has_exact_scorer
-        self.has_several_captions = data.has_several_captions
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def load(self, k: int) -> dict[str, Any]:
-        return self[k]
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        item = dict(self.data[i])
+    def change(self, item: dict[str, Any], i: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, i])
         if self.field == "mask":
             h, w = item["image"].shape[1:]
@@ -63,18 +47,6 @@ class Degraded(ImageDataset):
             how = "a chain of degradations" if self.chain else "the bicubic filter"
             lines = [*lines, f"small images are made from the images, by {how}"]
         return lines
-
-    def captions(self) -> list[str]:
-        return self.data.captions()
-
-    def caption(self, i: int, row: int) -> str:
-        return self.data.caption(i, row)
-
-    def prompts(self, n: int) -> list[str] | None:
-        return self.data.prompts(n)
-
-    def seen_labels(self) -> Sequence[int]:
-        return self.data.seen_labels()
 
     def require_field(self, name: str) -> None:
         if name != self.field:
