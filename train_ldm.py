@@ -3,13 +3,16 @@
     python train_ldm.py                                     # the toy, after train_ae.py: minutes
     python train_ldm.py --ae out/photos-ae/ckpt.pt --data photos/ --size 64 --n-token 24
     python train_ldm.py --task class --out out/class        # or uncond, layout, semantic, ...
+    python train_ldm.py --init out/ldm/model.pt --data photos/ --out out/tuned      # fine-tuning
     python train_ldm.py --preset sd-v1 --dry-run            # a model of the paper: its sizes only
     torchrun --nproc-per-node 8 train_ldm.py --data ...     # the same run, each batch shared by 8
 
 It writes to OUT: ckpt.pt (all that resuming or sampling needs; ckpt.old.pt is the one before),
 log.jsonl, samples_*.png, curves.png (if matplotlib is installed) and, at the end, model.pt (fp16,
-for sampling). The latents go to OUT/../latents/, where other runs find them. The same command
-continues a run where it stopped. Flags that are not given have the values of --preset's row.
+for sampling); stage_one_*.pt, the frozen stage one; with --lora, lora.safetensors in place of
+model.pt. The latents go to OUT/../latents/, where other runs find them. The same command continues
+a run where it stopped. Flags that are not given have the values of --preset's row or, with --init,
+those of the model in its file.
 """
 import copy
 from argparse import BooleanOptionalAction, Namespace
@@ -32,12 +35,13 @@ from tinyldm.diffusion import (
     ldm_loss,
     snr_weight,
 )
-from tinyldm.engine import flags, presets
+from tinyldm.engine import flags, presets, start
 from tinyldm.engine.checkpoint import half, keep_stage_one, resume, save_checkpoint
 from tinyldm.engine.command import run
 from tinyldm.engine.log import Log, StopOnSignal
-from tinyldm.engine.open import open_stage_one
+from tinyldm.engine.open import open_model, open_stage_one, read_config
 from tinyldm.engine.optimiser import EMA, learning_rate
+from tinyldm.engine.output import digest_of_model
 from tinyldm.engine.processes import (
     Machine,
     any_process,
@@ -49,8 +53,10 @@ from tinyldm.engine.processes import (
     shard_weights,
     wrap_ddp,
 )
+from tinyldm.engine.weights import write_state
 from tinyldm.errors import NotFinite, naming, require
 from tinyldm.guidance import drop_condition
+from tinyldm.lora import add_pairs, lora_state, pairs_of
 from tinyldm.metrics.sets import Statistics, compare, load_images
 from tinyldm.model import LatentDiffusion, build_model
 from tinyldm.seeds import generator
@@ -59,16 +65,29 @@ from tinyldm.show.grids import save_samples
 from tinyldm.tasks import TASKS, Task
 from tinyldm.unet import UNetConfig
 
+DEFAULT_AE = Path("out/ae/ckpt.pt")
+
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.new_parser(__doc__)
     flags.add_training_flags(parser, out="out/ldm", every=1000, eval_n=64)
     flags.add_data_flags(parser)
 
+    group = parser.add_argument_group("start from a model")
+    group.add_argument("--init", type=Path,
+                       help="start from the model in this file, ours or a released one")
+    group.add_argument("--vocab", type=Path,
+                       help="a released text model's tokenizer: a folder, vocab.txt, ...")
+    group.add_argument("--lora", type=int,
+                       help="train a LoRA of this rank, and none of the model's own weights")
+    group.add_argument("--lora-tau", action="store_true",
+                       help="let the LoRA change tau, too")
+
     group = parser.add_argument_group("stage one and task")
-    group.add_argument("--ae", type=Path, default=Path("out/ae/ckpt.pt"),
-                       help="checkpoint of stage one; 'none' diffuses pixels, whose --attn-res "
-                            "must be given")
+    group.add_argument("--ae", type=Path,
+                       help="stage one: a checkpoint of train_ae.py, a released autoencoder, or a "
+                            "model that has one; 'none' diffuses pixels, whose --attn-res must be "
+                            "given; default: out/ae/ckpt.pt")
     group.add_argument("--task", type=str, choices=TASKS, default="text",
                        help="what the condition is")
     group.add_argument("--n-classes", type=int,
@@ -103,14 +122,33 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     group.add_argument("--fsdp", action="store_true",
                        help="each process holds only a part of the weights")
     flags.add_feature_flags(parser)
-    return flags.parse(parser, presets.LDM, argv)
+    args = flags.parse(parser, presets.LDM, argv, row_to_start_from)
+    for name in ("vocab", "lora"):
+        require(args.init or getattr(args, name) is None, f"--{name}: only with --init")
+    require(args.lora or not args.lora_tau, "--lora-tau: only with --lora")
+    args.ae = args.ae or args.init or DEFAULT_AE
+    return args
+
+
+def row_to_start_from(args: Namespace) -> dict | None:
+    """Return the defaults of all flags that the model of --init has; None without --init."""
+    if args.init is None:
+        return None
+    with naming("--init"):
+        return start.row_of_file(args.init, args.preset, args.vocab)
 
 
 # ---- set-up
 
-def dry_run_of_preset(args: Namespace) -> None:
-    """Print the sizes of a preset's networks, its stage one's too; no data set is needed."""
-    model = presets.build_networks(vars(args))
+def dry_run_without_data(args: Namespace) -> None:
+    """Print the sizes of the networks of a preset or of --init, stage one's too."""
+    if args.init:
+        with torch.device("meta"):
+            model = build_model(read_config(args.init, args.preset, args.vocab)[0])
+        start.check_flags(vars(args), model.config, args.init)
+    else:
+        model = presets.build_networks(vars(args))
+    trained_networks(args, model)
     print(
         f"U-Net {flags.n_params(model.unet):,} | tau {flags.n_params(model.tau):,} | "
         f"autoencoder {args.ae_preset} {flags.n_params(model.ae):,} parameters | "
@@ -159,8 +197,44 @@ def check_size(args: Namespace, ae: Autoencoder | Pixels, task: type[Task]) -> N
         f"--size {size_text(args.size)}: --task {args.task} needs multiples of "
         f"{task.size_multiple}",
     )
-    with naming("--attn-res, --d-head"):
-        shape.check_attention()
+    if not args.init:
+        with naming("--attn-res, --d-head"):
+            shape.check_attention()
+
+
+def open_start(args: Namespace) -> LatentDiffusion:
+    """Open the model of --init. Raises BadInput, also for flags that contradict it."""
+    with naming("--init"):
+        model = open_model(args.init, preset=args.preset, vocab=args.vocab)
+    start.check_flags(vars(args), model.config, args.init)
+    require(args.ae == args.init, f"--ae {args.ae}: {args.init} has a stage one; leave it out")
+    require(
+        args.z_std is None or model.z_std == args.z_std,
+        f"--z-std {args.z_std}: the model in {args.init} has {float(model.z_std):g}; leave it out",
+    )
+    c_x = model.ae.cfg.c_x
+    require(
+        args.channels in (None, c_x),
+        f"--channels {args.channels}: {args.init} has images of {c_x}; leave it out",
+    )
+    require(
+        model.tokenizer or "caption" not in model.task.fields,
+        "--vocab: a released text model needs its tokenizer's vocabulary",
+    )
+    return model
+
+
+def check_lora(args: Namespace, model: LatentDiffusion, data: ImageDataset) -> None:
+    """Raise BadInput for what a LoRA, which has nothing but its pairs, cannot teach a model."""
+    require(not args.lora_tau or model.tau is not None, "--lora-tau: the model has no tau")
+    if not args.lora:
+        return
+    new = ", ".join(start.new_names(model, data))
+    require(not new, f"--lora: the model has no classes {new}, and a LoRA adds none; train in full")
+    require(
+        model.can_be_guided or args.p_drop == 0,
+        f"--p-drop {args.p_drop}: the model has no null condition, and a LoRA adds none",
+    )
 
 
 def build(
@@ -199,29 +273,53 @@ def healthy_values(z_std_is_measured: bool) -> str:
     return f"{text}; z_std stays near 1" if z_std_is_measured else text
 
 
+def trained_networks(args: Namespace, model: LatentDiffusion) -> dict[str, nn.Module]:
+    """Return what is trained, by name: the U-Net and tau or, with --lora, pairs beside them."""
+    networks = networks_of(model)
+    for net in networks.values():
+        net.train().requires_grad_(not args.lora)
+    if not args.lora:
+        return networks
+
+    torch.manual_seed(args.seed)
+    with_pairs = networks if args.lora_tau else {"unet": model.unet}
+    for net in with_pairs.values():
+        add_pairs(net, args.lora)
+    return {"lora": pairs_of(with_pairs)}
+
+
+def networks_of(model: LatentDiffusion) -> dict[str, nn.Module]:
+    """Return the U-Net and, if there is one, tau, by their names in checkpoints."""
+    networks = {"unet": model.unet, "tau": model.tau}
+    return {name: net for name, net in networks.items() if net is not None}
+
+
 def prepare_networks(
     args: Namespace, model: LatentDiffusion, machine: Machine
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Module], EMA]:
-    """Move the model's trained networks to the device -> networks, the forms that run, EMA.
+    """Move the model's networks to the device -> what is trained, the forms that run, EMA.
 
     The forms that run are those to call in training: compiled if that is wanted and, among
     several processes, wrapped in DDP or sharded by FSDP.
     """
+    trained = trained_networks(args, model)
     model.unet.ckpt_grad = args.ckpt_grad
     model.unet.to(machine.device, memory_format=torch.channels_last)
     model.abar = model.abar.to(machine.device)
-    nets = {"unet": model.unet}
     if model.tau is not None:
-        nets["tau"] = model.tau.to(machine.device)
-    ema = EMA(nets, args.ema)
+        model.tau.to(machine.device)
+    ema = EMA(trained, args.ema)
 
     if args.fsdp:
-        for net in (*nets.values(), *ema.nets.values()):
+        for net in (*trained.values(), *ema.nets.values()):
             shard_weights(net)
-    run_nets = {name: compiled(net, args.compile) for name, net in nets.items()}
-    if not args.fsdp:
-        run_nets = {name: wrap_ddp(net, machine) for name, net in run_nets.items()}
-    return nets, run_nets, ema
+    run_nets = {}
+    for name, net in networks_of(model).items():
+        run_nets[name] = compiled(net, args.compile)
+        is_trained = any(p.requires_grad for p in net.parameters())
+        if is_trained and not args.fsdp:
+            run_nets[name] = wrap_ddp(run_nets[name], machine)
+    return trained, run_nets, ema
 
 
 # ---- the latents
@@ -413,7 +511,11 @@ def averaged_model(model: LatentDiffusion, ema: EMA, fsdp: bool) -> LatentDiffus
     averaged = copy.copy(model)
     if fsdp:
         whole = build_model(model.config, model.ae)
-        nets = {"unet": whole.unet, "tau": whole.tau}
+        nets = networks_of(whole)
+    elif "lora" in ema.nets:
+        nets = {}
+        for name, net in networks_of(model).items():
+            nets[name] = with_other_pairs(net, ema.source["lora"], ema.nets["lora"])
     else:
         nets = ema.nets
     averaged.unet = nets["unet"].to(model.abar.device)
@@ -421,6 +523,13 @@ def averaged_model(model: LatentDiffusion, ema: EMA, fsdp: bool) -> LatentDiffus
     if averaged.tau is not None:
         averaged.tau.to(model.abar.device)
     return averaged
+
+
+def with_other_pairs(net: nn.Module, pairs: nn.ModuleDict, others: nn.ModuleDict) -> nn.Module:
+    """Return a copy of a network with other low-rank pairs; the frozen weights are shared."""
+    stand_ins = {id(p): p for p in net.parameters() if not p.requires_grad}
+    stand_ins |= {id(pair): others[name] for name, pair in pairs.items()}
+    return copy.deepcopy(net, stand_ins)
 
 
 def load_averaged(averaged: LatentDiffusion, states: dict) -> None:
@@ -462,10 +571,11 @@ def sample_all(model: LatentDiffusion, items: list[dict]) -> Tensor:
 
 
 def main(args: Namespace) -> None:
-    # Set-up: the processes, the frozen stage one, the data, the networks.
+    # Set-up: the processes; the model to start from or, for a new one, the frozen stage one; the
+    # data; the networks.
     check_shapes(args)
     if args.dry_run and not args.data:
-        dry_run_of_preset(args)
+        dry_run_without_data(args)
         return
     machine = setup(args.device, args.dtype)
     device = machine.device
@@ -474,9 +584,17 @@ def main(args: Namespace) -> None:
         machine.world > 1 or not args.fsdp,
         "--fsdp: it shares the weights among several processes; start them with torchrun",
     )
+    require(not (args.fsdp and args.lora), "--fsdp: not with --lora, which trains few weights")
     check_small(args)
-    with naming("--ae"):
-        ae, knows_z_std = open_stage_one(args.ae, args.channels)
+    init = None
+    if args.init:
+        model = open_start(args)
+        init = f"a model of hash {digest_of_model(model)}"
+        ae = model.ae
+        knows_z_std = True
+    else:
+        with naming("--ae"):
+            ae, knows_z_std = open_stage_one(args.ae, args.channels)
     ae.to(device, memory_format=torch.channels_last)
     check_size(args, ae, TASKS[args.task])
     what_items_have = {
@@ -489,10 +607,19 @@ def main(args: Namespace) -> None:
     held_out = flags.open_data(args, "held-out", ae.cfg.c_x, **what_items_have)
     if machine.main:
         flags.print_found(data)
-    model = build(args, ae, data, held_out)
+    if args.init:
+        check_lora(args, model, data)
+        what_differs = start.adapt(model, args.size, args.p_drop, data)
+        data = start.with_numbers_of(model, data)
+        held_out = start.with_numbers_of(model, held_out)
+        if machine.main:
+            print("\n".join([f"starts from {args.init}, preset {args.preset}", *what_differs]))
+    else:
+        model = build(args, ae, data, held_out)
     if machine.main:
         print_sizes(model, len(data))
     if args.dry_run:
+        trained_networks(args, model)
         flags.print_dry_run(args, model.unet, model.tau)
         return
 
@@ -502,14 +629,15 @@ def main(args: Namespace) -> None:
     eps_theta = as_eps_theta(run_nets["unet"], model.abar, args.predict)
     params = [p for net in nets.values() for p in net.parameters()]
     opt = torch.optim.AdamW(params, betas=args.betas, fused=True)
-    # The keys of `parts` are those of the checkpoint. A resumed run fills all of it, stage one
-    # and its z_std included.
+    # The keys of `parts` are those of the checkpoint. A resumed run fills all of it, and stage
+    # one's z_std.
     parts = {"nets": nets, "ema": ema.nets, "opt": opt}
+    kind = "lora" if args.lora else "ldm"
+    lora = {"rank": args.lora, "tau": args.lora_tau} if args.lora else None
+    head = model.config.to_checkpoint() | {"init": init, "lora": lora}
+    to_fill = parts if args.lora else parts | {"ae": model.ae}
     with naming("--out"):
-        ckpt = resume(
-            args.out / "ckpt.pt", "ldm", model.config.to_checkpoint(), parts | {"ae": model.ae},
-            len(data), args.ae,
-        )
+        ckpt = resume(args.out / "ckpt.pt", kind, head, to_fill, len(data), args.ae)
     done = ckpt["step"]
     ema.n_updates = ckpt.get("ema_n", 0)
 
@@ -524,26 +652,29 @@ def main(args: Namespace) -> None:
     )
     y_null = {name: v.to(device) for name, v in model.task.null().items()}
 
-    stage_one = keep_stage_one(model.ae, args.out) if machine.main else ""
+    stage_one = {}
+    if machine.main and not args.lora:
+        stage_one = {"stage_one": keep_stage_one(model.ae, args.out), "z_std": model.z_std.cpu()}
 
     def save(step: int) -> None:
         states = gathered_states(parts)
         if not machine.main:
             return
-        ckpt = {"kind": "tinyldm ldm", "step": step, "args": flags.plain_values(args)}
-        ckpt |= model.config.to_checkpoint() | {"n_images": len(data)}
-        # Write model.pt first: if the run is killed between the two writes, the resumed run
+        ckpt = {"kind": f"tinyldm {kind}", "step": step, "args": flags.plain_values(args)}
+        ckpt |= head | {"n_images": len(data)}
+        # Write the result first: if the run is killed between the two writes, the resumed run
         # repeats the last steps and writes both again.
-        if step == args.steps:
+        if step == args.steps and args.lora:
+            write_state(lora_state(ema.nets["lora"]), args.out / "lora.safetensors")
+        elif step == args.steps:
             weights = {"ae": model.ae.state_dict(), "ema": states["ema"]}
             save_checkpoint(ckpt | half(weights), args.out / "model.pt")
-        ckpt |= {"stage_one": stage_one, "z_std": model.z_std.cpu(), "ema_n": ema.n_updates}
-        ckpt |= states
+        ckpt |= stage_one | states | {"ema_n": ema.n_updates}
         save_checkpoint(ckpt, args.out / "ckpt.pt", keep=True)
 
     # The log, the evaluation (again, if the run was stopped before it), and the batches.
     log = Log(args.out, done=done, steps=args.steps, batch=args.batch, machine=machine)
-    log.note(healthy_values(args.z_std is None))
+    log.note(healthy_values(z_std_is_measured=not knows_z_std and args.z_std is None))
     evaluate = None
     if args.eval_n > 0 and log.evaluated < args.steps:
         evaluate = prepare_evaluation(args, model, ema, data, held_out, log, machine)

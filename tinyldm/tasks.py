@@ -149,6 +149,20 @@ class Task:
     def check_scorable(self, items: Sequence[dict]) -> None:
         """Raise BadInput for a condition that the scorer does not understand."""
 
+    def known_names(self, found: Sequence[str], has_null: bool) -> Sequence[str]:
+        """Return the names of the classes that the model has, in the order of their numbers.
+
+        found: the names of the classes of a data set. has_null: whether the model has learned
+        the null condition. Where a model has no names, its classes are called by their numbers.
+        """
+        return self.class_names
+
+    def add_classes(self, names: Sequence[str], tau: nn.Module | None, has_null: bool) -> None:
+        """Give the model classes of these names, beside those of known_names.
+
+        Raises BadInput if there is no room for them.
+        """
+
     def class_number(self, name: str, n: int) -> int:
         """Return the number, in 0..n-1, of a class given by name or number, or raise BadInput."""
         numbers = {str(i): i for i in range(n)}
@@ -223,6 +237,27 @@ class Class(Task):
     def examples(self, n: int, train: ImageDataset, held_out: ImageDataset) -> list[dict]:
         labels = train.seen_labels()
         return [{"label": labels[i % len(labels)]} for i in range(n)]
+
+    def known_names(self, found: Sequence[str], has_null: bool) -> Sequence[str]:
+        n = self.tau["n_classes"] - 1 if has_null else self.tau["n_classes"]
+        return self.class_names or tuple(str(i) for i in range(n))
+
+    def add_classes(
+        self, names: Sequence[str], tau: ClassEmbedder, has_null: bool
+    ) -> None:
+        """Each new class is a new row of the embedding, before the null class's.
+
+        Why it begins as the mean of the old rows: the U-Net has learned to read these.
+        """
+        known = self.known_names((), has_null)
+        rows = tau.embedding.weight.detach()
+        mean = rows.mean(0, keepdim=True)
+        null = rows[-1:] if len(rows) > len(known) else mean
+        rows = torch.cat([rows[:len(known)], mean.expand(len(names), -1), null])
+
+        tau.embedding = nn.Embedding.from_pretrained(rows, freeze=False)
+        self.class_names = (*known, *names)
+        self.tau = self.tau | {"n_classes": len(rows)}
 
     def score(self, images: Tensor, items: list[dict], unit: float | None = None) -> dict:
         return scorer.class_score(images, items, unit)
@@ -372,6 +407,22 @@ class Layout(Task):
         require(inside, f"{text}: must have 0 <= x0 < x1 <= {w} and 0 <= y0 < y1 <= {h}, in pixels")
         number = self.class_number(str(name), n_classes)
         return [number, x0 / w, y0 / h, x1 / w, y1 / h]
+
+    def known_names(self, found: Sequence[str], has_null: bool) -> Sequence[str]:
+        """A released model has no names. Names that are not numbers are then all new."""
+        if self.class_names or not all(name.isdecimal() for name in found):
+            return self.class_names
+        return tuple(str(i) for i in range(self.tau["n_vocab"] - 1))
+
+    def add_classes(self, names: Sequence[str], tau: nn.Module, has_null: bool) -> None:
+        """A new class is the next number, whose token only cells of the grid had so far."""
+        room = self.tau["n_vocab"] - 1
+        class_names = (*self.class_names, *names)
+        require(
+            len(class_names) <= room,
+            f"its tokens are enough for {room} classes, and there are {len(class_names)} now",
+        )
+        self.class_names = class_names
 
     def check_data(self, data: ImageDataset, path: str) -> None:
         is_same = not self.class_names or tuple(data.box_names) == self.class_names

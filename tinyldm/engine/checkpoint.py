@@ -3,11 +3,15 @@
 Stage one:  {"kind": "tinyldm autoencoder", "step", "config", "args", "nets", "opts",
              "idle", "n_images"}
 Stage two:  {"kind": "tinyldm ldm", "step", "config", "size", "classes", "tokenizer",
-             "args", "n_images", "nets", "ema", "ema_n", "opt", "stage_one", "z_std"}
+             "args", "init", "n_images", "nets", "ema", "ema_n", "opt", "stage_one",
+             "z_std"}
+
+LoRA:       {"kind": "tinyldm lora", ...}, as stage two, but with the low-rank pairs alone
 
 "config" has one dict per network, the arguments that shape it; "args" has the flags of
-the run; "stage_one" is the name of a file beside this one; the rest are state dicts. A
-model.pt, which is for sampling, has "ae" in place of the last three. Reading a checkpoint
+the run; "init" says which model it started from; "stage_one" is the name of a file beside
+this one; the rest are state dicts. A model.pt, which is for sampling, has "ae" in place of
+the last three. Reading a checkpoint
 never executes code that the file contains.
 """
 import contextlib
@@ -33,6 +37,7 @@ KIND = "tinyldm "
 STAGES = {
     "tinyldm autoencoder": "stage one (train_ae.py)",
     "tinyldm ldm": "stage two (train_ldm.py)",
+    "tinyldm lora": "a LoRA in training (train_ldm.py --lora), whose lora.safetensors is for --lora",
 }
 
 
@@ -137,15 +142,16 @@ def why_unreadable(path: Path, error: Exception) -> str:
     return f"damaged, or not a checkpoint ({type(error).__name__})"
 
 
-def load_checkpoint(path: str | Path, kind: str | None = None) -> dict:
-    """Return one of our checkpoints, of kind "autoencoder" or "ldm"; None takes either.
+def load_checkpoint(path: str | Path, kind: str | None = None, mmap: bool = False) -> dict:
+    """Return one of our checkpoints, of kind "autoencoder", "ldm" or "lora"; None: any.
 
     Where the file cannot be read, the one before it is taken, with a warning.
+    mmap: map the file into memory instead of reading it.
     Raises BadInput that names the file.
     """
     path = Path(path)
     try:
-        checkpoint = unpickle(path)
+        checkpoint = unpickle(path, mmap)
     except BadInput as error:
         previous = previous_path(path)
         if not previous.exists():
@@ -277,9 +283,10 @@ def resume(
     checkpoint = load_checkpoint(path, kind)
 
     with trying(f"{path}: its parts do not fit together"):
-        # The first checkpoints of stage two did not name their task, which was text.
+        # The first checkpoints of stage two did not name their task, which was text, and
+        # all of them started from nothing.
         saved_config = {"task": {"name": "text"}} | checkpoint["config"]
-        saved = checkpoint | {"config": saved_config} | saved_config
+        saved = {"init": None} | checkpoint | {"config": saved_config} | saved_config
         changed = differences(saved, config)
         if "ae" in parts and not changed:
             changed = stage_one_differences(checkpoint, parts["ae"], stage_one)

@@ -10,7 +10,7 @@ import json
 import types
 import typing
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -39,22 +39,30 @@ def new_parser(doc: str) -> ArgumentParser:
 
 
 def parse(
-    parser: ArgumentParser, presets: dict[str, dict], argv: Sequence[str] | None
+    parser: ArgumentParser,
+    presets: dict[str, dict],
+    argv: Sequence[str] | None,
+    row_to_start_from: Callable[[Namespace], dict | None] | None = None,
 ) -> Namespace:
     """Parse argv with the row of --preset as defaults, so that a given flag always wins.
 
+    row_to_start_from: returns the row of the model that training starts from, which then takes
+    the place of the preset's; None if training starts from nothing.
     Raises BadInput for a number that is out of its range.
     """
     parser.add_argument(
         "--preset", type=str,
-        default="toy",
         choices=presets,
         metavar="NAME",
-        help="row of defaults for all flags below (engine/presets.py), one of: "
+        help="row of defaults for all flags below (engine/presets.py); default: toy; one of: "
         + ", ".join(presets),
     )
-    preset = parser.parse_args(argv).preset
-    parser.set_defaults(**presets[preset])
+    first = parser.parse_args(argv)
+    row = row_to_start_from(first) if row_to_start_from is not None else None
+    if row is None:
+        preset = first.preset or "toy"
+        row = presets[preset] | {"preset": preset}
+    parser.set_defaults(**row)
     args = parser.parse_args(argv)
     args.size = both_sides(args.size)       # one number in a preset's row
     check_ranges(vars(args))
@@ -290,11 +298,16 @@ def print_dry_run(args: Namespace, *nets: nn.Module | None) -> None:
     """Print the configuration, and the memory of what training keeps of the weights.
 
     Why 20 bytes per parameter: weight, gradient, Adam's two moments and the EMA, 4 bytes each.
+    Of a frozen one there is the weight alone.
     """
-    n = sum(n_params(net) for net in nets)
+    params = [p for net in nets if net is not None for p in net.parameters()]
+    n = sum(p.numel() for p in params if p.requires_grad)
+    n_frozen = sum(p.numel() for p in params if not p.requires_grad)
+    gib = (20 * n + 4 * n_frozen) / 2 ** 30
+    frozen = f" and {n_frozen:,} frozen" if n_frozen else ""
     print(json.dumps(plain_values(args), indent=1))
     print(
-        f"{n:,} parameters in training: {20 * n / 2 ** 30:.2f} GiB with gradients, Adam and EMA; "
+        f"{n:,} parameters in training{frozen}: {gib:.2f} GiB with gradients, Adam and EMA; "
         "activations come on top"
     )
 

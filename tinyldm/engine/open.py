@@ -66,6 +66,20 @@ def open_ours(path: Path, ema: bool, device: torch.device | str) -> LatentDiffus
         return model.for_sampling(device, torch.float32)
 
 
+def read_config(
+    path: Path, preset: str | None = None, vocab: Path | None = None
+) -> tuple[ModelConfig, dict]:
+    """Return what the model in a file is made of, and its `run`, without its weights.
+
+    The arguments, and the errors, are those of open_model.
+    """
+    if not is_ours(path):
+        return released.read_config(path, preset, vocab)
+    checkpoint = load_checkpoint(path, "ldm", mmap=True)
+    with trying(f"{path}: its parts do not fit together"):
+        return ModelConfig.from_checkpoint(checkpoint), checkpoint["args"]
+
+
 def open_stage_one(
     path: Path | str, channels: int | None = None
 ) -> tuple[Autoencoder | Pixels, bool]:

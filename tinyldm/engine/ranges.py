@@ -87,6 +87,7 @@ RANGES: dict[str, Range | tuple[Range, ...]] = {
     "text_depth": LAYERS,
     "text_heads": WIDTH,
     "text_d_head": WIDTH,
+    "lora": WIDTH,
 
     # The losses of stage one.
     "perceptual_weight": WEIGHT,
