@@ -24,6 +24,7 @@ from tqdm import tqdm
 import tinyldm
 from tinyldm.data.images import LOADERS, size_text
 from tinyldm.data.text import decode_text, text_lines
+from tinyldm.data.tokenizer import cleaned
 from tinyldm.engine import flags, presets
 from tinyldm.engine.command import run
 from tinyldm.engine.open import is_ours, open_model
@@ -61,7 +62,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                    choices=[name for name in presets.LDM if name != "toy"],
                    help="which released model it is; default: found out by its shapes")
     g.add_argument("--vocab", type=Path,
-                   help="a released model's tokenizer: a folder, vocab.txt or tokenizer.json")
+                   help="a released model's tokenizer: a folder, vocab.txt, tokenizer.json or "
+                        "CLIP's bpe_simple_vocab_16e6.txt.gz")
     g.add_argument("--ema", action=BooleanOptionalAction, default=True,
                    help="use the averaged weights")
     g.add_argument("--sampler", type=str, choices=SAMPLERS, default="ddim",
@@ -447,7 +449,7 @@ def main(args: Namespace) -> None:
     # What else was asked for: attention by word, z_0 along the way, the score.
     if args.attention:
         captions = [item["caption"] for item in items[:args.batch]]
-        words = model.tokenizer.encode_batch(captions)
+        words = model.tokenizer.encode_batch(cleaned(model.tokenizer, captions))
         mean_map = torch.stack(maps).mean(0)
         save_attention(images[:args.batch], mean_map, words, args.attention)
     if args.trajectory:
