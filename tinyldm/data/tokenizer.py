@@ -34,7 +34,7 @@ CLIP_BYTE_PAIRS = {"unk_token": CLIP_END, "end_of_word_suffix": "</w>"}
 
 # CLIP's vocabulary as the code of OpenAI and open_clip ships it, in one file.
 CLIP_GZ = "bpe_simple_vocab_16e6.txt.gz"
-N_CLIP_MERGES = 49_152 - 2 * 256 - 2    # the file lists more, which CLIP does not have
+N_CLIP_MERGES = 49_152 - 256 - 2        # the file lists more, which CLIP does not have
 LARGEST_CLIP_GZ = 10_000_000            # bytes of its text, which has 3 million
 
 MAX_LETTERS = 9_999         # of a caption: many more than the M tokens that are read
