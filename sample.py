@@ -4,6 +4,7 @@
     python sample.py --ckpt out/class/ckpt.pt --label "red circle"  # by default: all its classes
     python sample.py --ckpt out/layout/ckpt.pt --boxes boxes.json   # by default: held-out boxes
     python sample.py --image photo.png --mask hole.png "a red circle"       # white is repainted
+    python sample.py --lora out/lora/lora.safetensors "a golden star"   # what a LoRA has learned
     python sample.py --official sd-v1-4.ckpt --vocab clip/ --scale 7.5 "a photo of a red house"
     torchrun --nproc-per-node 8 -- sample.py --n 50000 --out out/samples ...    # shared by 8
 
@@ -24,9 +25,10 @@ from tqdm import tqdm
 import tinyldm
 from tinyldm.data.images import LOADERS, size_text
 from tinyldm.data.text import decode_text, text_lines
+from tinyldm.data.tokenizer import cleaned
 from tinyldm.engine import flags, presets
 from tinyldm.engine.command import run
-from tinyldm.engine.open import is_ours, open_model
+from tinyldm.engine.open import is_ours, open_lora, open_model, save_model
 from tinyldm.engine.output import (
     WRITTEN,
     image_paths,
@@ -39,6 +41,7 @@ from tinyldm.engine.processes import Machine, setup
 from tinyldm.engine.ranges import check_ranges
 from tinyldm.engine.request import DECODERS, IMAGES, Given, Request, read_request
 from tinyldm.errors import naming, require, trying
+from tinyldm.lora import merge
 from tinyldm.model import LatentDiffusion
 from tinyldm.samplers import SAMPLERS, TIMESTEPS, later
 from tinyldm.seeds import generator, slerp
@@ -61,9 +64,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                    choices=[name for name in presets.LDM if name != "toy"],
                    help="which released model it is; default: found out by its shapes")
     g.add_argument("--vocab", type=Path,
-                   help="a released model's tokenizer: a folder, vocab.txt or tokenizer.json")
+                   help="a released model's tokenizer: a folder, vocab.txt, tokenizer.json or "
+                        "CLIP's bpe_simple_vocab_16e6.txt.gz")
     g.add_argument("--ema", action=BooleanOptionalAction, default=True,
                    help="use the averaged weights")
+    g.add_argument("--lora", type=Path, nargs="+", default=[], metavar="FILE",
+                   help="add what these LoRAs of train_ldm.py have learned to the model")
+    g.add_argument("--lora-scale", type=float, nargs="+", metavar="W",
+                   help="the weight of --lora, one for all or one each; default: 1, as trained")
     g.add_argument("--sampler", type=str, choices=SAMPLERS, default="ddim",
                    help="the sampling method")
     g.add_argument("--steps", type=int, help="sampling steps, 1..T; default: 50")
@@ -90,6 +98,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     g.add_argument("--score", action="store_true",
                    help="print how well the images follow their conditions (the built-in world, "
                         "or superres with the true image)")
+    g.add_argument("--merge", type=Path, metavar="FILE",
+                   help="write the model with --lora as a model of its own, for --ckpt")
     g.add_argument("--attention", type=Path,
                    help="save this image file: where the U-Net looked for each word")
     g.add_argument("--trajectory", type=Path,
@@ -151,6 +161,7 @@ def check_combinations(args: Namespace) -> None:
     """Raise BadInput for flags that need another one, and for odd names of files to write."""
     require(args.init or args.strength is None, "--strength: only with --init")
     require(args.attention or args.trajectory or not args.at, "--at: for --attention, --trajectory")
+    check_lora_flags(args)
     with naming("--out"):
         is_grid = is_image_file(args.out)
     require(not args.replace or not is_grid, "--replace: for a folder as --out only")
@@ -161,6 +172,20 @@ def check_combinations(args: Namespace) -> None:
         if path is not None:
             with naming(f"--{name}"):
                 require(is_image_file(path), f"{path}: must end in {', '.join(WRITTEN)}")
+
+
+def check_lora_flags(args: Namespace) -> None:
+    """Raise BadInput if the flags of LoRAs do not fit one another."""
+    scales = args.lora_scale or []
+    for name in ("lora_scale", "merge"):
+        flag = "--" + name.replace("_", "-")
+        require(args.lora or not getattr(args, name), f"{flag}: only with --lora")
+    require(
+        len(scales) in (0, 1, len(args.lora)),
+        f"--lora-scale: {len(scales)} numbers for {len(args.lora)} files; give one, or one each",
+    )
+    exists = args.merge is not None and args.merge.exists()
+    require(not exists, f"--merge {args.merge}: exists; give the name of a new file")
 
 
 def check_sampling(args: Namespace, model: LatentDiffusion) -> None:
@@ -202,6 +227,28 @@ def image_size(args: Namespace, model: LatentDiffusion) -> tuple[int, int]:
         "the U-Net's factor, or two of them: HxW",
     )
     return size
+
+
+# ---- LoRAs
+
+def loras_of(args: Namespace) -> list[tuple[Path, float]]:
+    """Return the files of --lora, each with its scale."""
+    scales = args.lora_scale or [1.0]
+    if len(scales) == 1:
+        scales = scales * len(args.lora)
+    return list(zip(args.lora, scales))
+
+
+def merge_loras(args: Namespace, model: LatentDiffusion) -> None:
+    """Add the LoRAs of the flags to the weights of a model."""
+    nets = {"unet": model.unet}
+    if model.tau is not None:
+        nets["tau"] = model.tau
+    for path, scale in loras_of(args):
+        with naming("--lora"):
+            state = open_lora(path)
+            with naming(str(path)):
+                merge(nets, state, scale)
 
 
 # ---- what to sample
@@ -298,6 +345,7 @@ def settings(
         eta=args.eta,
         scale=scale,
         strength=strength if args.init else None,
+        lora=[(path.name, scale) for path, scale in loras_of(args)] or None,
         seed=args.seed,
         to_seed=args.to_seed,
         dtype="bf16" if machine.bf16 else "fp32",
@@ -359,6 +407,7 @@ def main(args: Namespace) -> None:
             vocab=args.vocab,
         )
     print(f"{args.ckpt}: {model.run.get('preset')}, {model.config.task}")
+    merge_loras(args, model)
 
     # What to sample, in how many steps; whether the images must stay in memory.
     check_condition_flags(args, model)
@@ -378,6 +427,9 @@ def main(args: Namespace) -> None:
         "--trajectory",
     )
     make_folders(args)
+    if args.merge and machine.main:
+        with naming("--merge"):
+            save_model(model, args.merge)
     if not is_grid:
         with naming("--out"):
             made_with = settings(args, model, request, steps, machine)
@@ -447,7 +499,7 @@ def main(args: Namespace) -> None:
     # What else was asked for: attention by word, z_0 along the way, the score.
     if args.attention:
         captions = [item["caption"] for item in items[:args.batch]]
-        words = model.tokenizer.encode_batch(captions)
+        words = model.tokenizer.encode_batch(cleaned(model.tokenizer, captions))
         mean_map = torch.stack(maps).mean(0)
         save_attention(images[:args.batch], mean_map, words, args.attention)
     if args.trajectory:

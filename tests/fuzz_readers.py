@@ -3,6 +3,7 @@
 An input that is wrong must be BadInput; one that is read must be sound.
 """
 import functools
+import gzip
 import json
 import random
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from tokenizers import Tokenizer
 import sample
 from tinyldm.data.folder import Folder
 from tinyldm.data.images import LOADERS
-from tinyldm.data.tokenizer import encode, open_vocab, train_tokenizer
+from tinyldm.data.tokenizer import CLIP_GZ, encode, open_vocab, train_tokenizer
 from tinyldm.engine.open import open_model, open_stage_one
 from tinyldm.engine.released import load_released
 from tinyldm.engine.request import Given, Request, read_request
@@ -195,14 +196,17 @@ def released(rng: random.Random, folder: Path) -> None:
 # ---- words
 
 def vocabularies(rng: random.Random, folder: Path) -> None:
-    """CLIP's two files, BERT's list, tokenizer.json; what can be opened encodes."""
-    def write(name: str, text: str) -> None:
+    """CLIP's two files or its one, BERT's list, tokenizer.json; what can be opened encodes."""
+    def write(name: str, text: str, compress: Callable[[bytes], bytes] = bytes) -> None:
         data = text.encode("utf8", "surrogatepass")
         if rng.random() < 0.3:
             data = mutated(rng, data)
+        data = compress(data)
+        if compress is not bytes and rng.random() < 0.2:
+            data = mutated(rng, data)
         (folder / name).write_bytes(data)
 
-    kind = rng.choice(("clip", "bert", "ours"))
+    kind = rng.choice(("clip", "clip.gz", "bert", "ours"))
     if kind == "clip":
         n_vocab = len(CLIP_PIECES)
         merges = list(CLIP_MERGES)
@@ -210,6 +214,12 @@ def vocabularies(rng: random.Random, folder: Path) -> None:
             merges.insert(rng.randrange(5), odd_text(rng))
         write("vocab.json", odd_json(rng, {piece: i for i, piece in enumerate(CLIP_PIECES)}))
         write("merges.txt", "\n".join(merges))
+    elif kind == "clip.gz":
+        merges = list(CLIP_MERGES)
+        if rng.random() < 0.3:
+            merges.insert(rng.randrange(5), odd_text(rng))
+        n_vocab = 2 * 256 + len(merges) - 1 + 2
+        write(CLIP_GZ, "\n".join(merges), gzip.compress)
     elif kind == "bert":
         n_vocab = len(BERT_PIECES)
         lines = list(BERT_PIECES)

@@ -1,13 +1,19 @@
 """data/tokenizer.py: captions become ids and back, and what is lost is reported."""
+import gzip
+import itertools
 import json
 import unicodedata
 import warnings
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
+from tinyldm.data.prompts import clean_prompt
 from tinyldm.data.tokenizer import (
+    CLIP_GZ,
+    LARGEST_CLIP_GZ,
+    N_CLIP_MERGES,
     check_tokenizer,
     encode,
     open_vocab,
@@ -125,6 +131,92 @@ def test_clip_vocabulary(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     again = open_vocab(tmp_path / "tokenizer.json", n, 6)
     assert encode(again, ["AB  cd"], 6).tolist() == ids[:1]
+
+
+def byte_letters():
+    """The letters that stand for the 256 bytes, in the order of OpenAI's bytes_to_unicode."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+
+
+def write_clip_gz(folder, merges):
+    text = "\n".join(['"bpe_simple_vocab_16e6.txt#version: 0.2', *merges, ""])
+    (folder / CLIP_GZ).write_bytes(gzip.compress(text.encode()))
+
+
+def test_clips_one_file_is_read_as_its_two_files(tmp_path):
+    """The tokens have the same numbers: bytes, bytes at the end of a word, merges, specials."""
+    merges = ["a b</w>", "c d", "cd e</w>", "Ã ¤</w>"]
+    letters = byte_letters()
+    assert set(letters) == set(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*letters, *[letter + "</w>" for letter in letters]]
+    pieces += ["ab</w>", "cd", "cde</w>", "Ã¤</w>", "<|startoftext|>", "<|endoftext|>"]
+
+    two, one = tmp_path / "two", tmp_path / "one"
+    two.mkdir()
+    one.mkdir()
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    (two / "vocab.json").write_text(json.dumps(vocab))
+    (two / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    write_clip_gz(one, merges)
+
+    from_two = open_vocab(two, len(pieces), 9)
+    from_folder = open_vocab(one, len(pieces), 9)
+    from_file = open_vocab(one / CLIP_GZ, len(pieces), 9)
+    assert from_two.get_vocab() == from_file.get_vocab() == vocab
+    captions = ["ab cde", "Cd ä!", "日本 \x00 ab"]
+    ids = encode(from_two, captions, 9)
+    assert torch.equal(encode(from_file, captions, 9), ids)
+    assert torch.equal(encode(from_folder, captions, 9), ids)
+    assert ids[0, :3].tolist() == [516, 512, 514]
+
+
+def test_clip_has_only_the_first_merges_of_its_file(tmp_path):
+    pairs = itertools.product(byte_letters(), byte_letters())
+    merges = [f"{a} {b}" for a, b in itertools.islice(pairs, N_CLIP_MERGES + 9)]
+    write_clip_gz(tmp_path, merges)
+    tokenizer = open_vocab(tmp_path, 49_408, 77)
+    assert tokenizer.token_to_id(merges[N_CLIP_MERGES - 1].replace(" ", "")) == 49_405
+    assert tokenizer.token_to_id("<|endoftext|>") == 49_407
+
+
+@pytest.mark.parametrize("data,message", [
+    (b"\0" * (LARGEST_CLIP_GZ + 1), "too large for a vocabulary of CLIP"),
+    (b"header\na b c\n", "no vocabulary of CLIP or BERT"),
+    (b"header\n\xff\xff\n", "no vocabulary of CLIP or BERT")])
+def test_a_compressed_file_that_is_no_vocabulary_is_refused(tmp_path, data, message):
+    """Also one that would fill the memory: it is read as far as CLIP's is long."""
+    (tmp_path / CLIP_GZ).write_bytes(gzip.compress(data))
+    with pytest.raises(BadInput, match=f"{CLIP_GZ}: {message}"):
+        open_vocab(tmp_path, 49_408, 77)
+
+
+CLEANED = [
+    ("a dog &amp;amp; a cat&nbsp;&#33;", "a dog & a cat !"),
+    ("“It’s” ‘mine’, ‛x‟", "\"It's\" 'mine', 'x\""),
+    ("ｆｕｌｌ　ｗｉｄｔｈ！", "full width!"),
+    ("ﬁne oﬃce, ĳs, ŉ, ǆ", "fine office, ijs, 'n, dž"),
+    (" a\tred\r\n  circle\u2028", "a red circle"),
+    ("a\x00 b\ufeff\x7f", "a b"),
+    ("naïve café 🙂 日本", "naïve café 🙂 日本"),
+]
+
+
+@pytest.mark.parametrize("prompt,plain", CLEANED)
+def test_prompts_are_cleaned_as_those_of_clips_training(prompt, plain):
+    assert clean_prompt(prompt) == plain
+
+
+def test_only_clips_captions_are_cleaned_and_warnings_name_what_is_read(tmp_path):
+    """BERT's and our own are read as they are."""
+    tokenizer = open_vocab(tmp_path, clip_vocab(tmp_path), 5)
+    with pytest.warns(UserWarning, match=r"ignored: 'b cd'$"):
+        ids = encode(tokenizer, ["ａｂ&#32;c d b &#99;d"], 5)
+    assert torch.equal(ids, encode(tokenizer, ["ab c d"], 5))
+
+    own = train_tokenizer(["“ &amp; ”"])
+    ids = encode_silently(own, ["“ &amp; ”"], 5)
+    assert words(own, ids[0]) == ["“", "&", "amp", ";", "”"]
 
 
 def test_bert_vocabulary(tmp_path):

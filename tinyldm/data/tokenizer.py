@@ -4,6 +4,7 @@ Paper:  App. E.2.1. The text-to-image model has BERT's WordPiece vocabulary, Sta
         Diffusion has CLIP's byte pairs; open_vocab reads either.
 Shapes: n captions -> ids (n, M) int64. Id 0 is [PAD], so an empty caption is M zeros.
 """
+import gzip
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,7 @@ from tokenizers import (
 )
 from torch import Tensor
 
+from tinyldm.data.prompts import clean_prompt
 from tinyldm.errors import require, trying
 
 # Special tokens, here and in BERT's vocabulary; then those of CLIP's.
@@ -28,6 +30,12 @@ PAD = "[PAD]"
 UNK = "[UNK]"
 CLIP_BEGIN = "<|startoftext|>"
 CLIP_END = "<|endoftext|>"
+CLIP_BYTE_PAIRS = {"unk_token": CLIP_END, "end_of_word_suffix": "</w>"}
+
+# CLIP's vocabulary as the code of OpenAI and open_clip ships it, in one file.
+CLIP_GZ = "bpe_simple_vocab_16e6.txt.gz"
+N_CLIP_MERGES = 49_152 - 256 - 2        # the file lists more, which CLIP does not have
+LARGEST_CLIP_GZ = 10_000_000            # bytes of its text, which has 3 million
 
 MAX_LETTERS = 9_999         # of a caption: many more than the M tokens that are read
 MAX_LEARNED_FROM = 100_000  # captions from which the pieces of words are learned
@@ -107,6 +115,17 @@ def clean_text(caption: str) -> str:
     return caption[:MAX_LETTERS].encode("utf8", "replace").decode()
 
 
+def cleaned(tokenizer: Tokenizer, captions: list[str]) -> list[str]:
+    """Return captions as this tokenizer's own training had them.
+
+    CLIP's captions were cleaned, see clean_prompt; all others are only made text.
+    """
+    captions = [clean_text(caption) for caption in captions]
+    if is_clip(tokenizer):
+        captions = [clean_prompt(caption) for caption in captions]
+    return captions
+
+
 # ---- captions to ids
 
 def encode(tokenizer: Tokenizer, captions: list[str], M: int) -> Tensor:
@@ -114,7 +133,7 @@ def encode(tokenizer: Tokenizer, captions: list[str], M: int) -> Tensor:
 
     Warns of words that are cut off after M tokens, and of words that are read as [UNK].
     """
-    captions = [clean_text(caption) for caption in captions]
+    captions = cleaned(tokenizer, captions)
     ids = []
     cut_off = []
     unknown = []
@@ -169,27 +188,33 @@ def open_vocab(path: Path, n_vocab: int, M: int) -> Tokenizer:
     """Open the tokenizer of a released text encoder; it makes M tokens of any caption.
 
     path: a file, or the folder that holds it: vocab.txt (BERT's: one piece per line),
-    vocab.json with merges.txt beside it (CLIP's), or tokenizer.json. CLIP pads with its
-    end token, BERT with 0.
+    vocab.json with merges.txt beside it (CLIP's), bpe_simple_vocab_16e6.txt.gz (CLIP's in
+    one file), or tokenizer.json. CLIP pads with its end token, BERT with 0.
 
     Raises BadInput for another file, and if there are not n_vocab tokens.
     """
     file = vocab_file(path)
     with trying(f"{file}: no vocabulary of CLIP or BERT"):
         if file.name == "vocab.json":
-            tokenizer = clip_tokenizer(file)
+            tokenizer = clip_tokenizer(read_clip_files(file))
+        elif file.suffix == ".gz":
+            tokenizer = clip_tokenizer(read_clip_gz(file))
         elif file.suffix == ".txt":
             tokenizer = bert_tokenizer(file)
         else:
             tokenizer = Tokenizer.from_file(str(file))
     check_tokenizer(tokenizer, n_vocab, str(file))
 
-    is_clip = tokenizer.token_to_id(CLIP_END) is not None
-    pad = CLIP_END if is_clip else PAD
+    pad = CLIP_END if is_clip(tokenizer) else PAD
     pad_id = tokenizer.token_to_id(pad) or 0
     tokenizer.enable_truncation(M)
     tokenizer.enable_padding(length=M, pad_id=pad_id, pad_token=pad)
     return tokenizer
+
+
+def is_clip(tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer is CLIP's, by its special tokens."""
+    return tokenizer.token_to_id(CLIP_END) is not None
 
 
 def check_tokenizer(tokenizer: Tokenizer, n_vocab: int, source: str) -> Tokenizer:
@@ -213,19 +238,43 @@ def vocab_file(path: Path) -> Path:
     """Return the file of a vocabulary: path itself, or the first in the folder path."""
     if not path.is_dir():
         return path
-    files = [path / name for name in ("vocab.json", "vocab.txt", "tokenizer.json")]
+    names = ("vocab.json", "vocab.txt", CLIP_GZ, "tokenizer.json")
+    files = [path / name for name in names]
     for file in files:
         if file.exists():
             return file
     return files[0]
 
 
-def clip_tokenizer(file: Path) -> Tokenizer:
-    """Return CLIP's tokenizer, of vocab.json and merges.txt: byte pairs, lower case."""
+def read_clip_files(file: Path) -> models.BPE:
+    """Return CLIP's byte pairs, of vocab.json and the merges.txt beside it."""
     merges = file.with_name("merges.txt")
-    byte_pairs = models.BPE.from_file(
-        str(file), str(merges), unk_token=CLIP_END, end_of_word_suffix="</w>"
-    )
+    return models.BPE.from_file(str(file), str(merges), **CLIP_BYTE_PAIRS)
+
+
+def read_clip_gz(file: Path) -> models.BPE:
+    """Return CLIP's byte pairs, of one compressed file: a line to ignore, then merges.
+
+    The tokens are numbered as in OpenAI's code: letters for the 256 bytes, the same at
+    the end of a word, what each merge makes, and the two special tokens.
+    Raises BadInput for a file that is much larger than CLIP's.
+    """
+    with gzip.open(file) as compressed:
+        text = compressed.read(LARGEST_CLIP_GZ + 1)
+    require(len(text) <= LARGEST_CLIP_GZ, f"{file}: too large for a vocabulary of CLIP")
+    lines = text.decode("utf8").strip().split("\n")
+    merges = [tuple(line.split()) for line in lines[1:1 + N_CLIP_MERGES]]
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = letters + [letter + "</w>" for letter in letters]
+    pieces += [first + second for first, second in merges]
+    pieces += [CLIP_BEGIN, CLIP_END]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    return models.BPE(vocab, merges, **CLIP_BYTE_PAIRS)
+
+
+def clip_tokenizer(byte_pairs: models.BPE) -> Tokenizer:
+    """Return CLIP's tokenizer: byte pairs, lower case."""
     tokenizer = Tokenizer(byte_pairs)
 
     single_spaces = normalizers.Replace(Regex(r"\s+"), " ")

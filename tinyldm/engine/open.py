@@ -8,12 +8,22 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, build_autoencoder
 from tinyldm.data.tokenizer import check_tokenizer
 from tinyldm.engine import released
-from tinyldm.engine.checkpoint import check_finite, load_checkpoint, previous_path
-from tinyldm.errors import naming, require, trying
+from tinyldm.engine.checkpoint import (
+    check_finite,
+    load_checkpoint,
+    previous_path,
+    save_checkpoint,
+    short,
+)
+from tinyldm.engine.recognise import recognise_state
+from tinyldm.engine.weights import read_state
+from tinyldm.errors import BadInput, naming, require, trying
+from tinyldm.lora import DOWN, UP
 from tinyldm.model import LatentDiffusion, ModelConfig, build_model
 
 
@@ -64,6 +74,43 @@ def open_ours(path: Path, ema: bool, device: torch.device | str) -> LatentDiffus
             check_tokenizer(model.tokenizer, config.tau["n_vocab"], str(path))
         model.run = checkpoint["args"]
         return model.for_sampling(device, torch.float32)
+
+
+def save_model(model: LatentDiffusion, path: Path) -> None:
+    """Write a model as a file of its own, which open_model opens.
+
+    Raises BadInput if the file cannot be written.
+    """
+    checkpoint = {"kind": "tinyldm ldm", "step": 0, "args": model.run}
+    checkpoint |= model.config.to_checkpoint() | {"ae": model.ae.state_dict(), "ema": {}}
+    for name in ("unet", "tau"):
+        net = getattr(model, name)
+        if net is not None:
+            checkpoint["ema"][name] = net.state_dict()
+    save_checkpoint(checkpoint, path)
+
+
+def open_lora(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA of train_ldm.py, for lora.merge.
+
+    Raises BadInput that names the file, and says what it is if it is something else.
+    """
+    advice = "a LoRA is a lora.safetensors of train_ldm.py; a whole model is for --ckpt"
+    require(not is_ours(path), f"{path}: a checkpoint, not a LoRA; {advice}")
+    state = read_state(path)
+
+    others = [key for key in state if not key.endswith((DOWN, UP)) or key.startswith("lora_")]
+    if others:
+        name = short(others[0])
+        kind = recognise_state(state)
+        what = kind.what if kind else "not a LoRA"
+        if "lora" in name:
+            what = "a LoRA of another program, whose names of tensors are not read"
+        raise BadInput(f"{path}: {what}: it has {name}; {advice}")
+
+    with naming(str(path)):
+        check_finite(state)
+    return state
 
 
 def read_config(

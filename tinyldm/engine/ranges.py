@@ -111,6 +111,7 @@ RANGES: dict[str, Range | tuple[Range, ...]] = {
     "scale": Range(-10 ** 6, 10 ** 6),
     "to_seed": SEED,
     "strength": Range(0, 1, low_open=True),
+    "lora_scale": Range(-100, 100),
     "at": COUNT,
 
     # The benchmark.
