@@ -660,9 +660,12 @@ class TextInpainting(Text):
     """
 
     fields = ("caption", "image", "mask")
-    beside_channels = Inpainting.beside_channels
     examples = Task.examples
     show = Inpainting.show
+
+    @staticmethod
+    def beside_channels(c_z: int, c_x: int) -> int:
+        return 1 + c_z
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The holes of the image are filled with grey (0). A batch may have captions alone."""
