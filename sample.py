@@ -25,7 +25,7 @@ from tqdm import tqdm
 import tinyldm
 from tinyldm.data.images import LOADERS, size_text
 from tinyldm.data.text import decode_text, text_lines
-from tinyldm.data.tokenizer import cleaned
+from tinyldm.data.tokenizer import clean_text, cleaned
 from tinyldm.engine import flags, presets
 from tinyldm.engine.command import run
 from tinyldm.engine.open import is_ours, open_lora, open_model, save_model
@@ -81,6 +81,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                    help="DDIM's share of noise: 0 is none, 1 is as much as DDPM's")
     g.add_argument("--scale", type=float,
                    help="guidance scale s; 1 is no guidance; default: the task's")
+    g.add_argument("--pull", action="store_true",
+                   help="put what --mask keeps back before each step, as for models that do not "
+                        "see the mask, with a model that does (inpaint, text-inpaint)")
     g.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")
     g.add_argument("--to-seed", type=int,
                    help="sample --n images whose noise is interpolated from --seed to this seed")
@@ -120,6 +123,8 @@ def add_condition_flags(parser: ArgumentParser) -> None:
     g.add_argument("prompt", type=str, nargs="*", metavar="prompt",
                    help="one or more prompts, each in quotes")
     g.add_argument("--prompts", type=Path, help="a text file with one prompt per line")
+    g.add_argument("--negative", type=str, metavar="TEXT",
+                   help="what the images should not show: guidance leads away from it")
     g.add_argument("--label", type=str, nargs="+", default=[], help="names or numbers of classes")
     g.add_argument("--boxes", type=Path,
                    help="a JSON file: [[class, x0, y0, x1, y1 in pixels], ...]")
@@ -150,9 +155,9 @@ def check_condition_flags(args: Namespace, model: LatentDiffusion) -> None:
         )
     flags_of_task = [f"--{name}" for name in takes if name != "prompt"]
     listed = ", ".join((["a prompt in quotes"] if "prompt" in takes else []) + flags_of_task)
-    for name in ("prompt", "prompts", "label", "boxes", "map", "image", "mask"):
+    for name in ("prompt", "prompts", "label", "negative", "boxes", "map", "image", "mask"):
         require(
-            name in takes or not getattr(args, name),
+            name in takes or getattr(args, name) in (None, []),
             f"--{name}: this model's task is {model.config.task}, which takes {listed}",
         )
 
@@ -195,10 +200,20 @@ def check_sampling(args: Namespace, model: LatentDiffusion) -> None:
         sampler.takes_eta or not args.eta,
         f"--eta {args.eta:g}: --sampler {args.sampler} has no such noise; use ddim",
     )
+    has_negative = args.negative is not None
     require(
-        model.can_be_guided or args.scale in (None, 1),
+        model.can_be_guided or has_negative or args.scale in (None, 1),
         f"--scale {args.scale}: the model has learned no null condition to guide away from; "
         "use --scale 1",
+    )
+    require(
+        not has_negative or args.scale != 1,
+        "--negative: it has no effect without guidance, which is --scale 1; give another scale",
+    )
+    require(
+        not args.pull or model.sees_mask,
+        f"--pull: a model of the task {model.config.task} does not see the mask, so what is kept "
+        "is always put back; leave it out",
     )
     is_released = not is_ours(args.ckpt)
     for name in ("preset", "vocab"):
@@ -252,6 +267,21 @@ def merge_loras(args: Namespace, model: LatentDiffusion) -> None:
 
 
 # ---- what to sample
+
+def negative_condition(args: Namespace, model: LatentDiffusion) -> dict | None:
+    """Return --negative as a condition of the model, or None. Raises BadInput."""
+    if args.negative is None:
+        return None
+    with naming("--negative"):
+        return model.task.read_prompt(clean_text(args.negative).strip())
+
+
+def guidance_scale(args: Namespace, model: LatentDiffusion) -> float:
+    """Return --scale; by default the model's or, with --negative, the task's."""
+    if args.scale is not None:
+        return args.scale
+    return model.guidance_scale if args.negative is None else model.task.guidance_scale
+
 
 def given_conditions(args: Namespace) -> Given:
     """Gather what the flags give as the condition."""
@@ -334,7 +364,6 @@ def settings(
     """
     data = args.data or model.run.get("data")
     strength = args.strength or DEFAULT_STRENGTH
-    scale = model.guidance_scale if args.scale is None else args.scale
     return settings_of(
         model,
         request,
@@ -343,7 +372,9 @@ def settings(
         steps=steps.asked_for,
         timesteps=args.timesteps,
         eta=args.eta,
-        scale=scale,
+        scale=guidance_scale(args, model),
+        negative=args.negative,
+        pull=args.pull if model.sees_mask else None,
         strength=strength if args.init else None,
         lora=[(path.name, scale) for path, scale in loras_of(args)] or None,
         seed=args.seed,
@@ -413,6 +444,7 @@ def main(args: Namespace) -> None:
     check_condition_flags(args, model)
     check_sampling(args, model)
     size = image_size(args, model)
+    negative = negative_condition(args, model)
     n_images = 8 if args.to_seed is not None and args.n is None else args.n
     request = read_request(model, given_conditions(args), size, n=n_images, data=args.data)
     check_request(args, model, request)
@@ -475,6 +507,8 @@ def main(args: Namespace) -> None:
                 sampler=args.sampler,
                 eta=args.eta,
                 guidance_scale=args.scale,
+                negative=negative,
+                pull=args.pull,
                 strength=args.strength or DEFAULT_STRENGTH,
                 z_T=z_T,
                 watch=watch_z_0 if args.trajectory and first == 0 else None,
@@ -509,7 +543,7 @@ def main(args: Namespace) -> None:
     if args.score:
         figures = model.task.score(images, items, min(model.config.size) / 32)
         text = ", ".join(f"{name} {v:.4g}" for name, v in figures.items())
-        scale = model.guidance_scale if args.scale is None else args.scale
+        scale = guidance_scale(args, model)
         print(f"{n} images, s = {scale:g}, {steps.n} {args.sampler.upper()} steps: {text}")
 
 

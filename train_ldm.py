@@ -329,7 +329,8 @@ def latents_of(
 ) -> Latents:
     """Open the cache of stage one's latents and of y; encode what it lacks."""
     config = model.config
-    name = fingerprint(model.ae, data, {"name": config.task}, config.tau, config.tokenizer)
+    task = config.task_and_version()
+    name = fingerprint(model.ae, data, task, config.tau, config.tokenizer)
 
     def to_y(batch: dict) -> dict[str, Tensor]:
         y = model.task.encode(batch)

@@ -262,7 +262,7 @@ REPAINTING = [name for name, task in TASKS.items() if "image" not in task.flags]
 
 @pytest.mark.parametrize("name", REPAINTING)
 def test_any_model_repaints_the_hole_alone(models, sample, files, tmp_path, name):
-    prompt = prompt_for(open_model(models(name) / "model.pt").task)
+    prompt = ["a red circle"] if "caption" in TASKS[name].fields else []
     flags = ["--image", files / "photo.png", "--mask", files / "hole.png", "--n", 1]
     sample(name, *prompt, *flags, "--out", tmp_path / "x")
     repainted = pixels(tmp_path / "x/000000.png")
@@ -317,6 +317,33 @@ def test_a_strip_goes_from_one_seeds_image_to_anothers(sample, tmp_path):
         assert abs(pixels(tmp_path / f"strip/{i:06d}.png") - end).max() <= 1
 
 
+@pytest.mark.parametrize("task,flags", [
+    ("text", ["a red circle"]),
+    ("class", ["--label", "red circle"]),
+])
+def test_a_negative_prompt_changes_samples_and_is_among_the_settings(sample, tmp_path, task, flags):
+    """After two steps of training, only a huge scale shows a condition."""
+    found = {}
+    for negative in ([], ["--negative", "red square"]):
+        folder = tmp_path / f"x{len(negative)}"
+        sample(task, *flags, *negative, "--scale", 1e6, "--n", 1, "--out", folder)
+        settings = json.loads((folder / "settings.json").read_text())
+        assert settings["negative"] == (negative[1] if negative else None)
+        found[len(negative)] = pixels(folder / "000000.png")
+    assert (found[0] != found[2]).any()
+
+
+def test_pull_changes_samples_and_is_among_the_settings(sample, tmp_path):
+    found = []
+    for flags in ([], ["--pull"]):
+        folder = tmp_path / f"x{len(flags)}"
+        sample("inpaint", *flags, "--n", 1, "--out", folder)
+        settings = json.loads((folder / "settings.json").read_text())
+        assert settings["pull"] == bool(flags)
+        found.append(pixels(folder / "000000.png"))
+    assert (found[0] != found[1]).any()
+
+
 def test_attention_and_trajectory_are_saved(sample, tmp_path):
     prompt = "a red circle above a blue square"
     files = ["--attention", tmp_path / "a.png", "--trajectory", tmp_path / "t.png"]
@@ -369,8 +396,18 @@ BAD_INPUT = [
         ["--image", "{files}/photo.png", "--mask", "{files}/nothing.png"],
         "mask: it covers nothing",
     ),
-    ("inpaint", ["--sampler", "plms"], "sampler plms: it builds on its past steps"),
-    ("inpaint", ["--sampler", "dpm++"], "sampler dpm++: it builds on its past steps"),
+    ("inpaint", ["--pull", "--sampler", "plms"], "sampler plms: it builds on its past steps"),
+    ("uncond", ["--pull"], "--pull: a model of the task uncond does not see the mask"),
+    ("text-inpaint", ["a red circle"], "give an image and a mask, too"),
+    (
+        "text-inpaint",
+        ["--image", "{files}/photo.png", "--mask", "{files}/hole.png"],
+        "no prompt: give one",
+    ),
+    # Negative prompts.
+    ("layout", ["--negative", ""], "--negative: this model's task is layout, which takes --boxes"),
+    ("class", ["--negative", "red ant"], "--negative: 'red ant' is no class of this model"),
+    ("text", ["a cat", "--negative", "a", "--scale", "1"], "--negative: it has no effect without"),
     # Sizes.
     ("text", ["a cat", "--size", "16x18"], "--size 16x18: must be"),
     ("text", ["a cat", "--size", "0"], "--size 0: must be"),

@@ -215,23 +215,24 @@ def hole(h: int = 8, w: int = 8) -> Tensor:
     return mask
 
 
-@pytest.mark.parametrize("task", ["inpaint", "uncond"])
+@pytest.mark.parametrize("task,pull", [("inpaint", False), ("inpaint", True), ("uncond", False)])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_only_the_hole_is_repainted(sampler, task):
+def test_only_the_hole_is_repainted(sampler, task, pull):
     """What is known stays bit by bit, and the hole is what the U-Net has learned.
 
-    A sampler that builds on its past steps is refused.
+    A sampler that builds on its past steps is refused where what is known is put back at each
+    step: always, if the U-Net does not see the mask.
     """
     image = random_image()
     learned = random_image(1)
     model = model_of(of_one_image(learned), task=task)
     conditions = [{"image": image, "mask": hole()}]
-    if SAMPLERS[sampler].has_past:
+    if SAMPLERS[sampler].has_past and (pull or task == "uncond"):
         with pytest.raises(BadInput, match="builds on its past steps"):
-            sample(model, conditions, steps=10, sampler=sampler)
+            sample(model, conditions, steps=10, sampler=sampler, pull=pull)
         return
 
-    x, = sample(model, conditions, steps=10, sampler=sampler)
+    x, = sample(model, conditions, steps=10, sampler=sampler, pull=pull)
     known = (hole() == 0).expand(3, 8, 8)
     assert torch.equal(x[known], image[known])
     assert_close(x[~known], learned[~known], atol=1e-3, rtol=0)
@@ -258,17 +259,21 @@ def test_a_latent_is_known_where_no_pixel_of_its_block_is_in_the_hole():
     assert torch.equal((x != image).any(0), mask[0] > 0)
 
 
-def test_an_inpainting_model_sees_image_and_hole_and_the_rest_is_put_back_at_each_step():
-    """In the hole z_t is the sampler's own, from the first noise on."""
+@pytest.mark.parametrize("pull", [False, True])
+def test_an_inpainting_model_sees_image_and_hole_and_is_pulled_to_the_rest_if_asked(pull):
+    """Else z_t is the sampler's own everywhere; with pull, in the hole alone."""
     image = random_image()
     net = Spy(of_gaussian_data)
-    sample(model_of(net, task="inpaint"), [{"image": image, "mask": hole()}], steps=3)
+    model = model_of(net, task="inpaint")
+    assert model.sees_mask
+    sample(model, [{"image": image, "mask": hole()}], steps=3, pull=pull)
+
     z_t, _, tokens, beside = net.calls[0]
     z_T = noise(0, 0, (3, 8, 8))
     assert torch.equal(z_t[0] * hole(), z_T * hole())
-    assert not torch.equal(z_t[0], z_T)
+    assert torch.equal(z_t[0], z_T) == (not pull)
     assert tokens is None
-    assert_close(beside[0], torch.cat([image * (1 - hole()), 2 * hole() - 1]))
+    assert_close(beside[0], torch.cat([torch.where(hole() > 0, -1, image), 2 * hole() - 1]))
 
 
 def test_superres_does_not_use_the_true_image():
@@ -419,6 +424,50 @@ def test_a_model_that_has_seen_no_null_condition_is_not_guided():
     assert_close(calls[0][2][:, 0], table[[2, 3]])
 
 
+@pytest.mark.parametrize("p_drop", [0.1, 0.0])
+def test_a_negative_condition_takes_the_place_of_null(p_drop):
+    """With or without a null condition of its own; the scale is the task's, 2."""
+    calls, z_0s, table = sample_classes(p_drop, negative={"label": 1})
+    z_t, _, tokens, _ = calls[0]
+    assert_close(tokens[:, 0], table[[1, 1, 2, 3]])
+
+    abar_t = ABAR[999].item()
+    eps_negative = z_t[0] * table[1].mean() / 9
+    eps = z_t[0] * table[2].mean() / 9
+    guided = 2 * eps - eps_negative
+    assert_close(z_0s[0, 0], (z_t[0] - (1 - abar_t) ** 0.5 * guided) / abar_t ** 0.5)
+
+
+@pytest.mark.parametrize("task", ["text", "text-inpaint"])
+def test_a_negative_caption_is_the_empty_one_or_undoes_the_prompt(task):
+    """The empty caption is null. One equal to the prompt leaves no direction to go further in."""
+    model = made_up_model(task)
+    conditions = made_up_items(2)
+    captions = [condition["caption"] for condition in conditions]
+    by_null = sample(model, conditions, steps=2)
+    assert torch.equal(sample(model, conditions, steps=2, negative={"caption": ""}), by_null)
+
+    conditions[1]["caption"] = captions[0]
+    plain = sample(model, conditions, steps=2, guidance_scale=1)
+    undone = sample(model, conditions, steps=2, negative={"caption": captions[0]})
+    assert_close(undone, plain, atol=1e-3, rtol=0)
+    other = sample(model, conditions, steps=2, negative={"caption": captions[1]})
+    assert not torch.allclose(other, plain, atol=1e-2)
+
+
+def test_guidance_of_captions_leaves_what_surrounds_a_hole():
+    """Image and mask lie beside z_t in both halves; the tokens differ."""
+    model = made_up_model("text-inpaint")
+    model = replace(model, unet=Spy(model.unet))
+    sample(model, made_up_items(2), steps=1)
+    (_, _, tokens, beside), = model.unet.calls
+    assert len(beside) == 4
+    assert_close(beside[:2], beside[2:])
+    assert not torch.equal(beside[0], beside[1])
+    assert_close(tokens[0], tokens[1])
+    assert not torch.allclose(tokens[2:], tokens[:2], atol=1e-2)
+
+
 def test_without_a_condition_there_is_nothing_to_guide_by():
     net = Spy(of_gaussian_data)
     sample(model_of(net), [{}] * 3, steps=2, guidance_scale=5.0)
@@ -456,6 +505,16 @@ def test_a_model_is_built_again_from_what_a_checkpoint_holds(model):
             getattr(rebuilt, name).load_state_dict(net.state_dict())
     conditions = made_up_items(2)
     assert_close(sample(rebuilt, conditions, steps=2), sample(model, conditions, steps=2))
+
+
+def test_a_model_of_a_task_whose_conditions_were_made_otherwise_is_refused(model):
+    """Its images would be wrong in silence."""
+    config = model.config.to_checkpoint()
+    task = config["config"]["task"]
+    assert task.get("version", 1) == model.task.version
+    task["version"] = model.task.version + 1
+    with pytest.raises(BadInput, match=f"its task {task['name']} has conditions of version"):
+        ModelConfig.from_checkpoint(config)
 
 
 def test_samples_of_every_task_are_the_same_in_any_batch(model):

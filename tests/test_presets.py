@@ -201,6 +201,21 @@ def test_released_diffusion_models_have_the_official_settings(name):
     assert row["lr"] in (pytest.approx(scaled), 5e-5, 1e-4)
 
 
+def test_the_inpainting_model_of_stable_diffusion_differs_in_what_it_sees_and_how_it_trained(
+    networks
+):
+    """Five channels more beside z_t: a mask, and the latents of the masked image."""
+    model = networks("sd-v1-inpaint")
+    assert model.unet.cfg.c_in == 9
+    assert n_params(model.unet) == 859_535_364
+    for name in ("tau", "ae"):
+        assert n_params(getattr(model, name)) == n_params(getattr(networks("sd-v1"), name))
+
+    row = presets.LDM["sd-v1-inpaint"]
+    changed = {name for name, value in presets.LDM["sd-v1"].items() if row[name] != value}
+    assert changed == {"task", "lr", "steps", "warmup"}
+
+
 # Millions of parameters as printed in Tables 13 and 14, by f; ImageNet's f = 4 is the released
 # model's 401 M.
 SWEEP = {

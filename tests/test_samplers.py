@@ -48,6 +48,16 @@ def test_later_keeps_a_share_of_the_steps_and_at_least_one():
     assert later(ts, 1e-6) == ts[-2:]
 
 
+@pytest.mark.parametrize("n", [10, 50, 64, 100])
+def test_later_takes_as_many_steps_as_the_released_program(n):
+    """img2img.py: t_enc = int(strength * steps), but for rounding errors of the product."""
+    ts = timesteps(1000, n)
+    for percent in range(1, 101):
+        t_enc = percent * n // 100
+        assert len(later(ts, percent / 100)) - 1 == max(1, t_enc)
+    assert int(0.29 * 100) == 28
+
+
 def test_official_timesteps_leave_the_noise_of_timestep_0():
     z = torch.randn(2, 3, 4, 4)
     eps = torch.randn(2, 3, 4, 4)

@@ -9,12 +9,14 @@ from tinyldm.data.finder import find
 from tinyldm.data.scorer import (
     class_score,
     follows,
+    hides_a_centre,
     inpaint_score,
     iou,
     layout_score,
     parse_prompt,
     semantic_score,
     superres_score,
+    text_inpaint_score,
     text_score,
     well_formed_score,
 )
@@ -256,6 +258,41 @@ def test_a_blob_in_a_hole_is_not_sensible(degraded):
     filled[:, :2] = -1
     assert inpaint_score(item["image"][None], [item])["holes_sensible"] == 1
     assert inpaint_score(filled[None], [item])["holes_sensible"] == 0
+
+
+def test_a_repainted_hole_must_hold_what_the_caption_says(degraded):
+    """Holes that are filled with the ground, or captions of another colour, are not as asked."""
+    hidden = [item for item in degraded if hides_a_centre(item["mask"], find(item["image"]))]
+    seen = [item for item in degraded if not any(item is other for other in hidden)]
+    assert len(hidden) > 10
+    assert len(seen) > 10
+    assert text_inpaint_score(images_of(degraded), degraded) == {
+        "prompts_followed": 1.0, "holes_as_asked": 1.0, "known_exact": 1.0,
+    }
+
+    # Emptied: only what hides a centre counts for the holes.
+    emptied = []
+    for item in degraded:
+        emptied.append(torch.where(item["mask"] > 0, item["image"].amax(), item["image"]))
+    scores = text_inpaint_score(torch.stack(emptied), degraded)
+    assert scores["holes_as_asked"] < 0.1
+    assert scores["holes_as_asked"] < scores["prompts_followed"] < 1
+    assert scores["known_exact"] == 1
+
+    swapped = []
+    for item in hidden:
+        words = [SWAPS.get(word, word) for word in item["caption"].split()]
+        swapped.append(item | {"caption": " ".join(words)})
+    assert text_inpaint_score(images_of(hidden), swapped)["holes_as_asked"] < 0.1
+    assert math.isnan(text_inpaint_score(images_of(seen), seen)["holes_as_asked"])
+
+
+def test_one_wrong_pixel_outside_of_a_hole_is_not_exact(degraded):
+    items = degraded[:4]
+    images = images_of(items)
+    y, x = (items[0]["mask"][0] == 0).nonzero()[0]
+    images[0, 1, y, x] += 1e-6
+    assert text_inpaint_score(images, items)["known_exact"] == 0.75
 
 
 def test_only_changes_outside_of_holes_are_a_known_error(degraded):

@@ -3,6 +3,7 @@
 A new row of TASKS is tested by being there: its class says what it needs, and the items are made
 up. Below come the tests of single tasks.
 """
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from torch.testing import assert_close
 
 import train_ldm
 from tinyldm.conditioning import ClassEmbedder, Context, SpatialRescaler
+from tinyldm.data.images import to_tensor
 from tinyldm.data.loader import collate
 from tinyldm.data.open import open_dataset
 from tinyldm.data.shapes import CLASSES, Shapes
@@ -25,7 +27,7 @@ from tinyldm.guidance import drop_condition, guided
 from tinyldm.model import LatentDiffusion
 from tinyldm.tasks import TASKS, Class, Inpainting, Layout, Semantic, SuperResolution, Text
 
-CONDITION_FLAGS = {"prompt", "prompts", "label", "boxes", "map", "image", "mask"}
+CONDITION_FLAGS = {"prompt", "prompts", "negative", "label", "boxes", "map", "image", "mask"}
 
 
 @dataclass
@@ -48,9 +50,9 @@ class Case:
         return self.task.encode(collate(items))
 
     def null_like(self, y: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the null condition, stretched to the shape of one row of y."""
-        null = self.task.null()
-        return {name: null[name].expand(1, *v.shape[1:]).to(v) for name, v in y.items()}
+        """Return y with the null condition in every row; what null does not name stays."""
+        null = {name: v.to(y[name]).expand_as(y[name]) for name, v in self.task.null().items()}
+        return y | null
 
     def ctx(self, y: dict[str, Tensor]) -> Context:
         return self.task.context(y, self.model.tau, self.model.ae)
@@ -109,9 +111,10 @@ def test_y_is_made_of_the_named_fields_alone(case):
 def test_null_is_one_row_that_stretches_to_images_of_any_size(case, h, w):
     y = case.y(made_up_items(3, h, w))
     null = case.task.null()
-    assert null.keys() == y.keys()
-    for name, v in y.items():
-        assert null[name].expand(1, *v.shape[1:]).shape == v[:1].shape
+    assert null.keys() <= y.keys()
+    assert bool(null) == case.is_conditional
+    for name, v in null.items():
+        assert v.expand(1, *y[name].shape[1:]).shape == y[name][:1].shape
 
 
 def test_null_is_a_value_that_y_can_hold(case):
@@ -127,7 +130,7 @@ def test_null_is_always_the_same_and_no_items_condition(case):
     y = case.y(case.items)
     assert_close(case.null_like(y), null, rtol=0, atol=0)
     for i in range(3):
-        different = [not torch.equal(v[i:i + 1], null[name]) for name, v in y.items()]
+        different = [not torch.equal(v[i], null[name][i]) for name, v in y.items()]
         assert any(different) == case.is_conditional
 
 
@@ -138,13 +141,13 @@ def test_dropped_rows_become_null_and_the_others_stay(case):
     for name, v in y.items():
         assert dropped[name].dtype == v.dtype
         assert dropped[name].shape == v.shape
-    assert_close(row(dropped, 1), null, rtol=0, atol=0)
+    assert_close(row(dropped, 1), row(null, 1), rtol=0, atol=0)
     for i in (0, 2):
         assert_close(row(dropped, i), row(y, i), rtol=0, atol=0)
 
     # By whatever port it goes: ctx of a dropped row is that of the null condition.
     for ctx, ctx_null in zip(ports(case.ctx(dropped)), ports(case.ctx(null))):
-        assert_close(ctx[1:2], ctx_null)
+        assert_close(ctx[1], ctx_null[1])
 
 
 # ---- every task: ctx and its ports
@@ -235,9 +238,8 @@ def test_the_unet_heeds_the_condition_and_guidance_is_the_formula(case):
         assert eps_theta(z_t, t, ctx).shape == z_t.shape
         return
 
-    null_rows = [None if port is None else port.expand(3, *port.shape[1:]) for port in ctx_null]
     eps = eps_theta(z_t, t, ctx)
-    eps_null = eps_theta(z_t, t, Context(*null_rows))
+    eps_null = eps_theta(z_t, t, ctx_null)
     assert eps.shape == z_t.shape
     for i in range(3):
         assert (eps[i] - eps_null[i]).abs().max() > 1e-3
@@ -280,6 +282,19 @@ def test_without_any_flag_conditions_are_of_the_task_or_held_out_items(case):
         assert set(condition) == set(case.task.fields)
 
 
+def test_a_prompt_is_read_as_a_condition_in_place_of_null(case):
+    """--negative: it has the fields that null names, and is encoded by itself."""
+    if "prompt" not in case.task.flags:
+        assert "negative" not in case.task.flags
+        return
+    negative = case.task.read_prompt("2")
+    assert negative.keys() == case.task.null().keys()
+    y = case.task.encode({name: [value] for name, value in negative.items()})
+    for name, v in case.task.null().items():
+        assert y[name].shape == v.shape
+        assert not torch.equal(y[name], v)
+
+
 def test_a_condition_is_shown_as_an_image_of_the_samples_size_or_not_at_all(case):
     for item in case.items:
         shown = case.task.show(item, 32, 32)
@@ -316,12 +331,15 @@ def test_a_task_explains_itself_and_is_guided_by_at_least_1(name):
 @pytest.mark.parametrize("task,expected", [
     (Class({"n_classes": 6, "d": 4}), {"label": [5]}),
     (Layout({"n_vocab": 17, "n_token": 6}), {"boxes": [[16] * 6]}),
+    (Layout({"n_vocab": 17, "n_token": 8}), {"boxes": [[16] * 6 + [0, 15]]}),
     (Semantic({"c_in": 5, "c_out": 3, "n": 2}), {"segmentation": [[[-1]]]}),
     (SuperResolution({}), {"small": [[[[0]]]]}),
-    (Inpainting({}), {"image": [[[[0]]]], "mask": [[[[1]]]]}),
+    (Inpainting({}), {"image": [[[[-1]]]], "mask": [[[[1]]]]}),
 ], ids=lambda v: type(v).__name__)
 def test_the_null_condition_of_each_task(task, expected):
-    """The class that no item has, no box, labels that are unknown, grey, a hole everywhere."""
+    """The class that no item has, no box (of a whole image), labels that are unknown, grey, a hole
+    everywhere.
+    """
     null = {name: v.tolist() for name, v in task.null().items()}
     assert null == expected
 
@@ -358,13 +376,41 @@ def layout_tokens(n_vocab: int, n_token: int, *boxes: list) -> list:
 
 def test_layout_tokens_by_hand():
     """On a grid of 4 x 4 cells WIDE goes from (x 0, y 1), cell 4, to (3, 2), cell 11; TALL from 1
-    to 15. The largest come first, eight tokens hold two boxes, and 16 means no box.
+    to 15. The largest come first, seven tokens hold two boxes, and 16 means no box.
     """
-    assert layout_tokens(17, 8, [WIDE, TINY, TALL], [WIDE], []) == [
-        [2, 1, 15, 5, 4, 11, 16, 16],
-        [5, 4, 11, 16, 16, 16, 16, 16],
-        [16] * 8,
+    assert layout_tokens(17, 7, [WIDE, TINY, TALL], [WIDE], []) == [
+        [2, 1, 15, 5, 4, 11, 16],
+        [5, 4, 11, 16, 16, 16, 16],
+        [16] * 7,
     ]
+
+
+def released_layout(boxes: list, n_tokens: int, n_max: int) -> list[int]:
+    """The tokens of a whole image by the formulas of taming-transformers' conditional builders.
+
+    boxes: rows [class, x0, y0, x1, y1 in 0..1], in the order in which they come.
+    """
+    side = int(math.sqrt(n_tokens))
+    none = n_tokens - 1
+
+    def cell(x: float, y: float) -> int:
+        return int(round(y * (side - 1))) * side + int(round(x * (side - 1)))
+
+    tokens = []
+    for number, x0, y0, x1, y1 in boxes:
+        tokens += [number, cell(x0, y0), cell(x1, y1)]
+    tokens += [none] * 3 * (n_max - len(boxes))
+    return [*tokens, cell(0, 0), cell(1, 1)]
+
+
+@pytest.mark.parametrize("n_tokens,n_max", [(8192, 30), (1025, 3), (17, 2)])
+def test_two_tokens_that_are_left_over_are_the_corners_of_the_crop(n_tokens, n_max):
+    """As in the released layout model, whose 92 tokens are 30 boxes and the crop."""
+    largest_first = [TALL, WIDE]
+    expected = released_layout(largest_first, n_tokens, n_max)
+    assert layout_tokens(n_tokens, 3 * n_max + 2, [WIDE, TALL]) == [expected]
+    null = Layout({"n_vocab": n_tokens, "n_token": 3 * n_max + 2}).null()["boxes"].tolist()
+    assert null == [released_layout([], n_tokens, n_max)]
 
 
 def test_corners_are_the_nearest_cells_and_the_last_token_is_no_box():
@@ -470,8 +516,25 @@ def test_what_lies_in_a_hole_is_unknown():
 
     other[:, 8:16, 3] += 0.5
     assert not torch.equal(ctx, ctx_of_masked(other, hole()))
-    masked_image = (image * (1 - hole()))[None]
+    masked_image = torch.where(hole() > 0, -1, image)[None]
     assert_close(ctx[:, :4], stage_one(4).encode(masked_image).mean)
+
+
+def random_pixels() -> np.ndarray:
+    """A random image (32, 32, 3) of bytes."""
+    return np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+
+
+def test_masked_images_are_those_of_the_released_program():
+    """scripts/inpaint.py: masked in 0..1, then mapped to -1..1; first the latents, then the mask."""
+    image = random_pixels().transpose(2, 0, 1)[None].astype(np.float32) / 255
+    mask = hole()[None].numpy()
+    masked_image = (1 - mask) * image
+
+    z = stage_one(4).encode(torch.from_numpy(masked_image * 2 - 1)).mean
+    mask_on_grid = F.interpolate(torch.from_numpy(mask * 2 - 1), z.shape[2:])
+    found = ctx_of_masked(to_tensor(Image.fromarray(random_pixels())), hole())
+    assert_close(found, torch.cat([z, mask_on_grid], dim=1), atol=1e-4, rtol=1e-4)
 
 
 def test_the_mask_is_1_in_holes_and_minus_1_elsewhere_on_the_latents_grid():
@@ -479,6 +542,44 @@ def test_the_mask_is_1_in_holes_and_minus_1_elsewhere_on_the_latents_grid():
     expected[2:4, 1:6] = 1
     ctx = ctx_of_masked(torch.zeros(3, 32, 32), hole())
     assert torch.equal(ctx[0, 4], expected)
+
+
+# ---- text-inpaint
+
+def test_captions_with_masked_images_are_those_of_the_released_model():
+    """scripts of Stable Diffusion's inpainting: masked in -1..1; the mask in 0..1, then latents."""
+    model = made_up_model("text-inpaint")
+    image = random_pixels().transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1
+    mask = hole()[None].numpy()
+    masked_image = image * (mask < 0.5)
+
+    z = model.ae.encode(torch.from_numpy(masked_image)).mean
+    mask_on_grid = F.interpolate(torch.from_numpy(mask), z.shape[2:])
+    ids = made_up_model("text").task.encode({"caption": ["bee number 1"]})["caption"]
+
+    item = {"caption": "bee number 1", "image": to_tensor(Image.fromarray(random_pixels()))}
+    y = model.task.encode(collate([item | {"mask": hole()}]))
+    ctx = model.task.context(y, model.tau, model.ae)
+    assert_close(ctx.beside, torch.cat([mask_on_grid, z], dim=1), atol=1e-4, rtol=1e-4)
+    assert_close(ctx.tokens, model.tau(ids))
+
+
+def test_null_leaves_mask_and_image_as_they_are():
+    task = made_up_model("text-inpaint").task
+    assert_close(task.null(), made_up_model("text").task.null())
+
+    # An epoch takes another caption of the same image: the rest is in the cache.
+    y = task.encode({"caption": ["a cat", "a dog"]})
+    assert list(y) == ["caption"]
+
+
+def test_a_prompt_without_an_image_has_nothing_to_repaint():
+    task = made_up_model("text-inpaint").task
+    given = {"prompts": ["a cat"], "label": []}
+    with pytest.raises(BadInput, match="give an image and a mask, too"):
+        task.read(given, (32, 32), 8)
+    conditions, _ = task.read(given | {"mask": None}, (32, 32), 8)
+    assert conditions == [{"caption": "a cat"}]
 
 
 # ---- what the data set decides

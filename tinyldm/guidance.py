@@ -24,14 +24,15 @@ def drop_condition(
 ) -> dict[str, Tensor]:
     """Return y with the null condition in the rows where drop (B,) is true.
 
-    y_null has the names of y; its tensors are (1, ...), or broadcast to one row of y. A
-    row loses all of its condition or nothing. The dtypes are those of y.
+    y_null has names of y; its tensors are (1, ...), or broadcast to one row of y. A row
+    loses all that y_null names, or nothing. The dtypes are those of y.
     """
-    dropped = {}
-    for name, values in y.items():
+    dropped = dict(y)
+    for name, null in y_null.items():
+        values = y[name]
         # drop as (B, 1, ..., 1), which broadcasts over whole rows of values.
         rows = drop.view(-1, *[1] * (values.ndim - 1))
-        dropped[name] = torch.where(rows, y_null[name].to(values), values)
+        dropped[name] = torch.where(rows, null.to(values), values)
     return dropped
 
 
@@ -45,7 +46,8 @@ def guided(eps_theta: Callable, ctx_null: Context, s: float) -> Callable:
     same with w = s - 1: their w = 0 is s = 1 here.
 
     Both terms are computed in one call of twice the batch, the null condition first.
-    The batch size of ctx_null is 1 or B.
+    The batch size of ctx_null is 1 or B, in each port. A negative condition, which says
+    what an image should not show, can take its place.
     """
     if s == 1:
         return eps_theta

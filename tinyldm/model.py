@@ -44,12 +44,19 @@ class ModelConfig:
     tokenizer: str | None = None        # its JSON, for captions
     p_drop: float = 0.1                 # share of conditions dropped in training; 0: no guidance
 
+    def task_and_version(self) -> dict:
+        """Return the task's name, and the version of its conditions if it is not the first."""
+        version = TASKS[self.task](self.tau).version
+        if version == 1:
+            return {"name": self.task}
+        return {"name": self.task, "version": version}
+
     def to_checkpoint(self) -> dict:
         """Return the config as the plain values that a checkpoint holds."""
         diffusion = dataclasses.asdict(self.diffusion)
         diffusion["name"] = diffusion.pop("schedule")
         config = {
-            "task": {"name": self.task},
+            "task": self.task_and_version(),
             "autoencoder": dataclasses.asdict(self.autoencoder),
             "unet": dataclasses.asdict(self.unet),
             "tau": self.tau,
@@ -68,14 +75,16 @@ class ModelConfig:
     def from_checkpoint(checkpoint: dict) -> "ModelConfig":
         """Return the config that a checkpoint holds.
 
-        Raises KeyError or TypeError for a dict that is no checkpoint of a model.
+        Raises KeyError or TypeError for a dict that is no checkpoint of a model, and BadInput for
+        a model whose task had conditions of another version.
         """
         config = checkpoint["config"]
+        saved_task = config.get("task", {"name": "text"})
         diffusion = dict(config["schedule"])
         diffusion["schedule"] = diffusion.pop("name")
         p_drop = checkpoint.get("p_drop", checkpoint.get("args", {}).get("p_drop", 0.1))
-        return ModelConfig(
-            task=config.get("task", {"name": "text"})["name"],
+        model_config = ModelConfig(
+            task=saved_task["name"],
             size=both_sides(checkpoint["size"]),
             autoencoder=AEConfig(**config["autoencoder"]),
             unet=UNetConfig(**config["unet"]),
@@ -85,6 +94,14 @@ class ModelConfig:
             tokenizer=checkpoint["tokenizer"],
             p_drop=p_drop,
         )
+        version = model_config.task_and_version().get("version", 1)
+        saved_version = saved_task.get("version", 1)
+        require(
+            saved_version == version,
+            f"its task {saved_task['name']} has conditions of version {saved_version}, which are "
+            f"now made otherwise (version {version}); train it anew",
+        )
+        return model_config
 
 
 @dataclass
@@ -113,6 +130,11 @@ class LatentDiffusion:
     def size_multiple(self) -> int:
         """The sides of a sampled image must be multiples of it."""
         return self.ae.cfg.f * self.unet.cfg.factor
+
+    @property
+    def sees_mask(self) -> bool:
+        """True if the condition has the mask that says where an image is repainted."""
+        return "mask" in self.task.fields
 
     @property
     def can_be_guided(self) -> bool:
@@ -150,6 +172,8 @@ class LatentDiffusion:
         sampler: str = "ddim",
         eta: float = 0.0,
         guidance_scale: float | None = None,
+        negative: dict | None = None,
+        pull: bool = False,
         strength: float = 0.5,
         z_T: Tensor | None = None,
         watch: Callable[[Callable], Callable] | None = None,
@@ -159,27 +183,34 @@ class LatentDiffusion:
         conditions: dicts with the fields of the model's task. Besides, each of them may have
             `init` (C, H, W), an image to begin from, noised as far as `strength` in 0..1 says;
             or `image` (C, H, W) and `mask` (1, H, W): it is repainted where the mask is 1.
+            What is known is put into the result. It is also put back before each step, for a
+            model whose condition does not have the mask, and for any model with `pull`.
         seeds: a pair (seed, index) per image, which determines all its noise.
         size: (H, W), multiples of size_multiple; default: as in training.
         steps, timesteps: how many of the T timesteps to visit, and the rule that picks them.
         sampler, eta: a row of SAMPLERS; eta is DDIM's share of noise, 0..1.
-        guidance_scale: s of classifier-free guidance; 1 is none; default: the model's.
+        guidance_scale: s of classifier-free guidance; 1 is none; default: the model's or, with a
+            negative condition, the task's.
+        negative: what the images should not show, a condition with the fields that the task's
+            null condition names; guidance leads away from it, in place of the null condition.
+            So a model that has not learned the null condition can be guided, too.
         z_T: noise (n, c_z, h, w) to begin from, in place of the seeds' own.
         watch: wraps the eps_theta that the sampler calls, to record what it says.
 
-        Raises BadInput for steps that the schedule does not have, and for a mask with a
-        sampler that builds on its past steps; NotFinite, which names the network, where one
-        gives values that are not numbers.
+        Raises BadInput for steps that the schedule does not have, and if what is known must be
+        put back at each step of a sampler that builds on its past steps; NotFinite, which names
+        the network, where one gives values that are not numbers.
         """
         device = self.abar.device
         H, W = size or self.config.size
         f = self.ae.cfg.f
         shape = (self.ae.cfg.c_z, H // f, W // f)
         if guidance_scale is None:
-            guidance_scale = self.guidance_scale
+            has_null = negative is None
+            guidance_scale = self.guidance_scale if has_null else self.task.guidance_scale
 
-        # The condition, and the one that says nothing, each as the U-Net receives it.
-        ctx, ctx_null = self._contexts(conditions)
+        # The condition, and the one to guide away from, each as the U-Net receives it.
+        ctx, ctx_null = self._contexts(conditions, negative)
         if ctx.tokens is None and ctx.beside is None:
             guidance_scale = 1.0
 
@@ -213,33 +244,46 @@ class LatentDiffusion:
         if "mask" not in conditions[0]:
             return self._decode(run_sampler(z, ts)).cpu()
 
-        # Some of the image is known. Before each step its latents are put back, which a sampler
-        # with a past would take for its own work.
-        require(
-            not SAMPLERS[sampler].has_past,
-            f"sampler {sampler}: it builds on its past steps, which a mask changes; use ddim",
-        )
-
-        # Keep the latents that no hole reaches into, then the pixels.
+        # Some of the image is known: its pixels are kept.
         image = self._stack(conditions, "image")
         mask = self._stack(conditions, "mask")
-        known = 1 - torch.max_pool2d(mask, f)                   # (n, 1, h, w)
-        z_known = self._encode(image)
-        z = masked(run_sampler, z, z_known, known, self.abar, ts, randn)
+        if self.sees_mask and not pull:
+            z = run_sampler(z, ts)
+        else:
+            # Before each step, put back the latents that no hole reaches into. A sampler with a
+            # past would take them for its own work.
+            require(
+                not SAMPLERS[sampler].has_past,
+                f"sampler {sampler}: it builds on its past steps, which a mask changes; use ddim",
+            )
+            known = 1 - torch.max_pool2d(mask, f)               # (n, 1, h, w)
+            z_known = self._encode(image)
+            z = masked(run_sampler, z, z_known, known, self.abar, ts, randn)
         return torch.where(mask > 0, self._decode(z), image).cpu()
 
-    def _contexts(self, conditions: Sequence[dict]) -> tuple[Context, Context]:
-        """ctx of the conditions and, of batch size 1, ctx of the null condition."""
+    def _contexts(
+        self, conditions: Sequence[dict], negative: dict | None
+    ) -> tuple[Context, Context]:
+        """ctx of the conditions, and of the negative condition or, if it is None, of null.
+
+        A port of the second one has batch size 1 where all of it is the same for all conditions.
+        """
         device = self.abar.device
         batch = {}
         for name in self.task.fields:
             batch[name] = [condition[name] for condition in conditions]
 
         y = self.task.encode(batch)
-        y_null = self.task.null()
         for name, v in y.items():
             y[name] = v.to(device)
-            y_null[name] = y_null[name].to(device).expand(1, *v.shape[1:])
+
+        # What null does not name stays as it is in y.
+        null = self.task.null()
+        if negative is not None:
+            null = self.task.encode({name: [value] for name, value in negative.items()})
+        y_null = dict(y)
+        for name, v in null.items():
+            y_null[name] = v.to(device).expand(1, *y[name].shape[1:])
 
         ctx = self.task.context(y, self.tau, self.ae)
         ctx_null = self.task.context(y_null, self.tau, self.ae)

@@ -15,6 +15,7 @@ never in a step that lands on z_0.
 A solver "has a past" if it uses the outputs of eps_theta in earlier steps. This makes
 it more accurate at no cost, but needs all steps in one run: see masked().
 """
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,11 +69,13 @@ def later(ts: list[int], strength: float) -> list[int]:
     """Return the last steps of ts: a share `strength` in 0..1 of them, at least one.
 
     For SDEdit (Meng et al. 2022): noise the z of an image to the first of them, and
-    sample from there.
-    NB: the released img2img.py noises z to one timestep, but samples from the next.
+    sample from there. A part of a step is left out, as in the released img2img.py.
+    NB: there, int(0.29 * 100) is 28, a rounding error of the product; here it is 29. It
+    noises z to one timestep, but samples from the next. It takes its share of the steps
+    that are asked for, not of those that official_timesteps visits.
     """
     n_steps = len(ts) - 1
-    n_kept = max(1, round(strength * n_steps))
+    n_kept = max(1, math.floor(strength * n_steps + 1e-9))
     return ts[-(n_kept + 1):]
 
 
@@ -302,7 +305,8 @@ def masked(
     Before each step, the known part of z_t is replaced by a fresh sample of q(z_t | z),
     and the step makes the rest fit to it. step(z_t, [t, s]) takes z_t from t to s.
 
-    Why no sampler with a past: each call is a run of one step, in which there is no
+    A model whose condition has the mask needs none of this: it knows what surrounds the
+    holes. Why no sampler with a past: each call is a run of one step, in which there is no
     past, so the solver would quietly be a worse one. Keeping the past would be no help:
     it belongs to a z_t that has since been replaced.
     """

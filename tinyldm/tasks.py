@@ -8,6 +8,7 @@ A condition reaches the U-Net by one of two ports, or by both:
   in the image, or not a fixed one, so each place must look for what concerns it.
 - maps beside z_t (B, c, h, w): semantic, superres, inpaint. Why: they are aligned with the
   image, place by place, so a convolution sees at once what belongs together.
+By both comes text-inpaint.
 
 A new task is one class and one row of TASKS; the tests run over that table.
 """
@@ -59,6 +60,9 @@ class Task:
     flags: tuple[str, ...] = ()
     # True if score() works for any images, False if for those of the built-in world only.
     scores_any_world = False
+    # A higher one says that `encode` now means something else: latent caches and checkpoints of
+    # an earlier one do not fit.
+    version = 1
 
     def __init__(
         self, tau: dict, tokenizer: Tokenizer | None = None, class_names: Sequence[str] = ()
@@ -104,7 +108,11 @@ class Task:
         return {}
 
     def null(self) -> dict[str, Tensor]:
-        """Return the y (1, ...) that says nothing: for guidance, and for dropped conditions."""
+        """Return the y (1, ...) that says nothing: for guidance, and for dropped conditions.
+
+        What it does not name stays as it is in y. Such a part is never left out in training, and
+        guidance does not exaggerate it.
+        """
         return {}
 
     def context(self, y: dict[str, Tensor], tau: nn.Module | None, ae: nn.Module) -> Context:
@@ -112,6 +120,13 @@ class Task:
         return Context()
 
     # ---- for people
+
+    def read_prompt(self, prompt: str) -> dict:
+        """Return what a prompt says, by field, for a task with the flag `prompt`.
+
+        Raises BadInput for what says nothing to this model.
+        """
+        raise NotImplementedError
 
     def read(
         self, given: dict[str, Any], size: tuple[int, int], multiple: int
@@ -189,7 +204,7 @@ class Class(Task):
     fields = ("label",)
     guidance_scale = 2.0
     attends = True
-    flags = ("prompt", "prompts", "label")
+    flags = ("prompt", "prompts", "label", "negative")
 
     @staticmethod
     def decide(values: dict, train: ImageDataset, held_out: ImageDataset) -> dict:
@@ -228,11 +243,14 @@ class Class(Task):
     ) -> tuple[list[dict] | None, tuple[int, int]]:
         """Classes by name or number; by default, every class that training has seen."""
         names = given.get("prompts", []) + given.get("label", [])
-        numbers = [self.class_number(name, self.tau["n_classes"]) for name in names]
-        if not numbers:
-            is_built_in = self.class_names == tuple(shapes.CLASSES)
-            numbers = shapes.SEEN if is_built_in else range(len(self.class_names))
+        if names:
+            return [self.read_prompt(name) for name in names], size
+        is_built_in = self.class_names == tuple(shapes.CLASSES)
+        numbers = shapes.SEEN if is_built_in else range(len(self.class_names))
         return [{"label": number} for number in numbers], size
+
+    def read_prompt(self, prompt: str) -> dict:
+        return {"label": self.class_number(prompt, self.tau["n_classes"])}
 
     def examples(self, n: int, train: ImageDataset, held_out: ImageDataset) -> list[dict]:
         labels = train.seen_labels()
@@ -269,7 +287,7 @@ class Text(Task):
     fields = ("caption",)
     guidance_scale = 2.0
     attends = True
-    flags = ("prompt", "prompts")
+    flags = ("prompt", "prompts", "negative")
 
     @staticmethod
     def decide(values: dict, train: ImageDataset, held_out: ImageDataset) -> dict:
@@ -308,7 +326,10 @@ class Text(Task):
     def read(
         self, given: dict[str, Any], size: tuple[int, int], multiple: int
     ) -> tuple[list[dict] | None, tuple[int, int]]:
-        return [{"caption": prompt} for prompt in given.get("prompts", [])], size
+        return [self.read_prompt(prompt) for prompt in given.get("prompts", [])], size
+
+    def read_prompt(self, prompt: str) -> dict:
+        return {"caption": prompt}
 
     def examples(self, n: int, train: ImageDataset, held_out: ImageDataset) -> list[dict]:
         prompts = held_out.prompts(n)
@@ -328,11 +349,14 @@ class Layout(Task):
     """Bounding boxes as tokens, three per box: class, top left, bottom right (Sec. 4.3.2).
 
     A corner is a cell of a grid over the image, numbered row by row. The largest boxes come
-    first; the last token of the vocabulary means "no box" and fills the rest. Why tokens: boxes
-    overlap and vary in number, which no map of fixed depth can hold.
+    first; the last token of the vocabulary means "no box" and fills the rest. Where two tokens
+    are left over, as in the 92 of the released model, they are the corners of the crop that the
+    image is of a larger one. Why tokens: boxes overlap and vary in number, which no map of fixed
+    depth can hold.
 
     NB: as in taming-transformers' objects_bbox.py, classes and cells share their numbers; the
-    position in the sequence tells them apart.
+    position in the sequence tells them apart. Its training crops images at random and shuffles
+    the boxes; here an image is always whole, so its corners are the first and the last cell.
     """
 
     fields = ("boxes",)
@@ -356,6 +380,16 @@ class Layout(Task):
     tau_shape = Text.tau_shape
     build_tau = Text.build_tau
 
+    @property
+    def has_crop(self) -> bool:
+        """True if the last two tokens are the corners of the crop."""
+        return self.tau["n_token"] % 3 == 2
+
+    @property
+    def version(self) -> int:
+        """In version 1, no crop had corners: these tokens were "no box"."""
+        return 2 if self.has_crop else 1
+
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """boxes (K, 5) [class, x0, y0, x1, y1 in 0..1] of each item -> ids (B, M)."""
         return {"boxes": torch.stack([self._tokens(boxes) for boxes in batch["boxes"]])}
@@ -373,7 +407,10 @@ class Layout(Task):
         label = boxes[:, 0].long()
         x0, y0, x1, y1 = (boxes[:, 1:] * (side - 1)).round().long().unbind(1)
         ids = torch.stack([label, y0 * side + x0, y1 * side + x1], dim=1).flatten()
-        return pad(ids, (0, n_token - len(ids)), value=no_box)
+        ids = pad(ids, (0, n_token - len(ids)), value=no_box)
+        if self.has_crop:
+            ids[-2:] = torch.tensor([0, side * side - 1])
+        return ids
 
     def null(self) -> dict[str, Tensor]:
         """No boxes at all."""
@@ -567,24 +604,26 @@ class SuperResolution(Task):
 class Inpainting(Task):
     """An image with holes, beside z_t: the latents of what is left, and the mask (Sec. 4.5).
 
-    A mask is 1 in the holes. There is no tau: stage one encodes the masked image.
+    A mask is 1 in the holes. There is no tau: stage one encodes the masked image, whose holes
+    are black, as in the released code's scripts/inpaint.py.
     """
 
     fields = ("image", "mask")
+    version = 2                         # in version 1, the holes were grey (0)
 
     @staticmethod
     def beside_channels(c_z: int, c_x: int) -> int:
         return c_z + 1
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The holes of the image are filled with grey (0)."""
-        image = torch.stack(list(batch["image"]))
-        mask = torch.stack(list(batch["mask"]))
-        return {"image": image * (1 - mask), "mask": mask}      # (B, c_x, H, W), (B, 1, H, W)
+        """The holes of the image are filled with black (-1)."""
+        image = torch.stack(list(batch["image"]))               # (B, c_x, H, W)
+        mask = torch.stack(list(batch["mask"]))                 # (B, 1, H, W)
+        return {"image": image * (1 - mask) - mask, "mask": mask}
 
     def null(self) -> dict[str, Tensor]:
         """One hole everywhere."""
-        return {"image": torch.zeros(1, 1, 1, 1), "mask": torch.ones(1, 1, 1, 1)}
+        return {"image": -torch.ones(1, 1, 1, 1), "mask": torch.ones(1, 1, 1, 1)}
 
     @torch.no_grad()
     def context(self, y: dict[str, Tensor], tau: nn.Module | None, ae: nn.Module) -> Context:
@@ -606,6 +645,61 @@ class Inpainting(Task):
         return scorer.inpaint_score(images, items, unit)
 
 
+class TextInpainting(Text):
+    """A caption, and an image with holes: what the caption names is painted into the holes.
+
+    It uses both ports. The U-Net attends to the caption; beside z_t lie the mask and the latents
+    of what is left of the image. The null condition is the empty caption, with mask and image as
+    they are: guidance exaggerates what the caption says of a hole, not what surrounds it.
+
+    NB: as in the released Stable Diffusion inpainting model (LatentInpaintDiffusion). Its
+    condition beside z_t differs from that of Inpainting in three ways: the mask comes first; it
+    is 0, not -1, where nothing is hidden; the holes of the image are grey (0), not black (-1).
+    The released code samples the latents of the masked image from q(z | x); here they are the
+    mean.
+    """
+
+    fields = ("caption", "image", "mask")
+    examples = Task.examples
+    show = Inpainting.show
+
+    @staticmethod
+    def beside_channels(c_z: int, c_x: int) -> int:
+        return 1 + c_z
+
+    def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The holes of the image are filled with grey (0). A batch may have captions alone."""
+        y = super().encode(batch)                               # caption (B, M)
+        if "image" in batch:
+            image = torch.stack(list(batch["image"]))           # (B, c_x, H, W)
+            mask = torch.stack(list(batch["mask"]))             # (B, 1, H, W)
+            y |= {"image": image * (1 - mask), "mask": mask}
+        return y
+
+    def context(self, y: dict[str, Tensor], tau: nn.Module, ae: nn.Module) -> Context:
+        """Tokens of the caption; the mask, 1 in the holes, and latents of the masked image."""
+        tokens = tau(y["caption"])                              # (B, M, D)
+        with torch.no_grad():
+            z = ae.encode(y["image"]).mean
+        mask = interpolate(y["mask"], z.shape[2:])
+        return Context(tokens, torch.cat([mask, z], dim=1))     # (B, 1 + c_z, h, w)
+
+    def read(
+        self, given: dict[str, Any], size: tuple[int, int], multiple: int
+    ) -> tuple[list[dict] | None, tuple[int, int]]:
+        """Prompts; sample.py adds the image and the mask to every condition."""
+        if "mask" in given:
+            return super().read(given, size, multiple)
+        require(
+            not given.get("prompts"),
+            "this model repaints a part of an image; give an image and a mask, too",
+        )
+        return None, size
+
+    def score(self, images: Tensor, items: list[dict], unit: float | None = None) -> dict:
+        return scorer.text_inpaint_score(images, items, unit)
+
+
 TASKS: dict[str, type[Task]] = {
     "uncond": Unconditional,
     "class": Class,
@@ -614,4 +708,5 @@ TASKS: dict[str, type[Task]] = {
     "semantic": Semantic,
     "superres": SuperResolution,
     "inpaint": Inpainting,
+    "text-inpaint": TextInpainting,
 }

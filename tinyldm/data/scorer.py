@@ -228,7 +228,40 @@ def inpaint_score(
     return {"holes_sensible": float(np.mean(sensible)), "known_error": max(errors)}
 
 
+def text_inpaint_score(
+    images: Tensor, items: Sequence[dict], unit: float | None = None
+) -> dict[str, float]:
+    """Compare repainted images with their captions, and what is known with the true images.
+
+    Returns three shares: of images that follow all that their caption says; the same, of
+    those whose hole hides the centre of an object of the true image, which the model can
+    only know from the caption (NaN if there are none); and of images that are exactly the
+    true ones outside of the holes.
+    """
+    followed = []
+    followed_in_holes = []
+    known_is_exact = []
+    for x, item in zip(images, items):
+        is_followed = follows(find(x, unit), item["caption"])
+        followed.append(is_followed)
+        if hides_a_centre(item["mask"], find(item["image"], unit)):
+            followed_in_holes.append(is_followed)
+
+        kept = (item["mask"] == 0).expand_as(x)                     # (3, H, W)
+        known_is_exact.append(torch.equal(x[kept], item["image"][kept]))
+    return {
+        "prompts_followed": float(np.mean(followed)),
+        "holes_as_asked": sum(followed_in_holes) / (len(followed_in_holes) or np.nan),
+        "known_exact": float(np.mean(known_is_exact)),
+    }
+
+
 # ---- what the scores use
+
+def hides_a_centre(mask: Tensor, things: list[Thing]) -> bool:
+    """True if the centroid of an object lies where the mask (1, H, W) is 1."""
+    return any(mask[0, int(thing.y), int(thing.x)] > 0 for thing in things)
+
 
 def is_same(a: Thing, b: Thing, distance: float) -> bool:
     """True if two objects have one class, less than `distance` apart on each axis."""

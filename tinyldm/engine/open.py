@@ -61,8 +61,9 @@ def open_ours(path: Path, ema: bool, device: torch.device | str) -> LatentDiffus
     require(ema or "nets" in checkpoint, f"{path} has averaged weights only; take ckpt.pt")
     weights = checkpoint["ema" if ema else "nets"]
 
-    with trying(f"{path}: its parts do not fit together"):
+    with naming(str(path)), trying("its parts do not fit together"):
         config = ModelConfig.from_checkpoint(checkpoint)
+    with trying(f"{path}: its parts do not fit together"):
         # On the meta device, so that a file with absurd sizes takes no memory.
         with torch.device("meta"):
             model = build_model(config)
@@ -123,7 +124,7 @@ def read_config(
     if not is_ours(path):
         return released.read_config(path, preset, vocab)
     checkpoint = load_checkpoint(path, "ldm", mmap=True)
-    with trying(f"{path}: its parts do not fit together"):
+    with naming(str(path)), trying("its parts do not fit together"):
         return ModelConfig.from_checkpoint(checkpoint), checkpoint["args"]
 
 
