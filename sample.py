@@ -9,8 +9,9 @@
     torchrun --nproc-per-node 8 -- sample.py --n 50000 --out out/samples ...    # shared by 8
 
 It writes one grid, with a row per prompt, or a folder of images, batch by batch, and settings.json,
-which says how they were made. Image i has the noise of (seed, i): its bits are the same in batches
-of one size, in any number of processes; in batches of another size it differs by 1e-5 or so.
+which says how they were made. If they have captions or classes, metadata.jsonl makes the folder a
+data set. Image i has the noise of (seed, i): its bits are the same in batches of one size, in any
+number of processes; in batches of another size it differs by 1e-5 or so.
 """
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
@@ -33,6 +34,7 @@ from tinyldm.engine.output import (
     WRITTEN,
     image_paths,
     is_image_file,
+    metadata_of,
     prepare_folder,
     save_images,
     settings_of,
@@ -97,7 +99,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     g.add_argument("--resume", action="store_true",
                    help="sample only the batches that the folder does not have yet")
     g.add_argument("--replace", action="store_true",
-                   help="remove the numbered images that the folder has, whatever made them")
+                   help="remove the numbered images that the folder has, whatever made them, and "
+                        "their metadata.jsonl")
     g.add_argument("--score", action="store_true",
                    help="print how well the images follow their conditions (the built-in world, "
                         "or superres with the true image)")
@@ -465,7 +468,10 @@ def main(args: Namespace) -> None:
     if not is_grid:
         with naming("--out"):
             made_with = settings(args, model, request, steps, machine)
-            prepare_folder(args.out, made_with, replace=args.replace, main=machine.main)
+            metadata = metadata_of(model, request) if machine.main else []
+            prepare_folder(
+                args.out, made_with, metadata, replace=args.replace, main=machine.main
+            )
 
     # What is watched on the way: each call of the U-Net, attention, the predicted z_0.
     n = len(request)

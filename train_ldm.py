@@ -28,6 +28,7 @@ from tinyldm.data.dataset import ImageDataset
 from tinyldm.data.images import size_text
 from tinyldm.data.latents import Latents, encode_dataset, fingerprint
 from tinyldm.data.loader import batch_order, load_batches
+from tinyldm.data.prior import DEFAULT_WEIGHT, WithPrior
 from tinyldm.diffusion import (
     DiffusionConfig,
     as_eps_theta,
@@ -82,6 +83,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                        help="train a LoRA of this rank, and none of the model's own weights")
     group.add_argument("--lora-tau", action="store_true",
                        help="let the LoRA change tau, too")
+    group.add_argument("--prior", type=str,
+                       help="a set of images of what the model knows already, mixed with --data: "
+                            "a folder that sample.py wrote")
+    group.add_argument("--prior-weight", type=float,
+                       help="share of --prior in each epoch; default: 0.5")
 
     group = parser.add_argument_group("stage one and task")
     group.add_argument("--ae", type=Path,
@@ -126,6 +132,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     for name in ("vocab", "lora"):
         require(args.init or getattr(args, name) is None, f"--{name}: only with --init")
     require(args.lora or not args.lora_tau, "--lora-tau: only with --lora")
+    require(args.prior or args.prior_weight is None, "--prior-weight: only with --prior")
     args.ae = args.ae or args.init or DEFAULT_AE
     return args
 
@@ -395,7 +402,8 @@ def latent_batches(
 ) -> Iterator[tuple[Posterior, dict[str, Tensor]]]:
     """Yield q(z | x) and y of this process's images, step by step, from step done + 1 on."""
     order = batch_order(
-        len(data), args.batch, done, args.steps, args.seed, machine.rank, machine.world, data.shards
+        len(data), args.batch, done, args.steps, args.seed, machine.rank, machine.world,
+        data.shards, data.repeats,
     )
     if cache is not None:
         for indices in order:
@@ -606,6 +614,10 @@ def main(args: Namespace) -> None:
     }
     data = flags.open_data(args, "train", ae.cfg.c_x, **what_items_have)
     held_out = flags.open_data(args, "held-out", ae.cfg.c_x, **what_items_have)
+    if args.prior:
+        prior = flags.open_data(args, "train", ae.cfg.c_x, source="prior", **what_items_have)
+        with naming("--prior"):
+            data = WithPrior(data, prior, args.prior_weight or DEFAULT_WEIGHT)
     if machine.main:
         flags.print_found(data)
     if args.init:

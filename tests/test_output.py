@@ -1,13 +1,24 @@
 """What sample.py writes: files by their suffix, and folders that hold images of one setting."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+from tinyldm.data.open import open_dataset
 from tinyldm.engine.open import open_model
-from tinyldm.engine.output import NOT_WRITTEN, WRITTEN, digest_of_model, is_image_file
+from tinyldm.engine.output import (
+    NOT_WRITTEN,
+    WRITTEN,
+    digest_of_model,
+    is_image_file,
+    metadata_of,
+    prepare_folder,
+)
+from tinyldm.engine.request import Request
 from tinyldm.errors import BadInput
+from tinyldm.tasks import TASKS
 
 PROMPT = "a red circle"
 
@@ -72,7 +83,7 @@ def test_the_same_settings_write_the_same_folder_again(sampled, tmp_path):
     """settings.json says in plain words how the images were made."""
     sampled(PROMPT)
     first = contents(tmp_path / "images")
-    assert first.keys() == {"000000.png", "000001.png", "settings.json"}
+    assert first.keys() == {"000000.png", "000001.png", "metadata.jsonl", "settings.json"}
     settings = json.loads(first["settings.json"])
     assert settings["conditions"] == {"caption": [PROMPT]}
     assert (settings["n"], settings["steps"], settings["sampler"]) == (2, 2, "ddim")
@@ -121,11 +132,12 @@ def test_a_folder_of_other_settings_is_refused_and_stays_as_it_is(sampled, train
 def test_replace_removes_the_numbered_images_and_nothing_else(sampled, tmp_path):
     folder = tmp_path / "images"
     sampled(PROMPT)
+    first = contents(folder)
     for name in ("000007.png", "photo.png", "12.png"):
         (folder / name).write_bytes(b"there")
     sampled(PROMPT, "--seed", 1, "--replace")
     files = contents(folder)
-    assert files.keys() == {"000000.png", "000001.png", "photo.png", "12.png", "settings.json"}
+    assert files.keys() == first.keys() | {"photo.png", "12.png"}
     assert json.loads(files["settings.json"])["seed"] == 1
 
 
@@ -151,6 +163,68 @@ def test_a_settings_file_of_something_else_is_not_overwritten(sampled, tmp_path,
     for flags in ([], ["--replace"]):
         assert message in sampled(PROMPT, *flags, code=2)
     assert contents(folder) == {"settings.json": text.encode()}
+
+
+# ---- metadata
+
+def test_a_folder_of_samples_is_a_data_set_with_their_captions(sampled, tmp_path):
+    """And nothing in it is reported as left out."""
+    sampled(PROMPT, 'a "blue\u2028" square')
+    data = open_dataset(str(tmp_path / "images"), "train", size=16, fields=["caption"])
+    captions = [PROMPT, PROMPT, 'a "blue\u2028" square', 'a "blue\u2028" square']
+    assert data.captions() == captions
+    assert [data[k]["caption"] for k in range(4)] == captions
+    [line] = data.summary()
+    assert "4 images" in line and "4 captions" in line
+
+
+def test_metadata_has_the_class_of_each_image_by_name():
+    """Or by number, for a class without a name, such as the null condition."""
+    model = SimpleNamespace(task=TASKS["class"]({}, class_names=["cat", "dog"]))
+    conditions = [{"label": 1}, {"label": 2}]
+    request = Request(conditions, {}, (16, 16), n_each=2, is_held_out=False)
+    assert metadata_of(model, request) == [
+        {"file_name": "000000.png", "label": "dog"},
+        {"file_name": "000001.png", "label": "dog"},
+        {"file_name": "000002.png", "label": 2},
+        {"file_name": "000003.png", "label": 2},
+    ]
+
+
+def test_tasks_without_captions_or_classes_have_no_metadata(tmp_path):
+    model = SimpleNamespace(task=TASKS["uncond"]({}))
+    metadata = metadata_of(model, Request([{}], {}, (16, 16), n_each=4, is_held_out=False))
+    assert metadata == []
+    prepare_folder(tmp_path, {"seed": 0}, metadata, replace=False, main=True)
+    assert contents(tmp_path).keys() == {"settings.json"}
+
+
+def test_metadata_are_complete_before_sampling_and_new_with_new_images(sampled, tmp_path):
+    """Corrected captions stay with their images, also where more of them are sampled."""
+    metadata = tmp_path / "images/metadata.jsonl"
+    sampled(PROMPT)
+    written = metadata.read_text()
+    corrected = written.replace("red", "dark red")
+    metadata.write_text(corrected)
+    (tmp_path / "images/000001.png").unlink()
+    sampled(PROMPT, "--resume")
+    assert metadata.read_text() == corrected
+
+    sampled("a cross", "--replace")
+    assert metadata.read_text() == written.replace(PROMPT, "a cross")
+    metadata.unlink()
+    sampled("a cross", "--resume")
+    assert metadata.read_text() == written.replace(PROMPT, "a cross")
+
+
+def test_metadata_of_something_else_are_not_overwritten(sampled, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "metadata.jsonl").write_text("{}")
+    for flags in ([], ["--replace"]):
+        message = sampled(PROMPT, *flags, code=2)
+        assert f"{folder}: has a metadata.jsonl that is not of samples" in message
+    assert contents(folder) == {"metadata.jsonl": b"{}"}
 
 
 def test_any_weight_changes_the_hash_of_a_model(trained):

@@ -1,12 +1,14 @@
 """data/finder.py, data/scorer.py: right on every clean image, wrong on wrong ones."""
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from tinyldm.data.degrade import Degraded
 from tinyldm.data.finder import find
 from tinyldm.data.scorer import (
+    are_as_wanted,
     class_score,
     follows,
     hides_a_centre,
@@ -20,11 +22,12 @@ from tinyldm.data.scorer import (
     text_score,
     well_formed_score,
 )
-from tinyldm.data.shapes import Shapes
-from tinyldm.data.world import CLASSES, PALETTE, Thing
+from tinyldm.data.shapes import Shapes, place, render
+from tinyldm.data.world import CLASSES, COLOURS, Scene, Thing
 from tinyldm.errors import BadInput
 
 GROUND = torch.full((3, 32, 32), 0.8)           # an image without objects
+RED = 2 * torch.tensor(COLOURS["red"])[:, None, None] - 1
 
 
 def items_of(data, n):
@@ -70,7 +73,7 @@ def test_the_scorer_finds_places_and_areas():
 
 def test_a_bar_is_a_blob_and_an_even_image_has_no_objects():
     image = GROUND.clone()
-    image[:, 10:12, 4:28] = torch.tensor(PALETTE[0]).float()[:, None, None]
+    image[:, 10:12, 4:28] = RED
     assert [thing.shape for thing in find(image)] == ["blob"]
     assert find(GROUND) == []
 
@@ -78,9 +81,8 @@ def test_a_bar_is_a_blob_and_an_even_image_has_no_objects():
 def test_close_objects_of_one_colour_are_found_apart():
     """Two squares of 8 x 8 pixels with one pixel between them: each has an area of 64."""
     image = GROUND.clone()
-    red = torch.tensor(PALETTE[0]).float()[:, None, None]
-    image[:, 12:20, 6:14] = red
-    image[:, 12:20, 15:23] = red
+    image[:, 12:20, 6:14] = RED
+    image[:, 12:20, 15:23] = RED
     things = find(image)
     assert [thing.class_name for thing in things] == ["red square", "red square"]
     assert [thing.x for thing in things] == pytest.approx([10, 19])
@@ -304,3 +306,15 @@ def test_only_changes_outside_of_holes_are_a_known_error(degraded):
     outside[:, ~hole] -= 0.3
     assert inpaint_score(in_hole[None], [item])["known_error"] == 0
     assert inpaint_score(outside[None], [item])["known_error"] == pytest.approx(0.3)
+
+
+def test_a_colour_outside_the_world_is_found_by_its_name():
+    """If it is given; else its objects have the nearest colour of the world."""
+    colours = COLOURS | {"magenta": (0.74, 0.13, 0.42)}
+    rng = np.random.default_rng(0)
+    scene = Scene((Thing("cross", "magenta", "big"), Thing("square", "red", "small")), "above")
+    image = render(place(scene, rng), 32, rng, colours)
+    found = find(image, colours=colours)
+    assert are_as_wanted(found, scene.things, scene.relation)
+    assert not are_as_wanted(found, scene.things, "below")
+    assert {thing.colour for thing in find(image)} == {"red", "purple"}

@@ -72,6 +72,9 @@ class ImageDataset(Dataset):
     # The archive that each image lies in, if images are best read one after another.
     shards: Sequence[str] | None = None
 
+    # How often an epoch has each image; None: once.
+    repeats: Sequence[int] | None = None
+
     # True if images have small ones of their own, which need not be made (degrade.py).
     has_small: bool = False
 
@@ -133,6 +136,10 @@ class ImageDataset(Dataset):
         rng = np.random.default_rng([self.seed, epoch, k])
         return found[rng.integers(len(found))]
 
+    def name(self, k: int) -> str:
+        """Return what messages call image k."""
+        return f"image {k}"
+
     def prompts(self, n: int) -> list[str] | None:
         """Return n prompts to evaluate with; None means: take captions of images."""
         return None
@@ -177,6 +184,7 @@ class Wrapped(ImageDataset):
         self.box_names = data.box_names
         self.map_names = data.map_names
         self.shards = data.shards
+        self.repeats = data.repeats
         self.has_small = data.has_small
         self.has_exact_scorer = data.has_exact_scorer
         self.has_several_captions = data.has_several_captions
@@ -206,6 +214,9 @@ class Wrapped(ImageDataset):
 
     def caption(self, i: int, row: int) -> str:
         return self.data.caption(i, row)
+
+    def name(self, k: int) -> str:
+        return self.data.name(k)
 
     def prompts(self, n: int) -> list[str] | None:
         return self.data.prompts(n)

@@ -1,7 +1,7 @@
 """Find the objects in an image of the built-in world, from its pixels alone.
 
 The ground has the median colour of the image, and each connected patch of pixels that
-differ from it is one object. Its colour is the nearest one of the palette. Its shape is
+differ from it is one object. Its colour is the nearest one of the world's. Its shape is
 the one whose rendering, with the same area and centroid, differs least.
 
 Shapes: image (3, H, W) in [-1, 1]; a patch, alpha (H, W).
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tinyldm.data.shapes import coverage
-from tinyldm.data.world import COLOURS, PALETTE, SHAPES, WORLD, Thing
+from tinyldm.data.world import COLOURS, SHAPES, WORLD, Thing
 
 BLOB = "blob"               # the shape of what is none of SHAPES
 DIFFERS = 0.5               # a colour this far from the ground's belongs to an object
@@ -21,10 +21,13 @@ SMALLEST_AREA = 4           # of an object, in square units of the world
 SMALL_BELOW = 4.3           # the radius between "small" and "big", in units
 
 
-def find(image: Tensor, unit: float | None = None) -> list[Thing]:
+def find(
+    image: Tensor, unit: float | None = None, colours: dict[str, tuple] = COLOURS
+) -> list[Thing]:
     """Return the objects in one image. One that has none of the shapes is a "blob".
 
     unit: the number of pixels per unit of the world; default: the shorter side / 32.
+    colours: red, green and blue in 0..1 of the colours that objects may have, by name.
     """
     pixels = np.asarray(image, np.float64)
     h, w = pixels.shape[1:]
@@ -43,7 +46,7 @@ def find(image: Tensor, unit: float | None = None) -> list[Thing]:
         alpha = opacity(patch, others, core, difference)
         if alpha.sum() < SMALLEST_AREA * unit ** 2:
             continue                            # dust
-        colour = nearest_colour(pixels[:, core].mean(1))
+        colour = nearest_colour(pixels[:, core].mean(1), colours)
         things.append(explain(alpha, colour, unit))
     return things
 
@@ -86,10 +89,11 @@ def opacity(
     return alpha
 
 
-def nearest_colour(colour: np.ndarray) -> str:
-    """Return the name of the palette's colour that is nearest to one in [-1, 1]."""
-    squared_distances = ((PALETTE - colour) ** 2).sum(1)
-    return list(COLOURS)[int(squared_distances.argmin())]
+def nearest_colour(colour: np.ndarray, colours: dict[str, tuple]) -> str:
+    """Return the name of the colour, in 0..1, that is nearest to one in [-1, 1]."""
+    palette = np.array(list(colours.values())) * 2 - 1              # (n, 3) in [-1, 1]
+    squared_distances = ((palette - colour) ** 2).sum(1)
+    return list(colours)[int(squared_distances.argmin())]
 
 
 def explain(alpha: np.ndarray, colour: str, unit: float) -> Thing:

@@ -161,6 +161,9 @@ class Folder(ImageDataset):
         epoch, k = divmod(i, len(self))
         return self.choose_caption(self.rows[row]["text"], epoch, k)
 
+    def name(self, k: int) -> str:
+        return f"{self.path}: {self.rows[k]['file_name']}"
+
     def seen_labels(self) -> list[int]:
         seen = {row["label"] for row in self.rows if "label" in row}
         return [i for i, name in enumerate(self.label_names) if name in seen]

@@ -26,17 +26,18 @@ def batch_order(
     rank: int = 0,
     world: int = 1,
     shards: Sequence[str] | None = None,
+    repeats: Sequence[int] | None = None,
 ) -> Iterator[list[int]]:
     """Yield this process's items for each step from `done` up to `steps`.
 
     Each epoch has every one of n images once, in a new order; image k in epoch e is
-    item e * n + k. A batch may have the last images of an epoch and the first of the
-    next.
+    item e * n + k. With `repeats` an epoch has image k repeats[k] times instead. A batch
+    may have the last images of an epoch and the first of the next.
 
     rank, world: each process gets a part of the batch that a single process would get.
     shards: the archive that each image lies in, if any; see epoch_order.
     """
-    items = endless_items(n, batch * done, seed, shards)
+    items = endless_items(n, batch * done, seed, shards, repeats)
     for _ in range(done, steps):
         whole_batch = [int(item) for item in itertools.islice(items, batch)]
         start = rank * batch // world
@@ -45,13 +46,18 @@ def batch_order(
 
 
 def endless_items(
-    n: int, n_skipped: int, seed: int, shards: Sequence[str] | None
+    n: int,
+    n_skipped: int,
+    seed: int,
+    shards: Sequence[str] | None,
+    repeats: Sequence[int] | None,
 ) -> Iterator[np.integer]:
     """Yield the items of epoch after epoch, without end, from a number of items on."""
-    first_epoch, k = divmod(n_skipped, n)
+    images = np.repeat(np.arange(n), 1 if repeats is None else repeats)
+    first_epoch, k = divmod(n_skipped, len(images))
     for epoch in itertools.count(first_epoch):
         rng = np.random.default_rng([seed, epoch])
-        items = epoch * n + epoch_order(n, rng, shards)
+        items = epoch * n + images[epoch_order(len(images), rng, shards)]
         yield from items[k:]
         k = 0
 

@@ -47,6 +47,9 @@ SPLITS = {
 # The columns that name files.
 FILE_COLUMNS = ("file_name", "mask", "small")
 
+# What sample.py writes beside its images: it says nothing of a single image.
+SETTINGS = "settings.json"
+
 YOLO_BOXES = re.compile(r"(\d+(\s+[\d.]+){4,}\s*)+")
 
 LARGEST_SHARE = 1.5     # a box within this is not in pixels
@@ -416,7 +419,7 @@ def count_left_out(files: Any, names: list[str], rows: list[dict]) -> None:
     used = files_of(rows)
     counts: Counter[str] = Counter()
     for name in names:
-        if name in used or name in files.texts:
+        if name in used or name in files.texts or posixpath.basename(name) == SETTINGS:
             continue
         _, dot, suffix = name.rpartition(".")
         suffix = suffix.lower()

@@ -56,10 +56,19 @@ def parse_prompt(prompt: str) -> tuple[list[Thing], str | None]:
 def follows(things: list[Thing], prompt: str) -> bool:
     """True if the found objects are what a caption says.
 
-    Their number, colours, shapes and relation must be right, and the sizes that it
-    names. Raises BadInput for what is no caption of this world.
+    Raises BadInput for what is no caption of this world.
     """
     wanted, relation = parse_prompt(prompt)
+    return are_as_wanted(things, wanted, relation)
+
+
+def are_as_wanted(
+    things: list[Thing], wanted: Sequence[Thing], relation: str | None
+) -> bool:
+    """True if found objects are the wanted ones, and lie as the relation says.
+
+    Their number, colours, shapes and relation must be right, and the sizes if given.
+    """
     if len(things) != len(wanted):
         return False
     for ordered in itertools.permutations(things):

@@ -27,7 +27,6 @@ from tinyldm.data.world import (
     CLASSES,
     COLOURS,
     EXTENT,
-    PALETTE,
     RELATIONS,
     SEEN,
     SIZES,
@@ -208,12 +207,20 @@ def cover_of(thing: Thing, side: int) -> np.ndarray:
     return coverage(thing.shape, thing.radius, thing.x, thing.y, side, side)
 
 
-def render(things: list[Thing], side: int, rng: np.random.Generator) -> Tensor:
-    """Return the image (3, side, side) in [-1, 1] that shows the objects."""
+def render(
+    things: list[Thing],
+    side: int,
+    rng: np.random.Generator,
+    colours: dict[str, tuple] = COLOURS,
+) -> Tensor:
+    """Return the image (3, side, side) in [-1, 1] that shows the objects.
+
+    colours: red, green and blue in 0..1, by the names that the objects have.
+    """
     ground = 0.64 + 0.24 * rng.random()
     image = np.full((side, side, 3), ground)
     for thing in things:
-        colour = PALETTE[list(COLOURS).index(thing.colour)]
+        colour = np.array(colours[thing.colour]) * 2 - 1
         cover = cover_of(thing, side)
         image += cover[..., None] * (colour - image)
 

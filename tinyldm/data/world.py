@@ -36,7 +36,6 @@ COLOURS = {                     # red, green, blue in 0..1
     "blue": (0.12, 0.24, 0.78),
     "purple": (0.58, 0.16, 0.66),
 }
-PALETTE = np.array(list(COLOURS.values())) * 2 - 1      # (7, 3) in [-1, 1]
 
 SIZES = {                       # smallest and largest radius, in units
     "small": (3.4, 3.7),

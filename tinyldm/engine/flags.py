@@ -160,21 +160,22 @@ def add_data_flags(parser: ArgumentParser) -> None:
 
 
 def open_data(
-    args: Namespace, split: str, channels: int = 3, **conditions: object
+    args: Namespace, split: str, channels: int = 3, source: str = "data", **conditions: object
 ) -> ImageDataset:
     """Open the data set that the data flags describe.
 
-    split is "train" or "held-out". channels are those of stage one. conditions are
-    open_dataset's keyword arguments about the conditions: fields, label_column, degrade.
-    Raises BadInput.
+    split is "train" or "held-out". channels are those of stage one. source is the flag that
+    has the path, "data" or train_ldm.py's "prior". conditions are open_dataset's keyword
+    arguments about the conditions: fields, label_column, degrade. Raises BadInput.
     """
+    path = getattr(args, source)
     require(
-        args.data,
+        path,
         f"--data: preset {args.preset} has none of its own; give a folder of images",
     )
-    with naming("--data"):
+    with naming(f"--{source}"):
         return open_dataset(
-            args.data,
+            path,
             split,
             size=args.size,
             channels=channels,

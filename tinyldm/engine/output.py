@@ -1,7 +1,8 @@
 """What sample.py writes: one file of all images, or a folder with a file for each.
 
 A folder keeps settings.json beside its images: all that decides what they show. Images of
-other settings, or of unknown ones, are never mixed with them.
+other settings, or of unknown ones, are never mixed with them. metadata.jsonl has the caption or
+the class of each image, so that the folder is a data set (data/README.md).
 """
 import dataclasses
 import hashlib
@@ -27,6 +28,7 @@ NOT_WRITTEN = (
 )
 
 SETTINGS = "settings.json"
+METADATA = "metadata.jsonl"
 KIND = "tinyldm samples"            # what settings.json says that it is
 NUMBERED = re.compile(r"\d{6,}\.png")
 
@@ -115,17 +117,52 @@ def plain(value: object) -> object:
     return value
 
 
+# ---- metadata
+
+def metadata_of(model: LatentDiffusion, request: Request) -> list[dict]:
+    """Return a row of metadata.jsonl per image; none if the task has no captions or classes."""
+    fields = model.task.fields
+    if "caption" not in fields and "label" not in fields:
+        return []
+
+    rows = []
+    for condition in request.conditions:
+        known = {}
+        if "caption" in fields:
+            known["text"] = condition["caption"]
+        if "label" in fields:
+            known["label"] = class_name(model, condition["label"])
+        for _ in range(request.n_each):
+            [path] = image_paths(Path(), len(rows), len(rows) + 1)
+            rows.append({"file_name": path.name} | known)
+    return rows
+
+
+def class_name(model: LatentDiffusion, label: int) -> str | int:
+    """Return the name of a class; its number, if the model knows no name."""
+    names = model.task.class_names
+    return names[label] if label < len(names) else label
+
+
 # ---- the folder
 
-def prepare_folder(folder: Path, settings: dict, *, replace: bool, main: bool) -> None:
-    """Make a folder ready for images of these settings, and write the settings into it.
+def prepare_folder(
+    folder: Path, settings: dict, metadata: list[dict], *, replace: bool, main: bool
+) -> None:
+    """Make a folder ready for images of these settings; write settings and metadata into it.
 
+    metadata: a row per image; only the process that writes needs them.
     replace: remove the numbered images that are there.
     main: whether this process writes, or another one. All processes must call this.
-    Raises BadInput if there are images of other settings, or of unknown ones.
+    Raises BadInput if there are images of other settings, or of unknown ones, or metadata of
+    something else.
     """
     # All processes look before one of them writes, so that all find the same.
     saved = read_settings(folder / SETTINGS)
+    require(
+        saved or not (folder / METADATA).exists(),
+        f"{folder}: has a {METADATA} that is not of samples; take another folder",
+    )
     if not replace and numbered_images(folder):
         check_same(folder, saved, settings)
     wait_for_all()
@@ -136,8 +173,15 @@ def prepare_folder(folder: Path, settings: dict, *, replace: bool, main: bool) -
         if replace:
             for path in numbered_images(folder):
                 path.unlink()
+        if changes(saved or {}, settings):
+            (folder / METADATA).unlink(missing_ok=True)
         with atomic_write(folder / SETTINGS) as file:
             file.write(json.dumps(settings, indent=1, ensure_ascii=False).encode())
+        # Metadata of the same settings stay: a user may have corrected them.
+        if metadata and not (folder / METADATA).exists():
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in metadata]
+            with atomic_write(folder / METADATA) as file:
+                file.write("".join(lines).encode())
     wait_for_all()
 
 
@@ -146,12 +190,18 @@ def check_same(folder: Path, saved: dict | None, settings: dict) -> None:
     advice = "take another folder, or --replace them"
     require(saved, f"{folder}: has numbered images, but no {SETTINGS} that says of what; {advice}")
 
+    changed = changes(saved, settings)
+    require(not changed, f"{folder}: its images have {'; '.join(changed)}; {advice}")
+
+
+def changes(saved: dict, settings: dict) -> list[str]:
+    """Return what differs in the saved settings from these, one text per setting."""
     changed = []
     for name, new in settings.items():
         old = saved.get(name)
         if old != new:
             changed.append(difference(name, old, new))
-    require(not changed, f"{folder}: its images have {'; '.join(changed)}; {advice}")
+    return changed
 
 
 def read_settings(path: Path) -> dict | None:

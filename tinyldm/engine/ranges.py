@@ -49,6 +49,7 @@ RANGES: dict[str, Range | tuple[Range, ...]] = {
     "channels": Range(1, 1024),
     "workers": Range(0, 1024),
     "n_classes": COUNT,
+    "prior_weight": Range(0.01, 0.99),
 
     # The length of a run, and what it writes.
     "steps": COUNT,
