@@ -113,7 +113,7 @@ def test_flags_that_need_a_start_say_so(tmp_path, cli, flag):
 # ---- what may differ
 
 def test_another_size_keeps_which_levels_attend(trained, tmp_path, cli):
-    """At 32 px the only level has sides of 16, where a new model of --attn-res 8 attends nowhere."""
+    """At 32 px the level has sides of 16, where a new model of --attn-res 8 attends nowhere."""
     output = tune(cli, trained / "ldm/ckpt.pt", tmp_path / "x", "--size", 32)
     assert "images of 32, after 16; the same levels of the U-Net attend" in output
     before = load_checkpoint(trained / "ldm/ckpt.pt")["config"]["unet"]

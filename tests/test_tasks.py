@@ -526,7 +526,7 @@ def random_pixels() -> np.ndarray:
 
 
 def test_masked_images_are_those_of_the_released_program():
-    """scripts/inpaint.py: masked in 0..1, then mapped to -1..1; first the latents, then the mask."""
+    """scripts/inpaint.py: masked in 0..1, then mapped to -1..1; latents first, then the mask."""
     image = random_pixels().transpose(2, 0, 1)[None].astype(np.float32) / 255
     mask = hole()[None].numpy()
     masked_image = (1 - mask) * image

@@ -37,7 +37,7 @@ KIND = "tinyldm "
 STAGES = {
     "tinyldm autoencoder": "stage one (train_ae.py)",
     "tinyldm ldm": "stage two (train_ldm.py)",
-    "tinyldm lora": "a LoRA in training (train_ldm.py --lora), whose lora.safetensors is for --lora",
+    "tinyldm lora": "a LoRA in training, whose lora.safetensors is for --lora",
 }
 
 
