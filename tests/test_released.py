@@ -78,12 +78,16 @@ def is_filled(net):
 def test_every_key_of_a_released_layout_is_used(preset, monkeypatch):
     """The model is found by its shapes, every tensor of ours is filled, and no key is odd."""
     state = listed_state(FILES[preset])
+    row = presets.LDM[preset]
+    state["alphas_cumprod"] = presets.build_networks(row).abar.half()
     if "scale_factor" in state:
         state["scale_factor"] = torch.tensor(0.5)
-    monkeypatch.setattr(released, "read_state", lambda path: state)
+    monkeypatch.setattr(released, "read_file", lambda path: (state, {}))
 
-    model = load_released("x.ckpt")
+    is_ambiguous = preset == "semantic256"
+    model = load_released("x.ckpt", preset if is_ambiguous else None)
     assert model.run["preset"] == preset
+    assert model.config == presets.build_networks(row).config
     assert all(is_filled(net) for net, _ in networks_of(model))
     z_std = {"churches256": 2.0, "sd-v1": 1 / 0.18215}
     assert model.z_std == z_std.get(preset, 1.0)
@@ -94,7 +98,8 @@ def test_an_unexpected_key_of_a_model_is_refused(key, monkeypatch):
     """Inside a network, and beside all of them."""
     state = listed_state(FILES["semantic256"])
     state[key] = torch.zeros(1)
-    monkeypatch.setattr(released, "read_state", lambda path: state)
+    state.pop("alphas_cumprod")
+    monkeypatch.setattr(released, "read_file", lambda path: (state, {}))
 
     with pytest.raises(BadInput, match=f"x.ckpt: {key} is unexpected"):
         load_released("x.ckpt", "semantic256")

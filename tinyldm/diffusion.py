@@ -23,6 +23,10 @@ from tinyldm.errors import require
 
 LEAST_ABAR = 1e-30      # of a schedule; the paper's ends at 1e-4
 
+# What an abar of 0 is raised to. Why: eps then says nothing of z_0, and the samplers know
+# eps alone; at 2^-24, float32 still has z_0 to 3 digits, in a step that decides little.
+LEAST_ABAR_OF_FILE = 2 ** -24
+
 # ---- noise schedules
 
 
@@ -199,11 +203,30 @@ class DiffusionConfig:
         "eps", "what the U-Net predicts; the paper's predicts eps", choices=PREDICTIONS
     )
 
+    # abar_t for all t, of a released file whose schedule is another one; () is none.
+    alphas_cumprod: tuple[float, ...] = ()
+
     def __post_init__(self) -> None:
         takes_range = SCHEDULES[self.schedule].takes_range
         require(
             takes_range or not self.beta_range,
             f"beta_range {self.beta_range}: the {self.schedule} schedule takes none",
+        )
+        if self.alphas_cumprod:
+            self._check_alphas_cumprod()
+
+    def _check_alphas_cumprod(self) -> None:
+        """Raise BadInput for numbers that are no schedule, or one that `predict` does not fit."""
+        abar = self.alphas_cumprod
+        require(
+            len(abar) == self.T,
+            f"alphas_cumprod: {len(abar)} numbers for T = {self.T} timesteps",
+        )
+        falls = all(1 > a > b >= 0 for a, b in zip(abar, abar[1:]))
+        require(falls, "alphas_cumprod: the numbers must fall from below 1 to 0 or above")
+        require(
+            abar[-1] > 0 or self.predict != "eps",
+            "alphas_cumprod: it ends at 0, where a prediction of eps says nothing of z_0",
         )
 
     def abar(self) -> Tensor:
@@ -211,6 +234,10 @@ class DiffusionConfig:
 
         Raises BadInput if so little signal is left at the end that float32 loses it.
         """
+        if self.alphas_cumprod:
+            abar = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
+            return abar.clamp(min=LEAST_ABAR_OF_FILE)
+
         betas = SCHEDULES[self.schedule].betas(self.T, *self.beta_range)
         abar = cumulative(betas)
         require(

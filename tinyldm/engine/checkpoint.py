@@ -39,6 +39,10 @@ STAGES = {
     "tinyldm ldm": "stage two (train_ldm.py)",
     "tinyldm lora": "a LoRA in training, whose lora.safetensors is for --lora",
 }
+FLAGS = {
+    "tinyldm autoencoder": "; it is for train_ldm.py --ae",
+    "tinyldm ldm": "; it is for sample.py --ckpt and train_ldm.py --init",
+}
 
 
 # ---- writing
@@ -183,6 +187,7 @@ def check_kind(path: Path, checkpoint: object, kind: str | None) -> None:
         stage = STAGES.get(found, "another kind")
         raise BadInput(
             f"{path}: a checkpoint of {stage}, where one of {STAGES[KIND + kind]} is needed"
+            f"{FLAGS.get(found, '')}"
         )
 
 

@@ -38,6 +38,7 @@ class Kind:
 AGAIN = "download or copy it again"
 CHECKPOINT = "give a .safetensors or a checkpoint of torch"
 WHOLE_MODEL = "give the checkpoint of a whole model, in the layout of the official code"
+STAGE_ONE = "it is for train_ldm.py --ae; elsewhere give the checkpoint of a whole model"
 
 # The first row that fits is taken, so what is special stands before what is general.
 KINDS = [
@@ -79,14 +80,15 @@ KINDS = [
 
     # ---- state dicts
     Kind("keys", r"lora_|\.lora\.|\.hada_w|\.lokr_w|\.alpha ",
-         "a LoRA, which only changes the weights of a model", "merge it into its model first"),
+         "a LoRA, which only changes the weights of a model",
+         "one of train_ldm.py is for --lora; merge another one into its model first"),
     Kind("keys", r"^(control_model|controlnet)", "a ControlNet, which needs a model beside it",
          WHOLE_MODEL),
     Kind("keys", r"^(emb_params|<[^>]+>|clip_[lg]) ", "a textual inversion: new words for a model",
          WHOLE_MODEL),
     Kind("keys", r"^(encoder|decoder)\.(down|up|mid)_blocks?\.",
-         "an autoencoder alone, in the layout of diffusers", WHOLE_MODEL),
-    Kind("keys", r"^(encoder|decoder)\.conv_in\.", "an autoencoder alone", WHOLE_MODEL),
+         "an autoencoder alone, in the layout of diffusers", STAGE_ONE),
+    Kind("keys", r"^(encoder|decoder)\.conv_in\.", "an autoencoder alone", STAGE_ONE),
     Kind("keys", r"^(down_blocks|mid_block|up_blocks)\.",
          "a U-Net alone, in the layout of diffusers", WHOLE_MODEL),
     Kind("keys", r"^input_blocks\.0\.", "a U-Net alone", WHOLE_MODEL),
@@ -97,8 +99,6 @@ KINDS = [
          "give Stable Diffusion 1"),
     Kind("keys", r"joint_blocks\.|double_blocks\.|^transformer_blocks\.",
          "a diffusion transformer, another model", "give a model with a U-Net"),
-    Kind("keys", r" \S*float8", "weights in fp8, whose precision is too low to compute with",
-         "convert them to fp16"),
 ]
 
 

@@ -7,6 +7,8 @@ Symbols: state is an official state dict, {key: tensor}; prefix is what the keys
          network begin with in it.
 """
 import dataclasses
+import json
+import re
 import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
@@ -15,14 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tinyldm.autoencoder import AEConfig, build_autoencoder
+from tinyldm.autoencoder import AEConfig, Autoencoder, build_autoencoder
 from tinyldm.data.tokenizer import open_vocab
+from tinyldm.diffusion import DiffusionConfig
 from tinyldm.engine import flags, presets
-from tinyldm.engine.checkpoint import load_checkpoint
+from tinyldm.engine.checkpoint import is_buildable, load_checkpoint
 from tinyldm.engine.command import run
+from tinyldm.engine.diffusers_names import from_diffusers
 from tinyldm.engine.recognise import recognise_state
 from tinyldm.engine.released_names import AE, EMA, IGNORED, TAU, UNET, Source, sources
-from tinyldm.engine.weights import read_state, write_state
+from tinyldm.engine.weights import read_file, write_state
 from tinyldm.errors import BadInput, naming, require, trying
 from tinyldm.model import LatentDiffusion, ModelConfig, build_model
 from tinyldm.unet import UNet
@@ -104,6 +108,48 @@ def check_ignored(keys: Iterable[str]) -> None:
         require(IGNORED.fullmatch(key), f"{key} is unexpected: this is another model")
 
 
+# ---- files, as people have them
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+OURS = "tinyldm"                    # the text of a file that we wrote: its config, as JSON
+PREDICTION = "modelspec.prediction_type"        # the text that other programs write and read
+
+
+def read_released(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a file, as the official files have them, and its texts.
+
+    fp8 is cast to fp16, which holds all of its values. Raises BadInput that names the file.
+    """
+    state, texts = read_file(path)
+    official = {}
+    for key, x in state.items():
+        # Newer files of CLIP have no text_model in their names.
+        name = re.sub(rf"^({TAU}transformer)\.(?=embed|encoder|final_)", r"\1.text_model.", key)
+        official[name] = x.half() if x.dtype in FP8 else x
+    return official, texts
+
+
+def our_head(texts: dict[str, str]) -> dict | None:
+    """Return the head of our checkpoint that was exported as a file; None: it is not ours.
+
+    Raises BadInput if it cannot be read.
+    """
+    if OURS not in texts:
+        return None
+    with trying(f"its text {OURS!r} cannot be read"):
+        head = with_tuples(json.loads(texts[OURS]))
+        for shape in head["config"].values():
+            require(is_buildable(shape), f"its text {OURS!r} has absurd sizes")
+        return head
+
+
+def with_tuples(value: object) -> object:
+    """Return a value of JSON with tuples for its lists, as configs have them."""
+    if isinstance(value, dict):
+        return {key: with_tuples(v) for key, v in value.items()}
+    return tuple(with_tuples(v) for v in value) if isinstance(value, list) else value
+
+
 # ---- a whole model
 
 def load_released(
@@ -114,7 +160,7 @@ def load_released(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> LatentDiffusion:
-    """Open a released .ckpt or .safetensors, for sampling.
+    """Open a released .ckpt or .safetensors, or one that we exported, for sampling.
 
     preset: the row of presets.LDM; default: the one that has the shapes of the file.
     ema: take the averaged weights, where the file has some.
@@ -124,26 +170,92 @@ def load_released(
     The model's `run` is the preset's row, with its name.
     Raises BadInput that names the file, and a tensor that is unknown or missing.
     """
-    state = read_state(path)
+    state, model = read_model(path, preset, vocab)
+    with naming(str(path)):
+        check_networks(state, model)
+        model.ae.z_std = z_std_of(state, model.run)
+
+        has_own = has_prefix(state, UNET)
+        require(ema or has_own, "it has averaged weights only; leave out --no-ema")
+        weights = averaged(state, model.unet) if ema or not has_own else state
+        for net, prefix in networks_of(model):
+            load_into(net, weights, prefix)
+    return model.for_sampling(device, dtype)
+
+
+def read_config(
+    path: Path, preset: str | None = None, vocab: Path | None = None
+) -> tuple[ModelConfig, dict]:
+    """Return what the model in a released file is made of, and its `run`, without its weights.
+
+    The arguments, and the errors, are those of load_released.
+    """
+    _, model = read_model(path, preset, vocab)
+    return model.config, model.run
+
+
+def read_model(
+    path: Path, preset: str | None, vocab: Path | None
+) -> tuple[dict[str, Tensor], LatentDiffusion]:
+    """Return the tensors of a released file, and its model on the meta device, unfilled."""
+    state, texts = read_released(path)
     kind = recognise_state(state)
     require(kind is None, f"{path}: {kind}")
     with naming(str(path)):
-        if preset is None:
-            preset = detect(state)
-        row = presets.LDM[preset]
-        model = presets.build_networks(row)
-
-        check_networks(state, model)
-        model.ae.z_std = z_std_of(state, row)
-
-        weights = averaged(state, model.unet) if ema else state
-        for net, prefix in networks_of(model):
-            load_into(net, weights, prefix)
+        head = our_head(texts)
+        if head is None:
+            name = preset or detect(state)
+            config = presets.build_networks(presets.LDM[name]).config
+            run = presets.LDM[name] | {"preset": name}
+        else:
+            with trying("its config cannot be read"):
+                config = ModelConfig.from_checkpoint(head)
+                run = head["args"]
+        config = dataclasses.replace(config, diffusion=diffusion_of(state, texts, config.diffusion))
+        with torch.device("meta"), trying("its config cannot be built"):
+            model = build_model(config)
 
     if vocab is not None and "caption" in model.task.fields:
         set_tokenizer(model, vocab)
-    model.run = row | {"preset": preset}
-    return model.for_sampling(device, dtype)
+    model.run = run
+    return state, model
+
+
+def has_prefix(state: dict[str, Tensor], prefix: str) -> bool:
+    """Return whether some key of a state dict begins with a prefix."""
+    return any(key.startswith(prefix) for key in state)
+
+
+def diffusion_of(
+    state: dict[str, Tensor], texts: dict[str, str], config: DiffusionConfig
+) -> DiffusionConfig:
+    """Return the process that a file's model was trained for, where it says so.
+
+    config: that of the preset. Why tolerant: files in fp16 have their schedule in it, too.
+    Raises BadInput for a schedule that is none.
+    """
+    says_v = texts.get(PREDICTION, "").startswith("v") or "v_pred" in state
+    predict = "v" if says_v else config.predict
+
+    abar = state.get("alphas_cumprod")
+    if abar is None:
+        return dataclasses.replace(config, predict=predict)
+    abar = abar.double()
+    own = config.abar()
+    if abar.shape == own.shape and torch.allclose(abar, own, rtol=2e-3, atol=1e-6):
+        return dataclasses.replace(config, predict=predict)
+
+    require(abar.ndim == 1 and len(abar) > 0, "alphas_cumprod has no numbers in a row")
+    if abar[-1] == 0 and predict == "eps":
+        warnings.warn(
+            "its schedule ends in pure noise, of which only v says something: it is taken to "
+            "predict v",
+            stacklevel=2,
+        )
+        predict = "v"
+    return dataclasses.replace(
+        config, predict=predict, T=len(abar), alphas_cumprod=tuple(abar.tolist())
+    )
 
 
 def check_networks(state: dict[str, Tensor], model: LatentDiffusion) -> None:
@@ -163,10 +275,25 @@ def check_networks(state: dict[str, Tensor], model: LatentDiffusion) -> None:
 
 
 def z_std_of(state: dict[str, Tensor], row: dict) -> Tensor:
-    """Return the std of the latents; the official code multiplies by 1 / z_std."""
-    scale_factor = state.get("scale_factor", 1 / (row["z_std"] or 1.0))
-    scale_factor = torch.as_tensor(scale_factor).float().reshape(())
-    return 1 / scale_factor
+    """Return the std of the latents; the official code multiplies by 1 / z_std.
+
+    Warns if neither the file nor the row knows it.
+    """
+    known = known_z_std(state, row)
+    if known is None:
+        warnings.warn(
+            "it has no scale_factor, which other files of this model have: 1 is taken, with which "
+            "its images are probably wrong; take the original file",
+            stacklevel=2,
+        )
+    return torch.ones(()) if known is None else known
+
+
+def known_z_std(state: dict[str, Tensor], row: dict) -> Tensor | None:
+    """Return the z_std that a file or its preset's row knows; None if neither does."""
+    if "scale_factor" in state:
+        return 1 / state["scale_factor"].float().reshape(())
+    return torch.tensor(row["z_std"]) if row.get("z_std") else None
 
 
 def networks_of(model: LatentDiffusion) -> list[tuple[nn.Module, str]]:
@@ -178,26 +305,56 @@ def networks_of(model: LatentDiffusion) -> list[tuple[nn.Module, str]]:
 def detect(state: dict[str, Tensor]) -> str:
     """Return the first row of presets.LDM that has the shapes of a state dict.
 
-    Raises BadInput if none has.
+    Raises BadInput if none has, or if several have that are not one and the same model.
     """
-    first = state.get(UNET + "input_blocks.0.0.weight")
+    key = "input_blocks.0.0.weight"
+    first = state.get(UNET + key, state.get(averaged_name(key)))
     require(
         first is not None and first.ndim > 0,
         f"this is no latent diffusion model: it has no {UNET}* tensors",
     )
+    found: dict[str, LatentDiffusion] = {}
     for name, row in presets.LDM.items():
         is_released = name != "toy" and row["ae_preset"] != "none"
-        if is_released and row["ch"] == len(first) and has_shapes_of(state, row):
-            return name
-    raise BadInput(
-        "no preset has these tensors; give one, and the error will say what differs"
+        if not is_released or row["ch"] != len(first) or is_known(row, found):
+            continue
+        model = presets.build_networks(row)
+        if has_shapes_of(state, model):
+            found[name] = model
+
+    require(found, "no preset has these tensors; give one, and the error will say what differs")
+    require(
+        len(found) == 1,
+        f"its tensors are those of several presets, {' and '.join(found)}; say which one it is "
+        "by --preset",
     )
+    return next(iter(found))
 
 
-def has_shapes_of(state: dict[str, Tensor], row: dict) -> bool:
-    """Return whether a state dict has a row's tensors, and no others of a U-Net."""
+def is_known(row: dict, found: dict[str, LatentDiffusion]) -> bool:
+    """Return whether a row cannot add to the models found: it has other networks, or is the same.
+
+    Why: to build networks takes time, even without memory.
+    """
+    for name, model in found.items():
+        other = presets.LDM[name]
+        if any(row[key] != other[key] for key in ("ae_preset", "task", "ch_mult")):
+            return True
+        config = presets.model_config(row, model.config.autoencoder)
+        if config == model.config and row["z_std"] == other["z_std"]:
+            return True
+    return False
+
+
+def has_shapes_of(state: dict[str, Tensor], model: LatentDiffusion) -> bool:
+    """Return whether a state dict has the tensors of a model, and no others of a U-Net."""
+    if not has_prefix(state, UNET):
+        try:
+            state = averaged(state, model.unet)
+        except BadInput:
+            return False
     wanted = {}
-    for net, prefix in networks_of(presets.build_networks(row)):
+    for net, prefix in networks_of(model):
         for source in sources(net).values():
             for name in source.keys:
                 wanted[prefix + name] = source.shape
@@ -242,6 +399,59 @@ def set_tokenizer(model: LatentDiffusion, vocab: Path) -> None:
     model.config = dataclasses.replace(model.config, tokenizer=tokenizer.to_str())
 
 
+# ---- stage one alone
+
+def load_stage_one(path: Path) -> tuple[Autoencoder, bool]:
+    """Open the autoencoder in a released file, in fp32 -> autoencoder, whether z_std is known.
+
+    The file holds it alone, in the official layout or in that of diffusers, or in a whole model,
+    which may know its z_std. Raises BadInput that names the file.
+    """
+    state, texts = read_released(path)
+    prefix = AE if has_prefix(state, AE) else ""
+    if prefix + "encoder.conv_in.weight" not in state:
+        kind = recognise_state(state)
+        raise BadInput(f"{path}: {kind or 'there is no autoencoder in it'}")
+
+    with naming(str(path)):
+        head = our_head(texts)
+        if head is None:
+            ae = detect_stage_one(state, prefix)
+        else:
+            with torch.device("meta"), trying("its config cannot be built"):
+                ae = build_autoencoder(AEConfig(**head["config"]["autoencoder"]))
+        load_into(ae, from_diffusers(state, ae), prefix)
+        z_std = z_std_of_whole(state) if prefix else None
+    if z_std is not None:
+        ae.z_std = z_std
+    return ae.float(), z_std is not None
+
+
+def detect_stage_one(state: dict[str, Tensor], prefix: str) -> Autoencoder:
+    """Return, on the meta device, the first autoencoder of presets.AE that has the shapes.
+
+    Raises BadInput if none has.
+    """
+    for name in presets.AE:
+        with torch.device("meta"):
+            ae = build_autoencoder(presets.ae_config(name))
+        try:
+            check_keys(sources(ae).values(), from_diffusers(state, ae), prefix)
+        except BadInput:
+            continue
+        return ae
+    raise BadInput(f"no autoencoder of presets.py has these tensors: {', '.join(presets.AE)}")
+
+
+def z_std_of_whole(state: dict[str, Tensor]) -> Tensor | None:
+    """Return the z_std that a file of a whole model knows; None if it does not."""
+    try:
+        row = presets.LDM[detect(state)]
+    except BadInput:
+        row = {}                        # a model of other shapes; its scale_factor counts, too
+    return known_z_std(state, row)
+
+
 # ---- export
 
 def export(path: Path, out: Path) -> None:
@@ -250,6 +460,8 @@ def export(path: Path, out: Path) -> None:
     NB: the official layout has averaged weights of the U-Net only, and the official
     code does not average tau. Ours is averaged, and the averaged tau is what is
     written.
+    NB: the official file of inpainting has stage one twice, as tau, too. In its code the
+    two are one network, so once is enough.
     Raises BadInput that names the file.
     """
     checkpoint = load_checkpoint(path)
@@ -258,7 +470,24 @@ def export(path: Path, out: Path) -> None:
             state = official_model(checkpoint)
         else:
             state = official_stage_one(checkpoint)
-    write_state(state, out)
+        texts = texts_of(checkpoint)
+    write_state(state, out, texts)
+
+
+def texts_of(checkpoint: dict) -> dict[str, str]:
+    """Return what the official layout has no place for: the config, and what is predicted.
+
+    Other programs pass over it; read_released finds it again.
+    """
+    head = {}
+    for name in ("config", "size", "classes", "tokenizer", "p_drop", "args"):
+        if name in checkpoint:
+            head[name] = checkpoint[name]
+    texts = {OURS: json.dumps(head)}
+    if "schedule" in head["config"]:
+        predict = head["config"]["schedule"]["predict"]
+        texts[PREDICTION] = "epsilon" if predict == "eps" else predict
+    return texts
 
 
 def official_stage_one(checkpoint: dict) -> dict[str, Tensor]:
@@ -294,6 +523,7 @@ def official_model(checkpoint: dict) -> dict[str, Tensor]:
     if model.tau is not None:
         state |= official_state(model.tau, TAU, mean["tau"])
     state["scale_factor"] = 1 / checkpoint["ae"]["z_std"].float()
+    state["alphas_cumprod"] = model.abar.float()
     return state
 
 

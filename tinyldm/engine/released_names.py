@@ -35,6 +35,8 @@ IGNORED = re.compile(
     | (first_stage_model\.)?loss\..+                # stage one's losses, D_psi among them
     | (.*\.)?to_logits\.\w+                         # the output layer of the text encoder
     | (.*\.)?position_ids                           # the numbers 0..76 of CLIP's
+    | (.*\.)?(logit_scale|text_projection(\.weight)?)   # how CLIP compares text and image
+    | v_pred                                        # says what the U-Net predicts
     """,
     re.VERBOSE,
 )

@@ -104,6 +104,11 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     They are mapped into memory, not read, where the format allows it.
     Raises BadInput that names the file.
     """
+    return read_file(path)[0]
+
+
+def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a file, as read_state does, and the texts beside them, by name."""
     path = Path(path)
     with trying(f"{path}: not a checkpoint"):
         if is_safetensors(path):
@@ -111,7 +116,14 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         content = unpickle(path, mmap=zipfile.is_zipfile(path), allowed=ALLOWED)
         require(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, no weights")
         state = content.get("state_dict", content)
-        return {str(key): x for key, x in state.items() if isinstance(x, Tensor)}
+        state = {str(key): x for key, x in state.items() if isinstance(x, Tensor)}
+        return state, texts_in(content)
+
+
+def texts_in(content: object) -> dict[str, str]:
+    """Return the texts of a dict by name; none if it is something else."""
+    entries = content.items() if isinstance(content, dict) else ()
+    return {str(key): value for key, value in entries if isinstance(value, str)}
 
 
 def is_safetensors(path: Path) -> bool:
@@ -122,27 +134,31 @@ def is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def write_state(state: dict[str, Tensor], path: Path) -> None:
+def write_state(
+    state: dict[str, Tensor], path: Path, texts: dict[str, str] | None = None
+) -> None:
     """Write tensors as .safetensors or, for another suffix, as {"state_dict": ...}.
 
-    Raises BadInput if the file cannot be written.
+    texts: what read_file returns beside the tensors. Raises BadInput if the file cannot be
+    written.
     """
     if path.suffix == ".safetensors":
-        write_safetensors(state, path)
+        write_safetensors(state, path, texts)
     else:
         contiguous = {key: x.contiguous() for key, x in state.items()}
-        save_checkpoint({"state_dict": contiguous}, path)
+        save_checkpoint({"state_dict": contiguous} | (texts or {}), path)
 
 
 # ---- .safetensors: 8 bytes, n, little-endian; n bytes of JSON, {name: {"dtype", "shape",
-# "data_offsets": [begin, end]}}; then the data, to which the offsets refer.
+# "data_offsets": [begin, end]}}; then the data, to which the offsets refer. One name stands
+# for no tensor: "__metadata__" has texts by name.
 
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,         # read, so that the file can be named for what it is
+    "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
@@ -154,8 +170,8 @@ DTYPES = {
 LARGEST_HEADER = 100_000_000
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors, mapped into memory.
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a .safetensors, mapped into memory, and its texts.
 
     Raises BadInput for a header whose sizes do not fit the file.
     """
@@ -167,7 +183,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
                 raise ValueError(f"it says that it has {n:,} bytes")
             require(8 + n <= size, f"{path}: truncated: it ends within its header")
             header = json.loads(file.read(n))
-        header.pop("__metadata__", None)
+        texts = texts_in(header.pop("__metadata__", None))
 
         data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + n:]
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -175,7 +191,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             end <= len(data),
             f"{path}: truncated: it holds {len(data):,} bytes of data, and its header says {end:,}",
         )
-        return {name: tensor_at(data, name, entry) for name, entry in header.items()}
+        return {name: tensor_at(data, name, entry) for name, entry in header.items()}, texts
 
 
 def tensor_at(data: Tensor, name: str, entry: dict) -> Tensor:
@@ -201,10 +217,12 @@ def tensor_at(data: Tensor, name: str, entry: dict) -> Tensor:
     return raw.view(dtype).reshape(shape)
 
 
-def write_safetensors(state: dict[str, Tensor], path: Path) -> None:
+def write_safetensors(
+    state: dict[str, Tensor], path: Path, texts: dict[str, str] | None = None
+) -> None:
     """Write tensors as .safetensors. Raises BadInput if the file cannot be written."""
     dtype_names = {dtype: name for name, dtype in DTYPES.items()}
-    header = {}
+    header: dict = {"__metadata__": texts} if texts else {}
     end = 0
     for name, x in state.items():
         begin = end
