@@ -93,6 +93,17 @@ def test_every_key_of_a_released_layout_is_used(preset, monkeypatch):
     assert model.z_std == z_std.get(preset, 1.0)
 
 
+def test_the_inpainting_model_of_stable_diffusion_is_told_by_its_nine_channels(monkeypatch):
+    state = listed_state(FILES["sd-v1"])
+    first = UNET + "input_blocks.0.0.weight"
+    state[first] = torch.empty(320, 9, 3, 3, device="meta", dtype=torch.float16)
+    monkeypatch.setattr(released, "read_state", lambda path: state)
+
+    model = load_released("x.ckpt")
+    assert model.run["preset"] == "sd-v1-inpaint"
+    assert all(is_filled(net) for net, _ in networks_of(model))
+
+
 @pytest.mark.parametrize("key", ["model.diffusion_model.extra", "other.weight"])
 def test_an_unexpected_key_of_a_model_is_refused(key, monkeypatch):
     """Inside a network, and beside all of them."""

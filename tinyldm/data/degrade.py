@@ -1,4 +1,4 @@
-"""Images that lack something, for the tasks that restore it: superres and inpaint.
+"""Images that lack something, for the tasks that restore it: superres, (text-)inpaint.
 
 Paper:  Sec. 4.4 (bicubic), App. D.6.1 (a chain of degradations, here a shorter one),
         Sec. 4.5 (masks of boxes and strokes, as LaMa has them).
