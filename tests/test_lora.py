@@ -1,5 +1,6 @@
 """lora.py: pairs begin as nothing, are trained alone, and merge into what they computed."""
 import copy
+import functools
 import json
 
 import pytest
@@ -17,6 +18,16 @@ from tinyldm.lora import add_pairs, lora_state, merge, pairs_of, projections
 from tinyldm.tasks import TASKS
 
 ONE_STEP = ["--steps", 1, "--n", 1]
+
+
+@functools.cache
+def first_model(task):
+    return made_up_model(task)
+
+
+def new_model(task):
+    """A random model of a task, which a test may change."""
+    return copy.deepcopy(first_model(task))
 
 
 def nets_of(model):
@@ -57,7 +68,7 @@ def random_lora(model, rank=2, seed=0):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_network_with_new_pairs_computes_the_same_bits(task):
-    model = made_up_model(task)
+    model = new_model(task)
     before = predict(model)
     for net in nets_of(model).values():
         add_pairs(net, 4)
@@ -66,11 +77,12 @@ def test_a_network_with_new_pairs_computes_the_same_bits(task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_projection_has_a_pair_and_only_pairs_are_trained(task):
-    model = made_up_model(task)
+    model = new_model(task)
     nets = nets_of(model)
     frozen = {name: copy.deepcopy(net.state_dict()) for name, net in nets.items()}
     n_projections = 0
     for net in nets.values():
+        net.requires_grad_(True)
         for module in net.modules():
             n_projections += 4 * isinstance(module, Attention)
             n_projections += 2 * isinstance(module, SelfAttention2d)
@@ -138,7 +150,7 @@ def test_a_network_without_attention_is_refused():
 
 def test_a_copy_may_share_the_frozen_weights():
     """A deep copy that is given the frozen weights copies the pairs alone."""
-    model = made_up_model("text")
+    model = new_model("text")
     pairs = alive_pairs({"unet": model.unet})
     shared = {id(p): p for p in model.unet.parameters() if not p.requires_grad}
     copied = copy.deepcopy(model.unet, shared)
@@ -158,7 +170,7 @@ def test_a_copy_may_share_the_frozen_weights():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_merged_model_computes_what_the_pairs_did(task):
-    model = made_up_model(task)
+    model = new_model(task)
     before = predict(model)
     merged = copy.deepcopy(model)
     pairs = alive_pairs(nets_of(model))
@@ -167,12 +179,12 @@ def test_a_merged_model_computes_what_the_pairs_did(task):
     error = (predict(merged) - expected).abs().max() / expected.abs().max()
     assert error < 1e-5
     assert (expected - before).abs().max() > 0.01 * before.abs().max()
-    assert list(merged.unet.state_dict()) == list(made_up_model(task).unet.state_dict())
+    assert list(merged.unet.state_dict()) == list(new_model(task).unet.state_dict())
 
 
 def test_several_add_up_each_with_its_scale():
     """A scale of 0 changes nothing, and -1 undoes what 1 did."""
-    model = made_up_model("text")
+    model = new_model("text")
     before = copy.deepcopy(model.unet.state_dict())
     one, two = random_lora(model), random_lora(model, rank=3, seed=99)
     nets = nets_of(model)
@@ -230,7 +242,7 @@ OTHER_MODELS = [
 @pytest.mark.parametrize("state,message", OTHER_MODELS)
 def test_a_lora_of_another_model_is_refused_and_nothing_is_changed(state, message):
     """A tensor is named, with both shapes; also where others before it would fit."""
-    model = made_up_model("text")
+    model = new_model("text")
     before = copy.deepcopy(model.unet.state_dict())
     if state:
         good = {key: x for key, x in random_lora(model).items() if key not in (DOWN, UP)}
@@ -241,7 +253,7 @@ def test_a_lora_of_another_model_is_refused_and_nothing_is_changed(state, messag
 
 
 def test_a_lora_with_tau_needs_a_model_with_tau():
-    model = made_up_model("text")
+    model = new_model("text")
     with pytest.raises(BadInput, match="tau.blocks.0.attn.to_q.lora_down.weight has no place"):
         merge({"unet": model.unet}, random_lora(model), 1.0)
 
@@ -259,7 +271,7 @@ def lora_file(tmp_path_factory):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_model_that_is_saved_opens_with_the_same_weights_and_words(task, tmp_path):
-    model = made_up_model(task)
+    model = new_model(task)
     save_model(model, tmp_path / "x.pt")
     again = open_model(tmp_path / "x.pt")
     assert again.config == model.config
