@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from tinyldm.autoencoder import Autoencoder
+from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.engine.released_names import sources
-from tinyldm.unet import UNet
+from tinyldm.unet import UNet, UNetConfig
 
 Rule = tuple[str, str | Callable[[re.Match], str]]
 
@@ -123,3 +123,50 @@ def unet_rules(n_res: int) -> list[Rule]:
         (r"^out\.0\.", "conv_norm_out."),
         (r"^out\.2\.", "conv_out."),
     ]
+
+
+# ---- config.json
+
+def diffusers_config(cfg: AEConfig | UNetConfig) -> dict:
+    """Return the config.json of a network: the class of diffusers, and its arguments."""
+    widths = [cfg.ch * mult for mult in cfg.ch_mult]
+    common = {
+        "block_out_channels": widths,
+        "layers_per_block": cfg.n_res,
+        "norm_num_groups": cfg.groups,
+        "sample_size": cfg.side,
+    }
+    if isinstance(cfg, UNetConfig):
+        return common | unet_config(cfg, widths)
+
+    config = common | {
+        "in_channels": cfg.c_x,
+        "out_channels": cfg.c_x,
+        "latent_channels": cfg.c_e or cfg.c_z,
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "mid_block_add_attention": cfg.attn_mid,
+    }
+    if cfg.n_codes is None:
+        return config | {"_class_name": "AutoencoderKL"}
+    codes = {"num_vq_embeddings": cfg.n_codes, "vq_embed_dim": cfg.c_z}
+    return config | codes | {"_class_name": "VQModel"}
+
+
+def unet_config(cfg: UNetConfig, widths: list[int]) -> dict:
+    """Return what config.json has of a U-Net alone."""
+    levels = range(len(widths))
+    down = ["CrossAttnDownBlock2D" if cfg.attends(i) else "DownBlock2D" for i in levels]
+    up = ["CrossAttnUpBlock2D" if cfg.attends(i) else "UpBlock2D" for i in reversed(levels)]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": cfg.c_in,
+        "out_channels": cfg.c_out,
+        "down_block_types": down,
+        "up_block_types": up,
+        "cross_attention_dim": cfg.d_ctx,
+        "transformer_layers_per_block": cfg.depth,
+        # NB: this argument is the number of heads, whatever its name says.
+        "attention_head_dim": [cfg.n_head or width // cfg.d_head for width in widths],
+        "resnet_time_scale_shift": "scale_shift" if cfg.scale_shift else "default",
+    }

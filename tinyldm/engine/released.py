@@ -1,6 +1,7 @@
 """The released models: open their files, and write ours as such a file.
 
     python -m tinyldm.engine.released --export out/ldm/ckpt.pt out/official.safetensors
+    python -m tinyldm.engine.released --export out/ldm/ckpt.pt out/folder --layout diffusers
 
 Paper:   the released model zoo; released_names.py says which tensor is which.
 Symbols: state is an official state dict, {key: tensor}; prefix is what the keys of one
@@ -21,15 +22,15 @@ from tinyldm.autoencoder import AEConfig, Autoencoder, build_autoencoder
 from tinyldm.data.tokenizer import open_vocab
 from tinyldm.diffusion import DiffusionConfig
 from tinyldm.engine import flags, presets
-from tinyldm.engine.checkpoint import is_buildable, load_checkpoint
+from tinyldm.engine.checkpoint import atomic_write, is_buildable, load_checkpoint
 from tinyldm.engine.command import run
-from tinyldm.engine.diffusers_names import from_diffusers
+from tinyldm.engine.diffusers_names import diffusers_config, from_diffusers, to_diffusers
 from tinyldm.engine.recognise import recognise_state
 from tinyldm.engine.released_names import AE, EMA, IGNORED, TAU, UNET, Source, sources
 from tinyldm.engine.weights import read_file, write_state
 from tinyldm.errors import BadInput, naming, require, trying
 from tinyldm.model import LatentDiffusion, ModelConfig, build_model
-from tinyldm.unet import UNet
+from tinyldm.unet import UNet, UNetConfig
 
 # ---- one network
 
@@ -422,9 +423,8 @@ def load_stage_one(path: Path) -> tuple[Autoencoder, bool]:
                 ae = build_autoencoder(AEConfig(**head["config"]["autoencoder"]))
         load_into(ae, from_diffusers(state, ae), prefix)
         z_std = z_std_of_whole(state) if prefix else None
-    if z_std is not None:
-        ae.z_std = z_std
-    return ae.float(), z_std is not None
+    ae.z_std = torch.ones(()) if z_std is None else z_std
+    return ae.float().requires_grad_(False), z_std is not None
 
 
 def detect_stage_one(state: dict[str, Tensor], prefix: str) -> Autoencoder:
@@ -472,6 +472,34 @@ def export(path: Path, out: Path) -> None:
             state = official_stage_one(checkpoint)
         texts = texts_of(checkpoint)
     write_state(state, out, texts)
+
+
+def export_diffusers(path: Path, folder: Path) -> None:
+    """Write stage one and the U-Net of a checkpoint as diffusers has them: vae/ and unet/.
+
+    NB: the averaged weights, and neither tau nor the schedule: these are one's own. Only a U-Net
+    that attends to tokens, and resamples by convolutions, has a class in diffusers.
+    Raises BadInput that names the file.
+    """
+    checkpoint = load_checkpoint(path)
+    with naming(str(path)), trying("its parts do not fit together"):
+        config = checkpoint["config"]
+        ae = AEConfig(**config["autoencoder"])
+        require(ae.ch > 0, "a model of pixels has no stage one")
+        ae_state = checkpoint["ae"] if "unet" in config else checkpoint["nets"]["ae"]
+        nets = [("vae", build_autoencoder, ae, ae_state)]
+        if "unet" in config:
+            unet = UNetConfig(**config["unet"])
+            require(unet.d_ctx and not unet.res_updown, "diffusers has no such U-Net as this one")
+            nets.append(("unet", UNet, unet, checkpoint["ema"]["unet"]))
+
+        for name, build, cfg, state in nets:
+            with torch.device("meta"):
+                net = build(cfg)
+            renamed = to_diffusers(official_state(net, "", state), net)
+            write_state(renamed, folder / name / "diffusion_pytorch_model.safetensors")
+            with atomic_write(folder / name / "config.json") as file:
+                file.write(json.dumps(diffusers_config(cfg), indent=1).encode())
 
 
 def texts_of(checkpoint: dict) -> dict[str, str]:
@@ -533,13 +561,20 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         "--export", nargs=2, type=Path, required=True, metavar=("CKPT", "OUT"),
         help="write a checkpoint of ours in the official layout, .safetensors or .ckpt",
     )
+    parser.add_argument(
+        "--layout", type=str, choices=["official", "diffusers"], default="official",
+        help="diffusers: write a folder with vae/ and unet/, as diffusers has them",
+    )
     return parser.parse_args(argv)
 
 
 def main(args: Namespace) -> None:
     path, out = args.export
     with naming("--export"):
-        export(path, out)
+        if args.layout == "diffusers":
+            export_diffusers(path, out)
+        else:
+            export(path, out)
 
 
 if __name__ == "__main__":
