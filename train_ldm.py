@@ -290,8 +290,9 @@ def trained_networks(args: Namespace, model: LatentDiffusion) -> dict[str, nn.Mo
 
     torch.manual_seed(args.seed)
     with_pairs = networks if args.lora_tau else {"unet": model.unet}
-    for net in with_pairs.values():
-        add_pairs(net, args.lora)
+    for name, net in with_pairs.items():
+        with naming("--lora" if name == "unet" else "--lora-tau"):
+            add_pairs(net, args.lora)
     return {"lora": pairs_of(with_pairs)}
 
 
