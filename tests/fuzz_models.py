@@ -150,13 +150,23 @@ def odd_safetensors(rng: random.Random) -> bytes:
         some = dict(rng.sample(list(header.items()), 9))
         text = odd_json(rng, some).encode()
     else:
-        text = json.dumps(header).encode()
+        text = json.dumps(header | odd_texts(rng)).encode()
     if rng.random() < 0.2:
         text = mutated(rng, text)
     size = len(text)
     if rng.random() < 0.2:
         size = rng.choice((0, 2 ** 63, len(text) + 99, 10 ** 8))
     return size.to_bytes(8, "little") + text + whole[end:]
+
+
+def odd_texts(rng: random.Random) -> dict:
+    """What a file says beside its tensors: a config of ours, or something else."""
+    if rng.random() < 0.5:
+        return {}
+    head = own_checkpoint()
+    head = {key: head[key] for key in ("config", "size", "tokenizer")}
+    texts = {"tinyldm": odd_json(rng, head), "modelspec.prediction_type": rng.choice("v?")}
+    return {"__metadata__": texts}
 
 
 def odd_released_pickle(rng: random.Random, folder: Path) -> bytes:

@@ -71,7 +71,12 @@ def open_ours(path: Path, ema: bool, device: torch.device | str) -> LatentDiffus
         model.unet.load_state_dict(weights["unet"], assign=True)
         if model.tau is not None:
             model.tau.load_state_dict(weights["tau"], assign=True)
-        if model.tokenizer is not None:
+        has_words = model.tokenizer is not None
+        require(
+            has_words or "caption" not in model.task.fields,
+            f"{path}: damaged: it has no tokenizer for its captions",
+        )
+        if has_words:
             check_tokenizer(model.tokenizer, config.tau["n_vocab"], str(path))
         model.run = checkpoint["args"]
         return model.for_sampling(device, torch.float32)

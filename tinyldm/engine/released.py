@@ -212,6 +212,8 @@ def read_model(
             with trying("its config cannot be read"):
                 config = ModelConfig.from_checkpoint(head)
                 run = head["args"]
+                name = run.get("preset")
+            require(preset in (None, name), f"its preset is {name}, not {preset}")
         config = dataclasses.replace(config, diffusion=diffusion_of(state, texts, config.diffusion))
         with torch.device("meta"), trying("its config cannot be built"):
             model = build_model(config)
