@@ -25,18 +25,31 @@ class Degraded(Wrapped):
     What item i lacks follows from (seed, i) alone.
     """
 
-    def __init__(self, data: ImageDataset, field: str, seed: int, chain: bool = False):
-        """field: "small" or "mask"; chain: how small images are made (see shrink)."""
+    def __init__(
+        self,
+        data: ImageDataset,
+        field: str,
+        seed: int,
+        chain: bool = False,
+        share_hidden: float = 0.0,
+    ):
+        """field: "small" or "mask"; chain: how small images are made (see shrink).
+
+        share_hidden: the share of masks, 0..1, that hide all of their image.
+        """
         super().__init__(data)
         self.field = field
         self.seed = seed
         self.chain = chain
+        self.share_hidden = share_hidden
 
     def change(self, item: dict[str, Any], i: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, i])
         if self.field == "mask":
             h, w = item["image"].shape[1:]
             item["mask"] = random_mask(h, w, rng)
+            if rng.random() < self.share_hidden:
+                item["mask"] = torch.ones(1, h, w)
         else:
             item["small"] = shrink(item["image"], rng, self.chain)
         return item
@@ -53,7 +66,10 @@ class Degraded(Wrapped):
             self.data.require_field(name)
 
     def fingerprint(self) -> list:
-        return [self.data.fingerprint(), self.field, self.seed, self.chain]
+        how = [self.field, self.seed, self.chain]
+        if self.share_hidden:
+            how.append(self.share_hidden)
+        return [self.data.fingerprint(), *how]
 
 
 # ---- superres: fewer pixels

@@ -25,6 +25,7 @@ def open_dataset(
     fields: Sequence[str] = (),
     degrade: str | None = None,
     small: str | None = None,
+    share_hidden: float = 0.0,
 ) -> ImageDataset:
     """Open a data set. To make `--data` know a new kind of data set, open it here.
 
@@ -42,6 +43,7 @@ def open_dataset(
     degrade: make `small` in this way, "bicubic" or "chain" (degrade.py); default: bicubic,
         only if the set has none.
     small: a folder, .zip or .tar of small images (see Folder).
+    share_hidden: the share of masks, 0..1, that hide all of their image.
 
     Raises BadInput if there are no images at the path, or one of them lacks a field.
     """
@@ -65,7 +67,7 @@ def open_dataset(
     makes_small = degrade is not None or not data.has_small
     for field in fields:
         if field == "mask" or (field == "small" and makes_small):
-            data = Degraded(data, field, seed, chain=degrade == "chain")
+            data = Degraded(data, field, seed, degrade == "chain", share_hidden)
         else:
             data.require_field(field)
     return data
