@@ -613,7 +613,8 @@ def main(args: Namespace) -> None:
         "degrade": args.degrade,
         "small": args.small,
     }
-    data = flags.open_data(args, "train", ae.cfg.c_x, **what_items_have)
+    share_hidden = TASKS[args.task].share_hidden
+    data = flags.open_data(args, "train", ae.cfg.c_x, share_hidden=share_hidden, **what_items_have)
     held_out = flags.open_data(args, "held-out", ae.cfg.c_x, **what_items_have)
     if args.prior:
         prior = flags.open_data(args, "train", ae.cfg.c_x, source="prior", **what_items_have)

@@ -189,3 +189,15 @@ def test_the_fingerprint_says_how_images_are_degraded():
         Degraded(Shapes(6, 16), "small", 0).fingerprint(),
     ]
     assert len({str(fingerprint) for fingerprint in fingerprints}) == 6
+
+
+def test_a_share_of_masks_hides_all_of_the_image():
+    """The others are those that there would be without."""
+    data = Shapes(60, 16)
+    plain = Degraded(data, "mask", 0)
+    some = Degraded(data, "mask", 0, share_hidden=0.25)
+    hidden = [bool(some[i]["mask"].all()) for i in range(60)]
+    assert 8 < sum(hidden) < 24
+    for i in range(60):
+        assert hidden[i] or torch.equal(some[i]["mask"], plain[i]["mask"])
+    assert some.fingerprint() != plain.fingerprint()

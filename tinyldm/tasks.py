@@ -54,6 +54,8 @@ class Task:
     guidance_scale = 1.0
     # True if the U-Net attends to tokens of width d_ctx.
     attends = False
+    # The share of training masks that hide all of their image.
+    share_hidden = 0.0
     # The sides of training images must be multiples of it.
     size_multiple = 1
     # Flags of sample.py that give the condition.
@@ -660,6 +662,9 @@ class TextInpainting(Text):
     """
 
     fields = ("caption", "image", "mask")
+    # Why: where all is hidden, only the caption says what the image shows. So the U-Net learns
+    # to read it. It is the share in the training of the released model, too.
+    share_hidden = 0.25
     examples = Task.examples
     show = Inpainting.show
 
