@@ -617,7 +617,9 @@ def main(args: Namespace) -> None:
     data = flags.open_data(args, "train", ae.cfg.c_x, share_hidden=share_hidden, **what_items_have)
     held_out = flags.open_data(args, "held-out", ae.cfg.c_x, **what_items_have)
     if args.prior:
-        prior = flags.open_data(args, "train", ae.cfg.c_x, source="prior", **what_items_have)
+        prior = flags.open_data(
+            args, "train", ae.cfg.c_x, source="prior", share_hidden=share_hidden, **what_items_have
+        )
         with naming("--prior"):
             data = WithPrior(data, prior, args.prior_weight or DEFAULT_WEIGHT)
     if machine.main:
