@@ -40,8 +40,10 @@ N_OLD = 256                 # held-out prompts of the built-in world
 N_PRIOR = 256
 
 # Flags of the trainings; the others are the bundled model's.
-IN_FULL = ["--steps", "400", "--lr", "1e-3", "--batch", "32"]
-BY_LORA = [*IN_FULL, "--lora", "8", "--lora-tau"]
+COMMON = ["--steps", "450", "--batch", "32", "--warmup", "0"]
+IN_FULL = [*COMMON, "--lr", "5e-4"]
+BY_LORA = [*COMMON, "--lr", "5e-3", "--lora", "8", "--lora-tau"]
+PRIOR_WEIGHT = "0.4"
 
 
 # ---- the new thing
@@ -153,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
         for with_prior in (True, False):
             label = f"{name}, {'with' if with_prior else 'without'} prior"
             folder = out / label.replace(", ", "_").replace(" ", "_")
-            mixed = ["--prior", prior] if with_prior else []
+            mixed = ["--prior", prior, "--prior-weight", PRIOR_WEIGHT] if with_prior else []
             minutes = run(
                 "train_ldm.py", "--init", "tinyldm/toy.pt", "--data", few, *mixed, *how,
                 "--eval-n", 0, "--out", folder,

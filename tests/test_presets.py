@@ -25,6 +25,7 @@ OPTIONAL = {
     "micro_batch", "vgg_weights", "inception", "n_head", "d_head", "z_std", "d_ctx",
     "n_classes", "n_codes", "vocab_size", "channels",
     "degrade", "small", "init", "vocab", "lora",
+    "prior", "prior_weight",
 }
 ROWS = [(train_ae, presets.AE, name) for name in presets.AE]
 ROWS += [(train_ldm, presets.LDM, name) for name in presets.LDM]
