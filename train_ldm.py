@@ -133,6 +133,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         require(args.init or getattr(args, name) is None, f"--{name}: only with --init")
     require(args.lora or not args.lora_tau, "--lora-tau: only with --lora")
     require(args.prior or args.prior_weight is None, "--prior-weight: only with --prior")
+    if args.prior:
+        args.prior_weight = args.prior_weight or DEFAULT_WEIGHT
     args.ae = args.ae or args.init or DEFAULT_AE
     return args
 
@@ -621,7 +623,7 @@ def main(args: Namespace) -> None:
             args, "train", ae.cfg.c_x, source="prior", share_hidden=share_hidden, **what_items_have
         )
         with naming("--prior"):
-            data = WithPrior(data, prior, args.prior_weight or DEFAULT_WEIGHT)
+            data = WithPrior(data, prior, args.prior_weight)
     if machine.main:
         flags.print_found(data)
     if args.init:
@@ -652,6 +654,7 @@ def main(args: Namespace) -> None:
     kind = "lora" if args.lora else "ldm"
     lora = {"rank": args.lora, "tau": args.lora_tau} if args.lora else None
     head = model.config.to_checkpoint() | {"init": init, "lora": lora}
+    head["prior weight"] = args.prior_weight
     to_fill = parts if args.lora else parts | {"ae": model.ae}
     with naming("--out"):
         ckpt = resume(args.out / "ckpt.pt", kind, head, to_fill, len(data), args.ae)

@@ -182,6 +182,16 @@ def test_training_mixes_a_folder_of_samples_in_and_encodes_each_image_once(sets,
     assert len(torch.load(cached)["mean"]) == n_few + n_prior
 
 
+def test_a_run_goes_on_with_the_same_share_only(sets, tmp_path):
+    """It decides the order of the images."""
+    prior = ["--prior", tmp_path / "prior"]
+    sets(*prior)
+    sets(*prior, "--prior-weight", 0.5)
+    output = sets(*prior, "--prior-weight", 0.25, code=2)
+    assert "prior weight = 0.5, now it is 0.25" in output
+    assert "prior weight = 0.5, now it is None" in sets(code=2)
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--prior-weight", 0.5], "--prior-weight: only with --prior"),
     (["--prior", "gone"], "--prior: gone: "),

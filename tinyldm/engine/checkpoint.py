@@ -288,10 +288,11 @@ def resume(
     checkpoint = load_checkpoint(path, kind)
 
     with trying(f"{path}: its parts do not fit together"):
-        # The first checkpoints of stage two did not name their task, which was text, and
-        # all of them started from nothing.
+        # The first checkpoints of stage two did not name their task, which was text. They
+        # started from no other model, and knew no prior set.
         saved_config = {"task": {"name": "text"}} | checkpoint["config"]
-        saved = {"init": None} | checkpoint | {"config": saved_config} | saved_config
+        saved = {"init": None, "prior weight": None} | checkpoint
+        saved |= {"config": saved_config} | saved_config
         changed = differences(saved, config)
         if "ae" in parts and not changed:
             changed = stage_one_differences(checkpoint, parts["ae"], stage_one)
