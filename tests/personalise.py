@@ -40,7 +40,7 @@ N_OLD = 256                 # held-out prompts of the built-in world
 N_PRIOR = 256
 
 # Flags of the trainings; the others are the bundled model's.
-COMMON = ["--steps", "1000", "--batch", "16", "--warmup", "0"]
+COMMON = ["--steps", "500", "--batch", "32", "--warmup", "0"]
 IN_FULL = [*COMMON, "--lr", "3e-4"]
 BY_LORA = [*COMMON, "--lr", "4e-3", "--lora", "8", "--lora-tau"]
 PRIOR_WEIGHT = "0.5"
