@@ -211,6 +211,25 @@ def check_size(args: Namespace, ae: Autoencoder | Pixels, task: type[Task]) -> N
             shape.check_attention()
 
 
+def open_datasets(args: Namespace, c_x: int) -> tuple[ImageDataset, ImageDataset]:
+    """Open the training set, with --prior mixed in, and the held-out set; of c_x channels."""
+    task = TASKS[args.task]
+    what_items_have = {
+        "fields": task.fields,
+        "label_column": args.label_column,
+        "degrade": args.degrade,
+        "small": args.small,
+    }
+    how = what_items_have | {"share_hidden": task.share_hidden}
+    data = flags.open_data(args, "train", c_x, **how)
+    held_out = flags.open_data(args, "held-out", c_x, **what_items_have)
+    if args.prior:
+        prior = flags.open_data(args, "train", c_x, source="prior", **how)
+        with naming("--prior"):
+            data = WithPrior(data, prior, args.prior_weight)
+    return data, held_out
+
+
 def open_start(args: Namespace) -> LatentDiffusion:
     """Open the model of --init. Raises BadInput, also for flags that contradict it."""
     with naming("--init"):
@@ -609,21 +628,7 @@ def main(args: Namespace) -> None:
             ae, knows_z_std = open_stage_one(args.ae, args.channels)
     ae.to(device, memory_format=torch.channels_last)
     check_size(args, ae, TASKS[args.task])
-    what_items_have = {
-        "fields": TASKS[args.task].fields,
-        "label_column": args.label_column,
-        "degrade": args.degrade,
-        "small": args.small,
-    }
-    share_hidden = TASKS[args.task].share_hidden
-    data = flags.open_data(args, "train", ae.cfg.c_x, share_hidden=share_hidden, **what_items_have)
-    held_out = flags.open_data(args, "held-out", ae.cfg.c_x, **what_items_have)
-    if args.prior:
-        prior = flags.open_data(
-            args, "train", ae.cfg.c_x, source="prior", share_hidden=share_hidden, **what_items_have
-        )
-        with naming("--prior"):
-            data = WithPrior(data, prior, args.prior_weight)
+    data, held_out = open_datasets(args, ae.cfg.c_x)
     if machine.main:
         flags.print_found(data)
     if args.init:
@@ -632,7 +637,7 @@ def main(args: Namespace) -> None:
         data = start.with_numbers_of(model, data)
         held_out = start.with_numbers_of(model, held_out)
         if machine.main:
-            print("\n".join([f"starts from {args.init}, preset {args.preset}", *what_differs]))
+            print(f"starts from {args.init}, preset {args.preset}", *what_differs, sep="\n")
     else:
         model = build(args, ae, data, held_out)
     if machine.main:
