@@ -70,10 +70,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                         "CLIP's bpe_simple_vocab_16e6.txt.gz")
     g.add_argument("--ema", action=BooleanOptionalAction, default=True,
                    help="use the averaged weights")
-    g.add_argument("--lora", type=Path, nargs="+", default=[], metavar="FILE",
-                   help="add what these LoRAs of train_ldm.py have learned to the model")
-    g.add_argument("--lora-scale", type=float, nargs="+", metavar="W",
-                   help="the weight of --lora, one for all or one each; default: 1, as trained")
+    g.add_argument("--lora", type=Path, action="append", default=[], metavar="FILE",
+                   help="add what a LoRA of train_ldm.py has learned to the model; for several, "
+                        "give it again")
+    g.add_argument("--lora-scale", type=float, action="append", metavar="W",
+                   help="the weight of --lora, once for all or once each; default: 1, as trained")
     g.add_argument("--sampler", type=str, choices=SAMPLERS, default="ddim",
                    help="the sampling method")
     g.add_argument("--steps", type=int, help="sampling steps, 1..T; default: 50")
@@ -84,8 +85,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     g.add_argument("--scale", type=float,
                    help="guidance scale s; 1 is no guidance; default: the task's")
     g.add_argument("--pull", action="store_true",
-                   help="put what --mask keeps back before each step, as for models that do not "
-                        "see the mask, with a model that does (inpaint, text-inpaint)")
+                   help="put the kept part of the image back before each step, as is always done "
+                        "for models that do not see the mask")
     g.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")
     g.add_argument("--to-seed", type=int,
                    help="sample --n images whose noise is interpolated from --seed to this seed")
@@ -105,7 +106,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                    help="print how well the images follow their conditions (the built-in world, "
                         "or superres with the true image)")
     g.add_argument("--merge", type=Path, metavar="FILE",
-                   help="write the model with --lora as a model of its own, for --ckpt")
+                   help="write the model with --lora as a model of its own, for --ckpt, and "
+                        "sample from it as usual")
     g.add_argument("--attention", type=Path,
                    help="save this image file: where the U-Net looked for each word")
     g.add_argument("--trajectory", type=Path,

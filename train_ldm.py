@@ -40,7 +40,7 @@ from tinyldm.engine import flags, presets, start
 from tinyldm.engine.checkpoint import half, keep_stage_one, resume, save_checkpoint
 from tinyldm.engine.command import run
 from tinyldm.engine.log import Log, StopOnSignal
-from tinyldm.engine.open import open_model, open_stage_one, read_config
+from tinyldm.engine.open import is_ours, open_model, open_stage_one, read_config
 from tinyldm.engine.optimiser import EMA, learning_rate
 from tinyldm.engine.output import digest_of_model
 from tinyldm.engine.processes import (
@@ -158,9 +158,10 @@ def dry_run_without_data(args: Namespace) -> None:
     else:
         model = presets.build_networks(vars(args))
     trained_networks(args, model)
+    name = "of the file" if args.init else args.ae_preset
     print(
         f"U-Net {flags.n_params(model.unet):,} | tau {flags.n_params(model.tau):,} | "
-        f"autoencoder {args.ae_preset} {flags.n_params(model.ae):,} parameters | "
+        f"autoencoder {name} {flags.n_params(model.ae):,} parameters | "
         f"task {args.task}, U-Net's input {input_shape(model)}"
     )
     flags.print_dry_run(args, model.unet, model.tau)
@@ -224,7 +225,9 @@ def open_datasets(args: Namespace, c_x: int) -> tuple[ImageDataset, ImageDataset
     data = flags.open_data(args, "train", c_x, **how)
     held_out = flags.open_data(args, "held-out", c_x, **what_items_have)
     if args.prior:
-        prior = flags.open_data(args, "train", c_x, source="prior", **how)
+        # A folder that sample.py wrote: the small images and the column of --data are not its own.
+        own = how | {"small": None, "label_column": "label"}
+        prior = flags.open_data(args, "train", c_x, source="prior", **own)
         with naming("--prior"):
             data = WithPrior(data, prior, args.prior_weight)
     return data, held_out
@@ -232,6 +235,7 @@ def open_datasets(args: Namespace, c_x: int) -> tuple[ImageDataset, ImageDataset
 
 def open_start(args: Namespace) -> LatentDiffusion:
     """Open the model of --init. Raises BadInput, also for flags that contradict it."""
+    require(args.vocab is None or not is_ours(args.init), "--vocab: only with a released model")
     with naming("--init"):
         model = open_model(args.init, preset=args.preset, vocab=args.vocab)
     start.check_flags(vars(args), model.config, args.init)
@@ -352,6 +356,14 @@ def prepare_networks(
 
 
 # ---- the latents
+
+def z_std_flag(args: Namespace, ae: Autoencoder | Pixels) -> float | None:
+    """Return --z-std; None where it is only the preset's, and of another autoencoder than this."""
+    row = presets.LDM[args.preset]
+    is_preset = args.z_std == row.get("z_std")
+    is_its_ae = ae.cfg == presets.ae_config(row["ae_preset"], ae.cfg.c_x)
+    return None if is_preset and not is_its_ae else args.z_std
+
 
 def latents_of(
     args: Namespace, model: LatentDiffusion, data: ImageDataset, machine: Machine
@@ -626,6 +638,7 @@ def main(args: Namespace) -> None:
     else:
         with naming("--ae"):
             ae, knows_z_std = open_stage_one(args.ae, args.channels)
+        args.z_std = z_std_flag(args, ae)
     ae.to(device, memory_format=torch.channels_last)
     check_size(args, ae, TASKS[args.task])
     data, held_out = open_datasets(args, ae.cfg.c_x)
@@ -653,8 +666,8 @@ def main(args: Namespace) -> None:
     eps_theta = as_eps_theta(run_nets["unet"], model.abar, args.predict)
     params = [p for net in nets.values() for p in net.parameters()]
     opt = torch.optim.AdamW(params, betas=args.betas, fused=True)
-    # The keys of `parts` are those of the checkpoint. A resumed run fills all of it, and stage
-    # one's z_std.
+    # The keys of `parts` are those of the checkpoint, and a resumed run fills all of it; stage
+    # one gets its z_std, unless it belongs to the model that a LoRA is for.
     parts = {"nets": nets, "ema": ema.nets, "opt": opt}
     kind = "lora" if args.lora else "ldm"
     lora = {"rank": args.lora, "tau": args.lora_tau} if args.lora else None

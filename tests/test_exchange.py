@@ -17,7 +17,7 @@ from tinyldm.engine.diffusers_names import diffusers_name, to_diffusers
 from tinyldm.engine.open import open_model, open_stage_one, save_model
 from tinyldm.engine.released import detect, load_released, load_stage_one, official_state
 from tinyldm.engine.released_names import AE, TAU, UNET
-from tinyldm.engine.weights import read_state, write_state
+from tinyldm.engine.weights import FP8, read_state, write_state
 from tinyldm.errors import BadInput
 from tinyldm.samplers import SAMPLERS, timesteps
 from tinyldm.tasks import TASKS
@@ -69,7 +69,7 @@ def test_a_file_of_averaged_weights_alone_is_found_and_read(monkeypatch):
         opened(state, monkeypatch, ema=False)
 
 
-@pytest.mark.parametrize("dtype", released.FP8)
+@pytest.mark.parametrize("dtype", FP8)
 def test_fp8_is_cast_to_fp16_exactly(dtype, tmp_path):
     """All 256 codes: fp16 has every one of their values."""
     codes = torch.arange(256, dtype=torch.uint8).view(dtype)
@@ -373,6 +373,8 @@ def test_the_layout_of_diffusers_is_written_with_its_configs(tmp_path, cli):
     assert config["_class_name"] == "UNet2DConditionModel"
     assert config["block_out_channels"] == [48, 96]
     assert config["attention_head_dim"] == [3, 6]
+    vae = json.loads((out / "vae/config.json").read_text())
+    assert vae["scaling_factor"] == pytest.approx(1 / float(model.z_std))
     state = read_state(out / "unet/diffusion_pytorch_model.safetensors")
     n = sum(x.numel() for x in state.values())
     assert n == sum(p.numel() for p in model.unet.parameters())

@@ -235,3 +235,9 @@ def test_degraded_items_keep_the_order_and_the_split(numbered_folder):
     assert degraded.shards == train.shards
     for i in (0, 5, len(train) + 5):
         assert torch.equal(degraded[i]["image"], train[i]["image"])
+
+
+def test_repeats_and_shards_go_together():
+    """Each image comes as often as it should, and its archive with it."""
+    [items] = batch_order(4, 10, 0, 1, seed=0, shards=["a", "a", "b", "b"], repeats=[1, 2, 3, 4])
+    assert sorted(items) == [0, 1, 1, 2, 2, 2, 3, 3, 3, 3]

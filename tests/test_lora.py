@@ -283,7 +283,7 @@ def test_sampling_with_loras_is_sampling_from_the_merged_model(lora_file, tmp_pa
     """Also two at once; without them, other images come out."""
     flags = [*ONE_STEP, "a red circle"]
     merged = tmp_path / "merged.pt"
-    loras = ["--lora", lora_file, lora_file, "--lora-scale", 1, -0.5]
+    loras = ["--lora", lora_file, "--lora", lora_file, "--lora-scale", 1, "--lora-scale", -0.5]
     cli("sample.py", *loras, "--merge", merged, *ONE_STEP, "--out", tmp_path / "a", "a red circle")
     cli("sample.py", "--ckpt", merged, "--out", tmp_path / "b", *flags)
     cli("sample.py", "--lora", lora_file, "--lora-scale", 0.5, "--out", tmp_path / "c", *flags)
@@ -303,7 +303,10 @@ def test_sampling_with_loras_is_sampling_from_the_merged_model(lora_file, tmp_pa
 WRONG_FLAGS = [
     (["--lora-scale", 1], "--lora-scale: only with --lora"),
     (["--merge", "x.pt"], "--merge: only with --lora"),
-    (["--lora", "x", "--lora-scale", 1, 2], "--lora-scale: 2 numbers for 1 files; give one, or"),
+    (
+        ["--lora", "x", "--lora-scale", 1, "--lora-scale", 2],
+        "--lora-scale: 2 numbers for 1 files; give one, or",
+    ),
     (["--lora", "x", "--lora-scale", "nan"], "--lora-scale nan: must be"),
     (["--lora", "missing.safetensors"], "--lora: missing.safetensors: "),
     (["--lora", str(sample.BUNDLED)], "toy.pt: a checkpoint, not a LoRA; a LoRA is a lora.safe"),

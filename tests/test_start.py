@@ -1,5 +1,6 @@
 """train_ldm.py --init: training goes on from a model in a file, ours or a released one."""
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,10 +69,11 @@ def test_the_optimiser_and_the_shapes_are_those_of_the_files_preset(preset, monk
     monkeypatch.setattr(start, "read_config", lambda *_: (config, row | {"preset": preset}))
 
     args = train_ldm.parse_args(["--init", "x.ckpt"])
-    for name in ("lr", "batch", "betas", "warmup", "cosine", "ema", "loss", "snr_clamp", "steps"):
+    for name in ("lr", "batch", "betas", "cosine", "ema", "loss", "snr_clamp", "steps"):
         if name in row:
             assert getattr(args, name) == row[name], name
     assert args.preset == preset
+    assert args.warmup == 0
     assert args.size == config.size
     assert args.p_drop == config.p_drop
     start.check_flags(vars(args), config, "x.ckpt")
@@ -93,6 +95,7 @@ def test_the_optimiser_and_the_shapes_are_those_of_the_files_preset(preset, monk
     (["--preset", "sd-v1"], "--init: {file}: its preset is toy, not sd-v1"),
     (["--size", 17], "--size 17 is not a multiple of 2"),
     (["--lora-tau"], "--lora-tau: only with --lora"),
+    (["--vocab", "x"], "--vocab: only with a released model"),
     (["--channels", 1], "--channels 1: {file} has images of 3"),
 ])
 def test_a_flag_that_contradicts_the_file_is_named_with_both_values(
@@ -165,7 +168,8 @@ def test_boxes_of_new_classes_take_the_next_numbers_while_there_are_tokens():
 
     released = TASKS["layout"]({"n_vocab": 5, "n_token": 6})
     assert released.known_names(["3", "0"], True) == ("0", "1", "2", "3")
-    assert released.known_names(["3", "sheep"], True) == ()
+    for others in (["3", "sheep"], ["3", "007"], ["3", "99"]):
+        assert released.known_names(others, True) == ()
 
 
 def test_labels_and_boxes_get_the_models_numbers():
@@ -198,6 +202,7 @@ def test_a_class_model_learns_new_folders_of_images_beside_its_own(tmp_path, tra
     cli("train_ldm.py", *TINY_LDM, *ONE_LEVEL, *ONE_STEP, "--task", "class", "--size", 16,
         "--data", tmp_path / "one", "--ae", trained / "ae/ckpt.pt", "--out", tmp_path / "a")
     output = tune(cli, tmp_path / "a/ckpt.pt", tmp_path / "b", "--data", tmp_path / "two")
+    assert "known to the model: 1 class: cat" in output
     assert "new to the model: 1 class: ant" in output
 
     checkpoint = load_checkpoint(tmp_path / "b/ckpt.pt")
@@ -255,7 +260,7 @@ def test_a_lora_trains_its_pairs_alone(trained, tmp_path, cli):
     tune(cli, file, tmp_path / "x", *flags)
     tune(cli, file, tmp_path / "x", *flags, "--steps", 2)
     checkpoint = load_checkpoint(tmp_path / "x/ckpt.pt", "lora")
-    assert_close(checkpoint["nets"], load_checkpoint(tmp_path / "whole/ckpt.pt")["nets"],
+    assert_close(checkpoint["nets"], load_checkpoint(tmp_path / "whole/ckpt.pt", "lora")["nets"],
                  rtol=0, atol=0)
     assert list(checkpoint["nets"]) == list(checkpoint["ema"]) == ["lora"]
     assert "ae" not in checkpoint
@@ -268,6 +273,23 @@ def test_a_lora_trains_its_pairs_alone(trained, tmp_path, cli):
     output = tune(cli, file, tmp_path / "x", "--lora", 2, code=2)
     assert "lora tau = True, now it is False" in output
     output = tune(cli, file, tmp_path / "x", code=2)
-    assert "of a LoRA in training" in output
+    assert "a checkpoint of a LoRA in training, where one of stage two" in output
     output = cli("sample.py", "--ckpt", tmp_path / "x/ckpt.pt", "a", code=2)
-    assert "whose lora.safetensors is for --lora" in output
+    assert "the lora.safetensors beside it is for sample.py --lora" in output
+    output = cli("train_ldm.py", "--ae", tmp_path / "x/ckpt.pt", "--out", tmp_path / "y", code=2)
+    assert "ckpt.pt: a checkpoint of a LoRA in training; the lora.safetensors" in output
+
+    # The prompt may come after the file.
+    cli("sample.py", "--ckpt", file, "--steps", 2, "--out", tmp_path / "x.png",
+        "--lora", tmp_path / "x/lora.safetensors", "a red circle")
+
+
+def test_the_z_std_of_a_preset_is_that_of_its_own_autoencoder():
+    """With another one it is measured, unless a flag gives it."""
+    args = train_ldm.parse_args(["--preset", "sd-v1"])
+    own = SimpleNamespace(cfg=presets.ae_config("kl-f8"))
+    other = SimpleNamespace(cfg=presets.ae_config("kl-f4"))
+    assert train_ldm.z_std_flag(args, own) == pytest.approx(1 / 0.18215)
+    assert train_ldm.z_std_flag(args, other) is None
+    args = train_ldm.parse_args(["--preset", "sd-v1", "--z-std", "3"])
+    assert train_ldm.z_std_flag(args, other) == 3

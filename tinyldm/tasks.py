@@ -448,13 +448,16 @@ class Layout(Task):
         return [number, x0 / w, y0 / h, x1 / w, y1 / h]
 
     def known_names(self, found: Sequence[str], has_null: bool) -> Sequence[str]:
-        """A released model has no names. Names that are not numbers are then all new."""
-        if self.class_names or not all(name.isdecimal() for name in found):
-            return self.class_names
-        return tuple(str(i) for i in range(self.tau["n_vocab"] - 1))
+        """A released model has numbers for names. Unless all names are such, all are new."""
+        numbers = tuple(str(i) for i in range(self.tau["n_vocab"] - 1))
+        is_by_number = not self.class_names and set(found) <= set(numbers)
+        return numbers if is_by_number else self.class_names
 
     def add_classes(self, names: Sequence[str], tau: nn.Module, has_null: bool) -> None:
-        """A new class is the next number, whose token only cells of the grid had so far."""
+        """A new class is the next number, whose token only cells of the grid had so far.
+
+        A released model has no names, so its numbers begin again at 0, with new meanings.
+        """
         room = self.tau["n_vocab"] - 1
         class_names = (*self.class_names, *names)
         require(

@@ -54,6 +54,8 @@ def endless_items(
 ) -> Iterator[np.integer]:
     """Yield the items of epoch after epoch, without end, from a number of items on."""
     images = np.repeat(np.arange(n), 1 if repeats is None else repeats)
+    if shards is not None:
+        shards = np.asarray(shards)[images]
     first_epoch, k = divmod(n_skipped, len(images))
     for epoch in itertools.count(first_epoch):
         rng = np.random.default_rng([seed, epoch])

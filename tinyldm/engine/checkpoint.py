@@ -10,8 +10,8 @@ LoRA:       {"kind": "tinyldm lora", ...}, as stage two, but with the low-rank p
 
 "config" has one dict per network, the arguments that shape it; "args" has the flags of
 the run; "init" says which model it started from; "stage_one" is the name of a file beside
-this one; the rest are state dicts. A model.pt, which is for sampling, has "ae" in place of
-the last three. Reading a checkpoint
+this one; the rest are state dicts. A model.pt, which is for sampling, has "ae" and the
+averaged "ema" of these alone. Reading a checkpoint
 never executes code that the file contains.
 """
 import contextlib
@@ -37,11 +37,12 @@ KIND = "tinyldm "
 STAGES = {
     "tinyldm autoencoder": "stage one (train_ae.py)",
     "tinyldm ldm": "stage two (train_ldm.py)",
-    "tinyldm lora": "a LoRA in training, whose lora.safetensors is for --lora",
+    "tinyldm lora": "a LoRA in training",
 }
 FLAGS = {
     "tinyldm autoencoder": "; it is for train_ldm.py --ae",
     "tinyldm ldm": "; it is for sample.py --ckpt and train_ldm.py --init",
+    "tinyldm lora": "; the lora.safetensors beside it is for sample.py --lora",
 }
 
 
@@ -147,7 +148,7 @@ def why_unreadable(path: Path, error: Exception) -> str:
 
 
 def load_checkpoint(path: str | Path, kind: str | None = None, mmap: bool = False) -> dict:
-    """Return one of our checkpoints, of kind "autoencoder", "ldm" or "lora"; None: any.
+    """Return one of our checkpoints, of kind "autoencoder", "ldm" or "lora"; None: of a stage.
 
     Where the file cannot be read, the one before it is taken, with a warning.
     mmap: map the file into memory instead of reading it.
@@ -168,7 +169,7 @@ def load_checkpoint(path: str | Path, kind: str | None = None, mmap: bool = Fals
         for shape in checkpoint.get("config", {}).values():
             require(is_buildable(shape), f"{path}: its config has absurd sizes")
     if "stage_one" in checkpoint:
-        checkpoint["ae"] = stage_one_state(path, checkpoint)
+        checkpoint["ae"] = stage_one_state(path, checkpoint, mmap)
     return checkpoint
 
 
@@ -183,7 +184,10 @@ def check_kind(path: Path, checkpoint: object, kind: str | None) -> None:
         raise BadInput(
             f"{path}: not a checkpoint of tinyldm{but}; give one of train_ae.py or train_ldm.py"
         )
-    if kind is not None and found != KIND + kind:
+    if kind is None:
+        is_lora = found == KIND + "lora"
+        require(not is_lora, f"{path}: a checkpoint of {STAGES[found]}{FLAGS[found]}")
+    elif found != KIND + kind:
         stage = STAGES.get(found, "another kind")
         raise BadInput(
             f"{path}: a checkpoint of {stage}, where one of {STAGES[KIND + kind]} is needed"
@@ -231,7 +235,7 @@ def keep_stage_one(ae: nn.Module, folder: Path) -> str:
     return path.name
 
 
-def stage_one_state(path: Path, checkpoint: dict) -> dict[str, Tensor]:
+def stage_one_state(path: Path, checkpoint: dict, mmap: bool) -> dict[str, Tensor]:
     """Return the weights of the stage one that lies beside a checkpoint, with its z_std."""
     with trying(f"{path}: it does not say which stage one it has"):
         name = Path(checkpoint["stage_one"]).name           # a file beside it, no other
@@ -241,7 +245,9 @@ def stage_one_state(path: Path, checkpoint: dict) -> dict[str, Tensor]:
         beside.exists(),
         f"{path}: {name}, its stage one, is not beside it; copy it too, or take model.pt",
     )
-    return load_checkpoint(beside, "autoencoder")["nets"]["ae"] | {"z_std": z_std}
+    stage_one = load_checkpoint(beside, "autoencoder", mmap)
+    with trying(f"{beside}: its parts do not fit together"):
+        return stage_one["nets"]["ae"] | {"z_std": z_std}
 
 
 def digest(state: dict[str, Tensor]) -> str:

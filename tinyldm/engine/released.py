@@ -111,22 +111,21 @@ def check_ignored(keys: Iterable[str]) -> None:
 
 # ---- files, as people have them
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 OURS = "tinyldm"                    # the text of a file that we wrote: its config, as JSON
 PREDICTION = "modelspec.prediction_type"        # the text that other programs write and read
 
 
 def read_released(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a file, as the official files have them, and its texts.
+    """Return the tensors of a file, named as in the official files, and its texts.
 
-    fp8 is cast to fp16, which holds all of its values. Raises BadInput that names the file.
+    Raises BadInput that names the file.
     """
     state, texts = read_file(path)
     official = {}
     for key, x in state.items():
         # Newer files of CLIP have no text_model in their names.
         name = re.sub(rf"^({TAU}transformer)\.(?=embed|encoder|final_)", r"\1.text_model.", key)
-        official[name] = x.half() if x.dtype in FP8 else x
+        official[name] = x
     return official, texts
 
 
@@ -479,7 +478,8 @@ def export(path: Path, out: Path) -> None:
 def export_diffusers(path: Path, folder: Path) -> None:
     """Write stage one and the U-Net of a checkpoint as diffusers has them: vae/ and unet/.
 
-    NB: the averaged weights, and neither tau nor the schedule: these are one's own. Only a U-Net
+    NB: the averaged weights, and neither tau nor the schedule, nor whether the U-Net predicts v:
+    these are for one's own program. Only a U-Net
     that attends to tokens, and resamples by convolutions, has a class in diffusers.
     Raises BadInput that names the file.
     """
@@ -488,6 +488,7 @@ def export_diffusers(path: Path, folder: Path) -> None:
         config = checkpoint["config"]
         ae = AEConfig(**config["autoencoder"])
         require(ae.ch > 0, "a model of pixels has no stage one")
+        require(not ae.attn_res, "attention beside the lowest resolution is not written")
         ae_state = checkpoint["ae"] if "unet" in config else checkpoint["nets"]["ae"]
         nets = [("vae", build_autoencoder, ae, ae_state)]
         if "unet" in config:
@@ -500,8 +501,11 @@ def export_diffusers(path: Path, folder: Path) -> None:
                 net = build(cfg)
             renamed = to_diffusers(official_state(net, "", state), net)
             write_state(renamed, folder / name / "diffusion_pytorch_model.safetensors")
+            values = diffusers_config(cfg)
+            if name == "vae" and "unet" in config:
+                values["scaling_factor"] = 1 / float(ae_state["z_std"])
             with atomic_write(folder / name / "config.json") as file:
-                file.write(json.dumps(diffusers_config(cfg), indent=1).encode())
+                file.write(json.dumps(values, indent=1).encode())
 
 
 def texts_of(checkpoint: dict) -> dict[str, str]:

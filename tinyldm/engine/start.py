@@ -26,7 +26,8 @@ def row_of_file(path: Path, preset: str | None, vocab: Path | None) -> dict:
     """Return the defaults of all flags for a training that starts from the model in a file.
 
     The optimiser's are those that the model was trained with: of its own run or, for a released
-    model, of its preset. preset and vocab are as in open_model. Raises BadInput.
+    model, of its preset; but without a warmup. Why: that is for random weights, and as long as
+    many a fine-tuning. preset and vocab are as in open_model. Raises BadInput.
     """
     config, run = read_config(path, preset, vocab)
     name = run.get("preset")
@@ -34,8 +35,8 @@ def row_of_file(path: Path, preset: str | None, vocab: Path | None) -> dict:
     require(preset in (None, name), f"{path}: its preset is {name}, not {preset}")
     columns = presets.LDM[name]
     row = {column: run.get(column, value) for column, value in columns.items()}
-    row |= fixed_values(config)
-    return row | {"preset": name, "size": config.size, "p_drop": config.p_drop, "z_std": None}
+    row |= fixed_values(config) | {"size": config.size, "p_drop": config.p_drop}
+    return row | {"preset": name, "z_std": None, "warmup": 0}
 
 
 def fixed_values(config: ModelConfig) -> dict:
@@ -94,6 +95,10 @@ def adapt(
         )
 
     new = new_names(model, data)
+    if class_field(model) is not None:
+        found = model.task.names_in(data)
+        known = [name for name in found if name not in new]
+        lines.append(f"known to the model: {listed(known)}")
     if new:
         lines.append(f"new to the model: {listed(new)}")
     learns_null = p_drop > 0 and not model.can_be_guided
