@@ -13,11 +13,17 @@ from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.diffusion import DiffusionConfig, as_eps_theta
 from tinyldm.engine import presets, released
 from tinyldm.engine.checkpoint import save_checkpoint
-from tinyldm.engine.diffusers_names import diffusers_name, to_diffusers
+from tinyldm.engine.diffusers_names import diffusers_config, diffusers_name, to_diffusers
 from tinyldm.engine.open import open_model, open_stage_one, save_model
-from tinyldm.engine.released import detect, load_released, load_stage_one, official_state
+from tinyldm.engine.released import (
+    detect,
+    load_into,
+    load_released,
+    load_stage_one,
+    official_state,
+)
 from tinyldm.engine.released_names import AE, TAU, UNET
-from tinyldm.engine.weights import FP8, read_state, write_state
+from tinyldm.engine.weights import read_state, write_state
 from tinyldm.errors import BadInput
 from tinyldm.samplers import SAMPLERS, timesteps
 from tinyldm.tasks import TASKS
@@ -69,15 +75,48 @@ def test_a_file_of_averaged_weights_alone_is_found_and_read(monkeypatch):
         opened(state, monkeypatch, ema=False)
 
 
-@pytest.mark.parametrize("dtype", FP8)
+@pytest.mark.parametrize("dtype", released.FP8)
 def test_fp8_is_cast_to_fp16_exactly(dtype, tmp_path):
     """All 256 codes: fp16 has every one of their values."""
-    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype).view(16, 16)
     for suffix in (".safetensors", ".ckpt"):
-        write_state({"x": codes}, tmp_path / f"x{suffix}")
-        state, _ = released.read_released(tmp_path / f"x{suffix}")
-        assert state["x"].dtype == torch.float16
-        assert_close(state["x"].double(), codes.double(), rtol=0, atol=0, equal_nan=True)
+        write_state({"weight": codes}, tmp_path / f"x{suffix}")
+        net = load_into(torch.nn.Linear(16, 16, bias=False), read_state(tmp_path / f"x{suffix}"))
+        assert net.weight.dtype == torch.float16
+        assert_close(net.weight.double(), codes.double(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("alphas_cumprod", torch.linspace(0.99, 0.01, 1000)), ("scale_factor", torch.tensor(0.5)),
+])
+def test_numbers_in_fp8_are_too_coarse_and_those_of_the_preset_are_taken(name, value, monkeypatch):
+    """And it is said."""
+    state = sd_state() | {name: value.to(torch.float8_e4m3fn)}
+    with pytest.warns(UserWarning, match=f"x.ckpt: its {name} is in fp8"):
+        model = opened(state, monkeypatch, preset="sd-v1")
+    assert model.config == presets.build_networks(presets.LDM["sd-v1"]).config
+    assert_close(model.z_std, torch.tensor(1 / 0.18215))
+
+
+# Tensors that take no memory in the file, and more than there is when they are cast.
+ENDLESS = torch.zeros(1).expand(10 ** 13)
+ENDLESS_FP8 = torch.zeros(1).to(torch.float8_e4m3fn).expand(10 ** 13)
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("scale_factor", ENDLESS, "scale_factor has 10,000,000,000,000 numbers, not one"),
+    ("scale_factor", torch.ones(3), "scale_factor has 3 numbers, not one"),
+    ("alphas_cumprod", ENDLESS, "alphas_cumprod has the shape"),
+    ("alphas_cumprod", torch.eye(9).to_sparse(), "alphas_cumprod has the shape"),
+    ("other", ENDLESS_FP8, "other is unexpected"),
+    (UNET + "out.2.bias", torch.zeros(3).to_sparse(), "its parts do not fit together"),
+    (UNET + "out.2.bias", torch.zeros(3).int(), "its parts do not fit together"),
+])
+def test_odd_tensors_are_refused_and_fill_no_memory(key, value, message, monkeypatch):
+    state = listed_state(FILES["superres256"])
+    state = {name: x for name, x in state.items() if "alphas" not in name} | {key: value}
+    with pytest.raises(BadInput, match=f"x.ckpt: {message}"):
+        opened(state, monkeypatch, preset="superres256", ema=False)
 
 
 def test_a_model_without_the_scale_factor_that_it_needs_says_so(monkeypatch):
@@ -129,11 +168,14 @@ def test_the_schedule_of_a_file_is_used_if_it_is_another_one(monkeypatch):
     (torch.linspace(1.5, 0.1, 9), "must fall"),
     (torch.linspace(0.9, -0.1, 9), "must fall"),
     (torch.full((9,), torch.nan), "must fall"),
-    (torch.zeros(0), "no numbers in a row"),
+    (torch.tensor([2.0]), "must fall"),
+    (torch.zeros(0), "has the shape"),
+    (torch.tensor(0.5), "has the shape"),
 ])
 def test_a_schedule_that_is_none_is_refused(abar, message, monkeypatch):
+    state = listed_state(FILES["superres256"]) | {"alphas_cumprod": abar}
     with pytest.raises(BadInput, match=f"x.ckpt: alphas_cumprod.*{message}"):
-        opened(sd_state() | {"alphas_cumprod": abar}, monkeypatch)
+        opened(state, monkeypatch, preset="superres256")
 
 
 def test_a_schedule_that_ends_in_pure_noise_is_of_v(monkeypatch):
@@ -146,7 +188,9 @@ def test_a_schedule_that_ends_in_pure_noise_is_of_v(monkeypatch):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        opened(state, monkeypatch, {"modelspec.prediction_type": "v"})
+        for text in released.PREDICTION_TEXTS:
+            again = opened(state, monkeypatch, {text: "v"}, preset="sd-v1")
+            assert again.config == model.config
         opened(state | {"v_pred": torch.zeros(0)}, monkeypatch)
     with pytest.raises(BadInput, match="a prediction of eps says nothing of z_0"):
         DiffusionConfig(alphas_cumprod=tuple(ZERO_SNR.tolist()))
@@ -358,6 +402,38 @@ def test_texts_of_strangers_are_data_and_end_in_one_line(text, tmp_path, monkeyp
     with pytest.raises(BadInput, match="x.safetensors: ") as error:
         open_model(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:the official code")
+@pytest.mark.parametrize("task", ["text", "text-inpaint"])
+def test_words_that_do_not_fit_the_embedding_are_refused(task, made_up_file, tmp_path):
+    """Else their ids would be beyond its rows when a caption is encoded."""
+    _, path = made_up_file(task)
+    released.export(path, tmp_path / "x.ckpt")
+    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    head = json.loads(content["tinyldm"])
+    words = json.loads(head["tokenizer"])
+    words["model"]["vocab"]["more"] = 1_000_000
+    head["tokenizer"] = json.dumps(words)
+    torch.save(content | {"tinyldm": json.dumps(head)}, tmp_path / "x.ckpt")
+
+    with pytest.raises(BadInput, match="x.ckpt: its tokenizer: 1000001 tokens, where the model's"):
+        open_model(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("export", [released.export, released.export_diffusers])
+def test_a_lora_is_no_model_to_export(export, tmp_path):
+    """It has low-rank pairs alone."""
+    save_checkpoint({"kind": "tinyldm lora", "config": {"unet": {}}}, tmp_path / "ckpt.pt")
+    with pytest.raises(BadInput, match="ckpt.pt: a LoRA in training; merge"):
+        export(tmp_path / "ckpt.pt", tmp_path / "x")
+
+
+def test_attention_at_some_levels_of_stage_one_has_blocks_of_its_own_in_diffusers():
+    """As in kl-f16: the level of 16 pixels, the last of E and the first of D."""
+    config = diffusers_config(presets.ae_config("kl-f16"))
+    assert config["down_block_types"] == ["DownEncoderBlock2D"] * 4 + ["AttnDownEncoderBlock2D"]
+    assert config["up_block_types"] == ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 4
 
 
 def test_the_layout_of_diffusers_is_written_with_its_configs(tmp_path, cli):

@@ -191,7 +191,8 @@ def as_eps_theta(net: Callable, abar: Tensor, predict: str) -> Callable:
 class DiffusionConfig:
     """The process that a model is trained for; the defaults are the paper's.
 
-    Raises BadInput for a beta_range where the schedule takes none.
+    Raises BadInput for a beta_range where the schedule takes none, for alphas_cumprod that are no
+    schedule, and for a prediction that is not known.
     """
 
     schedule: str = option("sqrt-linear", "schedule of the noise", choices=SCHEDULES)
@@ -212,6 +213,7 @@ class DiffusionConfig:
             takes_range or not self.beta_range,
             f"beta_range {self.beta_range}: the {self.schedule} schedule takes none",
         )
+        require(self.predict in PREDICTIONS, f"predict {self.predict!r:.99}: not known")
         if self.alphas_cumprod:
             self._check_alphas_cumprod()
 
@@ -222,8 +224,11 @@ class DiffusionConfig:
             len(abar) == self.T,
             f"alphas_cumprod: {len(abar)} numbers for T = {self.T} timesteps",
         )
-        falls = all(1 > a > b >= 0 for a, b in zip(abar, abar[1:]))
-        require(falls, "alphas_cumprod: the numbers must fall from below 1 to 0 or above")
+        falls = all(a > b for a, b in zip(abar, abar[1:]))
+        require(
+            falls and abar[0] < 1 and abar[-1] >= 0,
+            "alphas_cumprod: the numbers must fall from below 1 to 0 or above",
+        )
         require(
             abar[-1] > 0 or self.predict != "eps",
             "alphas_cumprod: it ends at 0, where a prediction of eps says nothing of z_0",

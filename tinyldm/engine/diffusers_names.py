@@ -139,12 +139,15 @@ def diffusers_config(cfg: AEConfig | UNetConfig) -> dict:
     if isinstance(cfg, UNetConfig):
         return common | unet_config(cfg, widths)
 
+    levels = range(len(widths))
+    down = ["AttnDownEncoderBlock2D" if cfg.attends(i) else "DownEncoderBlock2D" for i in levels]
+    up = ["AttnUpDecoderBlock2D" if cfg.attends(i) else "UpDecoderBlock2D" for i in levels]
     config = common | {
         "in_channels": cfg.c_x,
         "out_channels": cfg.c_x,
         "latent_channels": cfg.c_e or cfg.c_z,
-        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
-        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "down_block_types": down,
+        "up_block_types": up[::-1],
         "mid_block_add_attention": cfg.attn_mid,
     }
     if cfg.n_codes is None:

@@ -114,6 +114,7 @@ def open_lora(path: Path) -> dict[str, Tensor]:
             what = "a LoRA of another program, whose names of tensors are not read"
         raise BadInput(f"{path}: {what}: it has {name}; {advice}")
 
+    state = {key: released.without_fp8(x) for key, x in state.items()}
     with naming(str(path)):
         check_finite(state)
     return state

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from tinyldm.autoencoder import AEConfig, Autoencoder, build_autoencoder
-from tinyldm.data.tokenizer import open_vocab
+from tinyldm.data.tokenizer import check_tokenizer, open_vocab
 from tinyldm.diffusion import DiffusionConfig
 from tinyldm.engine import flags, presets
-from tinyldm.engine.checkpoint import atomic_write, is_buildable, load_checkpoint
+from tinyldm.engine.checkpoint import KIND, atomic_write, is_buildable, load_checkpoint
 from tinyldm.engine.command import run
 from tinyldm.engine.diffusers_names import diffusers_config, from_diffusers, to_diffusers
 from tinyldm.engine.recognise import recognise_state
@@ -39,7 +39,7 @@ def load_into(net: nn.Module, state: dict[str, Tensor], prefix: str = "") -> nn.
     """Fill a network, which may be on the meta device, from an official state dict.
 
     The network takes over the tensors themselves, with their dtype; only q, k and v may
-    be copied. Raises BadInput that names a key that is missing, unexpected or of
+    be copied, and fp8 is cast. Raises BadInput that names a key that is missing, unexpected or of
     another shape.
     """
     table = sources(net)
@@ -47,10 +47,21 @@ def load_into(net: nn.Module, state: dict[str, Tensor], prefix: str = "") -> nn.
 
     own = net.state_dict()
     for key, source in table.items():
-        parts = [state[prefix + name] for name in source.keys]
+        parts = [without_fp8(state[prefix + name]) for name in source.keys]
         own[key] = from_official(parts, source).reshape(own[key].shape)
     net.load_state_dict(own, assign=True)
     return net
+
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def without_fp8(x: Tensor) -> Tensor:
+    """Return fp8 as fp16, which has all of its values, and any other tensor as it is.
+
+    Why: no network computes in fp8.
+    """
+    return x.half() if x.dtype in FP8 else x
 
 
 def official_state(
@@ -112,7 +123,9 @@ def check_ignored(keys: Iterable[str]) -> None:
 # ---- files, as people have them
 
 OURS = "tinyldm"                    # the text of a file that we wrote: its config, as JSON
-PREDICTION = "modelspec.prediction_type"        # the text that other programs write and read
+# The texts by which other programs say what is predicted.
+PREDICTION = "modelspec.prediction_type"
+PREDICTION_TEXTS = (PREDICTION, "modelspec.predict_key")
 
 
 def read_released(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -126,6 +139,16 @@ def read_released(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         # Newer files of CLIP have no text_model in their names.
         name = re.sub(rf"^({TAU}transformer)\.(?=embed|encoder|final_)", r"\1.text_model.", key)
         official[name] = x
+
+    # These are no weights: every digit of them counts.
+    for name in ("alphas_cumprod", "scale_factor"):
+        if name in official and official[name].dtype in FP8:
+            warnings.warn(
+                f"{path}: its {name} is in fp8, whose digits are too few; that of its preset "
+                "is taken",
+                stacklevel=2,
+            )
+            del official[name]
     return official, texts
 
 
@@ -171,12 +194,12 @@ def load_released(
     Raises BadInput that names the file, and a tensor that is unknown or missing.
     """
     state, model = read_model(path, preset, vocab)
-    with naming(str(path)):
+    with naming(str(path)), trying("its parts do not fit together"):
         check_networks(state, model)
-        model.ae.z_std = z_std_of(state, model.run)
+        model.ae.z_std = z_std_of(state, model.run, path)
 
         has_own = has_prefix(state, UNET)
-        require(ema or has_own, "it has averaged weights only; leave out --no-ema")
+        require(ema or has_own, "it has averaged weights only, no others")
         weights = averaged(state, model.unet) if ema or not has_own else state
         for net, prefix in networks_of(model):
             load_into(net, weights, prefix)
@@ -201,7 +224,7 @@ def read_model(
     state, texts = read_released(path)
     kind = recognise_state(state)
     require(kind is None, f"{path}: {kind}")
-    with naming(str(path)):
+    with naming(str(path)), trying("its parts do not fit together"):
         head = our_head(texts)
         if head is None:
             name = preset or detect(state)
@@ -213,9 +236,12 @@ def read_model(
                 run = head["args"]
                 name = run.get("preset")
             require(preset in (None, name), f"its preset is {name}, not {preset}")
-        config = dataclasses.replace(config, diffusion=diffusion_of(state, texts, config.diffusion))
+        diffusion = diffusion_of(state, texts, config.diffusion, path)
+        config = dataclasses.replace(config, diffusion=diffusion)
         with torch.device("meta"), trying("its config cannot be built"):
             model = build_model(config)
+        if model.tokenizer is not None:
+            check_tokenizer(model.tokenizer, config.tau["n_vocab"], "its tokenizer")
 
     if vocab is not None and "caption" in model.task.fields:
         set_tokenizer(model, vocab)
@@ -229,29 +255,34 @@ def has_prefix(state: dict[str, Tensor], prefix: str) -> bool:
 
 
 def diffusion_of(
-    state: dict[str, Tensor], texts: dict[str, str], config: DiffusionConfig
+    state: dict[str, Tensor], texts: dict[str, str], config: DiffusionConfig, path: Path
 ) -> DiffusionConfig:
     """Return the process that a file's model was trained for, where it says so.
 
     config: that of the preset. Why tolerant: files in fp16 have their schedule in it, too.
     Raises BadInput for a schedule that is none.
     """
-    says_v = texts.get(PREDICTION, "").startswith("v") or "v_pred" in state
+    says_v = "v_pred" in state
+    for name in PREDICTION_TEXTS:
+        says_v = says_v or texts.get(name, "").startswith("v")
     predict = "v" if says_v else config.predict
 
     abar = state.get("alphas_cumprod")
     if abar is None:
         return dataclasses.replace(config, predict=predict)
+    require(
+        abar.ndim == 1 and 0 < len(abar) < 10 ** 5,
+        f"alphas_cumprod has the shape {tuple(abar.shape)}, which no schedule has",
+    )
     abar = abar.double()
     own = config.abar()
     if abar.shape == own.shape and torch.allclose(abar, own, rtol=2e-3, atol=1e-6):
         return dataclasses.replace(config, predict=predict)
 
-    require(abar.ndim == 1 and len(abar) > 0, "alphas_cumprod has no numbers in a row")
     if abar[-1] == 0 and predict == "eps":
         warnings.warn(
-            "its schedule ends in pure noise, of which only v says something: it is taken to "
-            "predict v",
+            f"{path}: its schedule ends in pure noise, of which only v says something: it is "
+            "taken to predict v",
             stacklevel=2,
         )
         predict = "v"
@@ -276,7 +307,7 @@ def check_networks(state: dict[str, Tensor], model: LatentDiffusion) -> None:
     check_ignored(key for key in others if key not in copies)
 
 
-def z_std_of(state: dict[str, Tensor], row: dict) -> Tensor:
+def z_std_of(state: dict[str, Tensor], row: dict, path: Path) -> Tensor:
     """Return the std of the latents; the official code multiplies by 1 / z_std.
 
     Warns if neither the file nor the row knows it.
@@ -284,8 +315,8 @@ def z_std_of(state: dict[str, Tensor], row: dict) -> Tensor:
     known = known_z_std(state, row)
     if known is None:
         warnings.warn(
-            "it has no scale_factor, which other files of this model have: 1 is taken, with which "
-            "its images are probably wrong; take the original file",
+            f"{path}: it has no scale_factor, which other files of this model have: 1 is taken, "
+            "with which its images are probably wrong; take the original file",
             stacklevel=2,
         )
     return torch.ones(()) if known is None else known
@@ -294,7 +325,10 @@ def z_std_of(state: dict[str, Tensor], row: dict) -> Tensor:
 def known_z_std(state: dict[str, Tensor], row: dict) -> Tensor | None:
     """Return the z_std that a file or its preset's row knows; None if neither does."""
     if "scale_factor" in state:
-        return 1 / state["scale_factor"].float().reshape(())
+        scale_factor = state["scale_factor"]
+        n = scale_factor.numel()
+        require(n == 1, f"scale_factor has {n:,} numbers, not one")
+        return 1 / scale_factor.float().reshape(())
     return torch.tensor(row["z_std"]) if row.get("z_std") else None
 
 
@@ -415,7 +449,7 @@ def load_stage_one(path: Path) -> tuple[Autoencoder, bool]:
         kind = recognise_state(state)
         raise BadInput(f"{path}: {kind or 'there is no autoencoder in it'}")
 
-    with naming(str(path)):
+    with naming(str(path)), trying("its parts do not fit together"):
         head = our_head(texts)
         if head is None:
             ae = detect_stage_one(state, prefix)
@@ -465,7 +499,7 @@ def export(path: Path, out: Path) -> None:
     two are one network, so once is enough.
     Raises BadInput that names the file.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_for_export(path)
     with naming(str(path)), trying("its parts do not fit together"):
         if "unet" in checkpoint["config"]:
             state = official_model(checkpoint)
@@ -473,6 +507,17 @@ def export(path: Path, out: Path) -> None:
             state = official_stage_one(checkpoint)
         texts = texts_of(checkpoint)
     write_state(state, out, texts)
+
+
+def load_for_export(path: Path) -> dict:
+    """Return a checkpoint of ours that holds a model. Raises BadInput that names the file."""
+    checkpoint = load_checkpoint(path)
+    require(
+        checkpoint["kind"] != KIND + "lora",
+        f"{path}: a LoRA in training; merge its lora.safetensors into its model first "
+        "(sample.py --merge)",
+    )
+    return checkpoint
 
 
 def export_diffusers(path: Path, folder: Path) -> None:
@@ -483,17 +528,20 @@ def export_diffusers(path: Path, folder: Path) -> None:
     that attends to tokens, and resamples by convolutions, has a class in diffusers.
     Raises BadInput that names the file.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_for_export(path)
     with naming(str(path)), trying("its parts do not fit together"):
         config = checkpoint["config"]
         ae = AEConfig(**config["autoencoder"])
         require(ae.ch > 0, "a model of pixels has no stage one")
-        require(not ae.attn_res, "attention beside the lowest resolution is not written")
         ae_state = checkpoint["ae"] if "unet" in config else checkpoint["nets"]["ae"]
         nets = [("vae", build_autoencoder, ae, ae_state)]
         if "unet" in config:
             unet = UNetConfig(**config["unet"])
-            require(unet.d_ctx and not unet.res_updown, "diffusers has no such U-Net as this one")
+            require(
+                unet.d_ctx and not unet.res_updown,
+                "diffusers has no class for its U-Net, which must attend to tokens and resample by "
+                "convolutions; export the checkpoint of its stage one",
+            )
             nets.append(("unet", UNet, unet, checkpoint["ema"]["unet"]))
 
         for name, build, cfg, state in nets:

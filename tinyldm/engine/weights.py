@@ -98,9 +98,6 @@ ALLOWED = [
 ]
 
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors, or of a pickle of torch or Lightning.
 
@@ -115,18 +112,12 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path)
     with trying(f"{path}: not a checkpoint"):
         if is_safetensors(path):
-            state, texts = read_safetensors(path)
-            return without_fp8(state), texts
+            return read_safetensors(path)
         content = unpickle(path, mmap=zipfile.is_zipfile(path), allowed=ALLOWED)
         require(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, no weights")
         state = content.get("state_dict", content)
         state = {str(key): x for key, x in state.items() if isinstance(x, Tensor)}
-        return without_fp8(state), texts_in(content)
-
-
-def without_fp8(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with fp8 as fp16, which holds all of its values, and can compute."""
-    return {key: x.half() if x.dtype in FP8 else x for key, x in state.items()}
+        return state, texts_in(content)
 
 
 def texts_in(content: object) -> dict[str, str]:
