@@ -70,6 +70,8 @@ def halfway(run_folder, copy):
     copy.mkdir(parents=True)
     shutil.copy(run_folder / "ckpt.old.pt", copy / "ckpt.pt")
     shutil.copy(run_folder / "log.jsonl", copy)
+    for stage_one in run_folder.glob("stage_one_*.pt"):
+        shutil.copy(stage_one, copy)
     return copy
 
 

@@ -425,7 +425,7 @@ def test_words_that_do_not_fit_the_embedding_are_refused(task, made_up_file, tmp
 def test_a_lora_is_no_model_to_export(export, tmp_path):
     """It has low-rank pairs alone."""
     save_checkpoint({"kind": "tinyldm lora", "config": {"unet": {}}}, tmp_path / "ckpt.pt")
-    with pytest.raises(BadInput, match="ckpt.pt: a LoRA in training; merge"):
+    with pytest.raises(BadInput, match="ckpt.pt: a checkpoint of a LoRA in training"):
         export(tmp_path / "ckpt.pt", tmp_path / "x")
 
 

@@ -453,6 +453,7 @@ def test_full_size_fp16_files_load_in_little_more_memory_than_their_size(
     """VQ, KL and Stable Diffusion v1, random weights: at its peak, 1.3 times the file at most."""
     path = tmp_path / f"model{suffix}"
     state = listed_state(FILES[preset], "cpu")
+    state = {key: x for key, x in state.items() if "alphas_cumprod" not in key}
     for x in state.values():
         if x.is_floating_point():
             x.view(torch.int16).random_(10_000, 14_000)

@@ -22,7 +22,7 @@ from tinyldm.autoencoder import AEConfig, Autoencoder, build_autoencoder
 from tinyldm.data.tokenizer import check_tokenizer, open_vocab
 from tinyldm.diffusion import DiffusionConfig
 from tinyldm.engine import flags, presets
-from tinyldm.engine.checkpoint import KIND, atomic_write, is_buildable, load_checkpoint
+from tinyldm.engine.checkpoint import atomic_write, is_buildable, load_checkpoint
 from tinyldm.engine.command import run
 from tinyldm.engine.diffusers_names import diffusers_config, from_diffusers, to_diffusers
 from tinyldm.engine.recognise import recognise_state
@@ -499,7 +499,7 @@ def export(path: Path, out: Path) -> None:
     two are one network, so once is enough.
     Raises BadInput that names the file.
     """
-    checkpoint = load_for_export(path)
+    checkpoint = load_checkpoint(path)
     with naming(str(path)), trying("its parts do not fit together"):
         if "unet" in checkpoint["config"]:
             state = official_model(checkpoint)
@@ -507,17 +507,6 @@ def export(path: Path, out: Path) -> None:
             state = official_stage_one(checkpoint)
         texts = texts_of(checkpoint)
     write_state(state, out, texts)
-
-
-def load_for_export(path: Path) -> dict:
-    """Return a checkpoint of ours that holds a model. Raises BadInput that names the file."""
-    checkpoint = load_checkpoint(path)
-    require(
-        checkpoint["kind"] != KIND + "lora",
-        f"{path}: a LoRA in training; merge its lora.safetensors into its model first "
-        "(sample.py --merge)",
-    )
-    return checkpoint
 
 
 def export_diffusers(path: Path, folder: Path) -> None:
@@ -528,7 +517,7 @@ def export_diffusers(path: Path, folder: Path) -> None:
     that attends to tokens, and resamples by convolutions, has a class in diffusers.
     Raises BadInput that names the file.
     """
-    checkpoint = load_for_export(path)
+    checkpoint = load_checkpoint(path)
     with naming(str(path)), trying("its parts do not fit together"):
         config = checkpoint["config"]
         ae = AEConfig(**config["autoencoder"])
