@@ -17,13 +17,22 @@ from fuzz_mutations import mutated, odd_json, odd_tree
 from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.data.tokenizer import train_tokenizer
 from tinyldm.engine import presets
-from tinyldm.engine.released import networks_of, official_state
+from tinyldm.engine.released import networks_of, official_model, official_state, texts_of
 from tinyldm.engine.weights import write_state
 from tinyldm.tasks import TASKS
 from tinyldm.unet import UNet, UNetConfig
 
 # Values that no config or state dict should have.
 ODD_PARTS = [10 ** 4, 10 ** 6, (10 ** 5, 10 ** 5), torch.zeros(3), [1] * 10_000]
+# These take no memory in a file, and all of the machine's when they are computed with.
+ENDLESS = [
+    torch.zeros(1).expand(10 ** 12),
+    torch.zeros(1).to(torch.float8_e5m2).expand(10 ** 12),
+    torch.zeros(1).expand(10 ** 6, 10 ** 6),
+]
+ODD_TENSORS = [
+    *ENDLESS, torch.zeros(()), torch.zeros(3).to_sparse(), torch.zeros(3).int(), torch.tensor(-1.0),
+]
 
 
 # ---- checkpoints and released models
@@ -131,8 +140,9 @@ def released_model() -> tuple[bytes, dict]:
         "attn_res": (8,), "d_head": None, "n_head": 1, "n_res": 1, "d_ctx": 4, "n_classes": 3,
         "beta_range": (0.001, 0.02),
     }
-    state = {"scale_factor": torch.tensor(0.5)}
-    for net, prefix in networks_of(presets.build_networks(presets.LDM["tiny"])):
+    model = presets.build_networks(presets.LDM["tiny"])
+    state = {"scale_factor": torch.tensor(0.5), "alphas_cumprod": model.abar.float()}
+    for net, prefix in networks_of(model):
         net.to_empty(device="cpu").half()
         state |= official_state(net, prefix)
     with tempfile.TemporaryDirectory() as folder:
@@ -173,8 +183,21 @@ def odd_released_pickle(rng: random.Random, folder: Path) -> bytes:
     """A .ckpt as Lightning writes it."""
     _, state = released_model()
     if rng.random() >= 0.4:
-        state = odd_tree(rng, state, ODD_PARTS)
+        state = odd_tree(rng, state, ODD_PARTS + ODD_TENSORS)
+    if rng.random() < 0.2:
+        name = rng.choice(("scale_factor", "alphas_cumprod", "v_pred"))
+        state = state | {name: rng.choice(ODD_TENSORS)}
     return pickled(rng, {"state_dict": state, "epoch": 1}, folder)
+
+
+def odd_export(rng: random.Random, folder: Path) -> bytes:
+    """A model of ours in the official layout, with another config beside its tensors."""
+    checkpoint = own_checkpoint()
+    content = {"state_dict": official_model(checkpoint)} | texts_of(checkpoint)
+    if rng.random() < 0.6:
+        head = odd_tree(rng, json.loads(content["tinyldm"]), [10 ** 4, 10 ** 6, [1] * 10_000])
+        content["tinyldm"] = json.dumps(head, default=str)
+    return pickled(rng, content, folder)
 
 
 # ---- vocabularies

@@ -17,6 +17,7 @@ from fuzz_models import (
     CLIP_MERGES,
     CLIP_PIECES,
     odd_checkpoint,
+    odd_export,
     odd_released_pickle,
     odd_safetensors,
     own_tokenizer,
@@ -30,7 +31,7 @@ from tinyldm.data.folder import Folder
 from tinyldm.data.images import LOADERS
 from tinyldm.data.tokenizer import CLIP_GZ, encode, open_vocab, train_tokenizer
 from tinyldm.engine.open import open_model, open_stage_one
-from tinyldm.engine.released import load_released
+from tinyldm.engine.released import load_released, load_stage_one
 from tinyldm.engine.request import Given, Request, read_request
 from tinyldm.engine.weights import read_state
 from tinyldm.show.attention import save_attention
@@ -183,14 +184,22 @@ def checkpoints(rng: random.Random, folder: Path) -> None:
 
 
 def released(rng: random.Random, folder: Path) -> None:
-    """Pickles and .safetensors under any name, as sample.py reads them."""
+    """Pickles and .safetensors under any name, as sample.py and train_ldm.py read them."""
     path = folder / rng.choice(("x.safetensors", "x.ckpt", "x.bin"))
-    if rng.random() < 0.5:
+    kind = rng.random()
+    if kind < 0.4:
         path.write_bytes(odd_safetensors(rng))
-    else:
+    elif kind < 0.7:
         path.write_bytes(odd_released_pickle(rng, folder.parent))
+    else:
+        path.write_bytes(odd_export(rng, folder.parent))
     read_state(path)
-    load_released(path, "tiny")
+
+    model = load_released(path, rng.choice(("tiny", None)))
+    load_stage_one(path)
+    if model.tokenizer is not None:
+        ids = encode(model.tokenizer, ["a red circle"], 5)
+        assert 0 <= ids.min() and ids.max() < model.config.tau["n_vocab"]
 
 
 # ---- words
