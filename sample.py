@@ -261,14 +261,11 @@ def loras_of(args: Namespace) -> list[tuple[Path, float]]:
 
 def merge_loras(args: Namespace, model: LatentDiffusion) -> None:
     """Add the LoRAs of the flags to the weights of a model."""
-    nets = {"unet": model.unet}
-    if model.tau is not None:
-        nets["tau"] = model.tau
     for path, scale in loras_of(args):
         with naming("--lora"):
             state = open_lora(path)
             with naming(str(path)):
-                merge(nets, state, scale)
+                merge(model.networks, state, scale)
 
 
 # ---- what to sample
@@ -282,10 +279,10 @@ def negative_condition(args: Namespace, model: LatentDiffusion) -> dict | None:
 
 
 def guidance_scale(args: Namespace, model: LatentDiffusion) -> float:
-    """Return --scale; by default the model's or, with --negative, the task's."""
+    """Return --scale, or the model's default."""
     if args.scale is not None:
         return args.scale
-    return model.guidance_scale if args.negative is None else model.task.guidance_scale
+    return model.default_scale(negative_condition(args, model))
 
 
 def given_conditions(args: Namespace) -> Given:

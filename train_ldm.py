@@ -157,7 +157,7 @@ def dry_run_without_data(args: Namespace) -> None:
         start.check_flags(vars(args), model.config, args.init)
     else:
         model = presets.build_networks(vars(args))
-    trained_networks(args, model)
+    choose_trained(args, model)
     name = "of the file" if args.init else args.ae_preset
     print(
         f"U-Net {flags.n_params(model.unet):,} | tau {flags.n_params(model.tau):,} | "
@@ -305,9 +305,12 @@ def healthy_values(z_std_is_measured: bool) -> str:
     return f"{text}; z_std stays near 1" if z_std_is_measured else text
 
 
-def trained_networks(args: Namespace, model: LatentDiffusion) -> dict[str, nn.Module]:
-    """Return what is trained, by name: the U-Net and tau or, with --lora, pairs beside them."""
-    networks = networks_of(model)
+def choose_trained(args: Namespace, model: LatentDiffusion) -> dict[str, nn.Module]:
+    """Make the model's networks trainable or, with --lora, put pairs beside them -> by name.
+
+    What is returned is trained; the rest is frozen.
+    """
+    networks = model.networks
     for net in networks.values():
         net.train().requires_grad_(not args.lora)
     if not args.lora:
@@ -321,12 +324,6 @@ def trained_networks(args: Namespace, model: LatentDiffusion) -> dict[str, nn.Mo
     return {"lora": pairs_of(with_pairs)}
 
 
-def networks_of(model: LatentDiffusion) -> dict[str, nn.Module]:
-    """Return the U-Net and, if there is one, tau, by their names in checkpoints."""
-    networks = {"unet": model.unet, "tau": model.tau}
-    return {name: net for name, net in networks.items() if net is not None}
-
-
 def prepare_networks(
     args: Namespace, model: LatentDiffusion, machine: Machine
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Module], EMA]:
@@ -335,7 +332,7 @@ def prepare_networks(
     The forms that run are those to call in training: compiled if that is wanted and, among
     several processes, wrapped in DDP or sharded by FSDP.
     """
-    trained = trained_networks(args, model)
+    trained = choose_trained(args, model)
     model.unet.ckpt_grad = args.ckpt_grad
     model.unet.to(machine.device, memory_format=torch.channels_last)
     model.abar = model.abar.to(machine.device)
@@ -347,7 +344,7 @@ def prepare_networks(
         for net in (*trained.values(), *ema.nets.values()):
             shard_weights(net)
     run_nets = {}
-    for name, net in networks_of(model).items():
+    for name, net in model.networks.items():
         run_nets[name] = compiled(net, args.compile)
         is_trained = any(p.requires_grad for p in net.parameters())
         if is_trained and not args.fsdp:
@@ -554,10 +551,10 @@ def averaged_model(model: LatentDiffusion, ema: EMA, fsdp: bool) -> LatentDiffus
     averaged = copy.copy(model)
     if fsdp:
         whole = build_model(model.config, model.ae)
-        nets = networks_of(whole)
+        nets = whole.networks
     elif "lora" in ema.nets:
         nets = {}
-        for name, net in networks_of(model).items():
+        for name, net in model.networks.items():
             nets[name] = with_other_pairs(net, ema.source["lora"], ema.nets["lora"])
     else:
         nets = ema.nets
@@ -656,7 +653,7 @@ def main(args: Namespace) -> None:
     if machine.main:
         print_sizes(model, len(data))
     if args.dry_run:
-        trained_networks(args, model)
+        choose_trained(args, model)
         flags.print_dry_run(args, model.unet, model.tau)
         return
 

@@ -13,7 +13,7 @@ from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.diffusion import DiffusionConfig, as_eps_theta
 from tinyldm.engine import presets, released
 from tinyldm.engine.checkpoint import save_checkpoint
-from tinyldm.engine.diffusers_names import diffusers_config, diffusers_name, to_diffusers
+from tinyldm.engine.diffusers_names import diffusers_config, rules_from_official, to_diffusers
 from tinyldm.engine.open import open_model, open_stage_one, save_model
 from tinyldm.engine.released import (
     detect,
@@ -22,7 +22,7 @@ from tinyldm.engine.released import (
     load_stage_one,
     official_state,
 )
-from tinyldm.engine.released_names import AE, TAU, UNET
+from tinyldm.engine.released_names import AE, TAU, UNET, renamed
 from tinyldm.engine.weights import read_state, write_state
 from tinyldm.errors import BadInput
 from tinyldm.samplers import SAMPLERS, timesteps
@@ -284,7 +284,7 @@ DIFFUSERS_NAMES = {
 def test_names_of_diffusers_for_stage_one(name):
     with torch.device("meta"):
         ae = Autoencoder(presets.ae_config("kl-f8"))
-    assert diffusers_name(name, ae) == DIFFUSERS_NAMES[name]
+    assert renamed(name, rules_from_official(ae)) == DIFFUSERS_NAMES[name]
 
 
 UNET_NAMES = {
@@ -308,7 +308,7 @@ UNET_NAMES = {
 def test_names_of_diffusers_for_the_u_net(name):
     """Those of Stable Diffusion v1."""
     unet = presets.build_networks(presets.LDM["sd-v1"]).unet
-    assert diffusers_name(name, unet) == UNET_NAMES[name]
+    assert renamed(name, rules_from_official(unet)) == UNET_NAMES[name]
 
 
 @pytest.mark.parametrize("old_names", [False, True])

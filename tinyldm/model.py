@@ -117,6 +117,12 @@ class LatentDiffusion:
     run: dict = field(default_factory=dict)     # the flags of its training run, or a preset's row
 
     @property
+    def networks(self) -> dict[str, nn.Module]:
+        """What stage two trains, by the names in checkpoints: the U-Net and, if any, tau."""
+        networks = {"unet": self.unet, "tau": self.tau}
+        return {name: net for name, net in networks.items() if net is not None}
+
+    @property
     def z_std(self) -> Tensor:
         """The std of stage one's latents, by which they are divided (App. G's sigma-hat)."""
         return self.ae.z_std
@@ -141,10 +147,13 @@ class LatentDiffusion:
         """True if training dropped conditions, so that the null condition is known."""
         return self.config.p_drop > 0
 
-    @property
-    def guidance_scale(self) -> float:
-        """The guidance scale that suits the task; 1, no guidance, where there can be none."""
-        return self.task.guidance_scale if self.can_be_guided else 1.0
+    def default_scale(self, negative: dict | None = None) -> float:
+        """Return the guidance scale that suits the task; 1, no guidance, where there can be none.
+
+        negative: the condition to guide away from, if one is given in place of null.
+        """
+        there_is_one = self.can_be_guided or negative is not None
+        return self.task.guidance_scale if there_is_one else 1.0
 
     def eps_theta(self) -> Callable[[Tensor, Tensor, Context], Tensor]:
         """Return eps_theta(z_t, t, ctx), whatever it is that the U-Net predicts."""
@@ -154,9 +163,8 @@ class LatentDiffusion:
         self, device: torch.device | str, dtype: torch.dtype | None = None
     ) -> "LatentDiffusion":
         """Move the model to a device, frozen and in eval mode; dtype None keeps each weight's."""
-        for net in (self.ae, self.unet, self.tau):
-            if net is not None:
-                net.to(device, dtype).eval().requires_grad_(False)
+        for net in (self.ae, *self.networks.values()):
+            net.to(device, dtype).eval().requires_grad_(False)
         self.abar = self.abar.to(device)
         return self
 
@@ -206,8 +214,7 @@ class LatentDiffusion:
         f = self.ae.cfg.f
         shape = (self.ae.cfg.c_z, H // f, W // f)
         if guidance_scale is None:
-            has_null = negative is None
-            guidance_scale = self.guidance_scale if has_null else self.task.guidance_scale
+            guidance_scale = self.default_scale(negative)
 
         # The condition, and the one to guide away from, each as the U-Net receives it.
         ctx, ctx_null = self._contexts(conditions, negative)

@@ -10,9 +10,9 @@ LoRA:       {"kind": "tinyldm lora", ...}, as stage two, but with the low-rank p
 
 "config" has one dict per network, the arguments that shape it; "args" has the flags of
 the run; "init" says which model it started from; "stage_one" is the name of a file beside
-this one; the rest are state dicts. A model.pt, which is for sampling, has "ae" and the
-averaged "ema" of these alone. Reading a checkpoint
-never executes code that the file contains.
+this one; the rest are state dicts. A model.pt, which is for sampling, has two of these
+alone: "ema", the averaged weights, and "ae", those of stage one. Reading a checkpoint never
+executes code that the file contains.
 """
 import contextlib
 import dataclasses
@@ -248,6 +248,11 @@ def stage_one_state(path: Path, checkpoint: dict, mmap: bool) -> dict[str, Tenso
     stage_one = load_checkpoint(beside, "autoencoder", mmap)
     with trying(f"{beside}: its parts do not fit together"):
         return stage_one["nets"]["ae"] | {"z_std": z_std}
+
+
+def autoencoder_state(checkpoint: dict) -> dict[str, Tensor]:
+    """Return the autoencoder's weights in a checkpoint of either stage."""
+    return checkpoint["ae"] if "ae" in checkpoint else checkpoint["nets"]["ae"]
 
 
 def digest(state: dict[str, Tensor]) -> str:

@@ -6,15 +6,12 @@ Source: AutoencoderKL, VQModel and UNet2DConditionModel of diffusers. Both kinds
 Symbols: a rule is a pair (pattern, replacement) of re.sub, from the official name on.
 """
 import re
-from collections.abc import Callable
 
 from torch import Tensor
 
 from tinyldm.autoencoder import AEConfig, Autoencoder
-from tinyldm.engine.released_names import sources
+from tinyldm.engine.released_names import Rule, renamed, sources
 from tinyldm.unet import UNet, UNetConfig
-
-Rule = tuple[str, str | Callable[[re.Match], str]]
 
 # ---- E and D
 
@@ -48,30 +45,33 @@ def autoencoder_rules(n_levels: int) -> list[Rule]:
 def from_diffusers(state: dict[str, Tensor], ae: Autoencoder) -> dict[str, Tensor]:
     """Return a state dict in diffusers' layout with the official names of an autoencoder.
 
-    What this autoencoder does not have keeps its name.
+    What this autoencoder does not have keeps its name, and so does a state dict in another
+    layout.
     """
-    official = {}
-    for name in official_names(ae):
-        official[diffusers_name(name, ae)] = name
+    if not any(key.startswith("encoder.down_blocks.") for key in state):
+        return state
+    rules = rules_from_official(ae)
+    official = {renamed(name, rules): name for name in official_names(ae)}
 
-    renamed = {}
+    found = {}
     for key, x in state.items():
         for old, new in OLD_NAMES.items():
             key = key.replace(f".{old}.", f".{new}.")
         name = official.get(key, key)
         is_projection = ".attentions." in key and x.ndim == 2
-        renamed[name] = x[:, :, None, None] if is_projection else x
-    return renamed
+        found[name] = x[:, :, None, None] if is_projection else x
+    return found
 
 
 def to_diffusers(state: dict[str, Tensor], net: Autoencoder | UNet) -> dict[str, Tensor]:
     """Return the official state dict of a network with the names and shapes of diffusers."""
-    renamed = {}
+    rules = rules_from_official(net)
+    found = {}
     for name, x in state.items():
-        key = diffusers_name(name, net)
+        key = renamed(name, rules)
         is_projection = isinstance(net, Autoencoder) and ".attentions." in key and x.ndim == 4
-        renamed[key] = x.flatten(1) if is_projection else x
-    return renamed
+        found[key] = x.flatten(1) if is_projection else x
+    return found
 
 
 def official_names(net: Autoencoder | UNet) -> list[str]:
@@ -79,13 +79,11 @@ def official_names(net: Autoencoder | UNet) -> list[str]:
     return [name for source in sources(net).values() for name in source.keys]
 
 
-def diffusers_name(name: str, net: Autoencoder | UNet) -> str:
-    """Return diffusers' name of an official name of a network."""
-    is_unet = isinstance(net, UNet)
-    rules = unet_rules(net.cfg.n_res) if is_unet else autoencoder_rules(len(net.cfg.ch_mult))
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
+def rules_from_official(net: Autoencoder | UNet) -> list[Rule]:
+    """Return the rules from the official names of a network to those of diffusers."""
+    if isinstance(net, UNet):
+        return unet_rules(net.cfg.n_res)
+    return autoencoder_rules(len(net.cfg.ch_mult))
 
 
 # ---- the U-Net

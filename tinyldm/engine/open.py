@@ -14,6 +14,7 @@ from tinyldm.autoencoder import AEConfig, Autoencoder, Pixels, build_autoencoder
 from tinyldm.data.tokenizer import check_tokenizer
 from tinyldm.engine import released
 from tinyldm.engine.checkpoint import (
+    autoencoder_state,
     check_finite,
     load_checkpoint,
     previous_path,
@@ -47,11 +48,9 @@ def open_model(
         model = open_ours(path, ema, device)
     else:
         model = released.load_released(path, preset, ema, vocab, device, dtype)
-    for name in ("ae", "unet", "tau"):
-        net = getattr(model, name)
-        if net is not None:
-            with naming(f"{path}: {name}"):
-                check_finite(net.state_dict())
+    for name, net in {"ae": model.ae, **model.networks}.items():
+        with naming(f"{path}: {name}"):
+            check_finite(net.state_dict())
     return model
 
 
@@ -88,11 +87,8 @@ def save_model(model: LatentDiffusion, path: Path) -> None:
     Raises BadInput if the file cannot be written.
     """
     checkpoint = {"kind": "tinyldm ldm", "step": 0, "args": model.run}
-    checkpoint |= model.config.to_checkpoint() | {"ae": model.ae.state_dict(), "ema": {}}
-    for name in ("unet", "tau"):
-        net = getattr(model, name)
-        if net is not None:
-            checkpoint["ema"][name] = net.state_dict()
+    averaged = {name: net.state_dict() for name, net in model.networks.items()}
+    checkpoint |= model.config.to_checkpoint() | {"ae": model.ae.state_dict(), "ema": averaged}
     save_checkpoint(checkpoint, path)
 
 
@@ -166,10 +162,8 @@ def open_our_stage_one(path: Path) -> tuple[Autoencoder | Pixels, bool]:
     with trying(f"{path}: its parts do not fit together"):
         with torch.device("meta"):
             ae = build_autoencoder(AEConfig(**checkpoint["config"]["autoencoder"]))
-        is_whole_model = "ae" in checkpoint
-        state = checkpoint["ae"] if is_whole_model else checkpoint["nets"]["ae"]
-        ae.load_state_dict(state, assign=True)
-    return ae.float(), is_whole_model
+        ae.load_state_dict(autoencoder_state(checkpoint), assign=True)
+    return ae.float(), "ae" in checkpoint
 
 
 def is_ours(path: Path) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tinyldm.data.images import to_image
+from tinyldm.data.rows import SETTINGS
 from tinyldm.engine.checkpoint import atomic_write, bytes_of, difference, digest
 from tinyldm.engine.processes import wait_for_all
 from tinyldm.engine.request import Request
@@ -27,7 +28,6 @@ NOT_WRITTEN = (
     ".pgm", ".pnm", ".ppm", ".svg", ".tga", ".tif", ".tiff",
 )
 
-SETTINGS = "settings.json"
 METADATA = "metadata.jsonl"
 KIND = "tinyldm samples"            # what settings.json says that it is
 NUMBERED = re.compile(r"\d{6,}\.png")
@@ -98,9 +98,8 @@ def digest_of_model(model: LatentDiffusion) -> str:
     """Return a hash of the weights that sample, and of the shapes and words around them."""
     config = dataclasses.asdict(model.config)
     parts = [repr(config)]
-    for net in (model.ae, model.unet, model.tau):
-        if net is not None:
-            parts.append(digest(net.state_dict()))
+    for net in (model.ae, *model.networks.values()):
+        parts.append(digest(net.state_dict()))
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 

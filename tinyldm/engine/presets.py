@@ -320,8 +320,12 @@ def model_config(
     )
 
 
+def config_of(row: dict) -> ModelConfig:
+    """Return what the model of a row is made of."""
+    return model_config(row, ae_config(row["ae_preset"], row.get("channels") or 3))
+
+
 def build_networks(row: dict) -> LatentDiffusion:
     """Build the model of a row on the meta device: shapes without memory or weights."""
-    config = model_config(row, ae_config(row["ae_preset"], row.get("channels") or 3))
     with torch.device("meta"):
-        return build_model(config)
+        return build_model(config_of(row))

@@ -22,7 +22,12 @@ from tinyldm.autoencoder import AEConfig, Autoencoder, build_autoencoder
 from tinyldm.data.tokenizer import check_tokenizer, open_vocab
 from tinyldm.diffusion import DiffusionConfig
 from tinyldm.engine import flags, presets
-from tinyldm.engine.checkpoint import atomic_write, is_buildable, load_checkpoint
+from tinyldm.engine.checkpoint import (
+    atomic_write,
+    autoencoder_state,
+    is_buildable,
+    load_checkpoint,
+)
 from tinyldm.engine.command import run
 from tinyldm.engine.diffusers_names import diffusers_config, from_diffusers, to_diffusers
 from tinyldm.engine.recognise import recognise_state
@@ -39,8 +44,8 @@ def load_into(net: nn.Module, state: dict[str, Tensor], prefix: str = "") -> nn.
     """Fill a network, which may be on the meta device, from an official state dict.
 
     The network takes over the tensors themselves, with their dtype; only q, k and v may
-    be copied, and fp8 is cast. Raises BadInput that names a key that is missing, unexpected or of
-    another shape.
+    be copied, and fp8 is cast. Raises BadInput that names a key that is missing,
+    unexpected or of another shape.
     """
     table = sources(net)
     check_keys(table.values(), state, prefix)
@@ -228,7 +233,7 @@ def read_model(
         head = our_head(texts)
         if head is None:
             name = preset or detect(state)
-            config = presets.build_networks(presets.LDM[name]).config
+            config = presets.config_of(presets.LDM[name])
             run = presets.LDM[name] | {"preset": name}
         else:
             with trying("its config cannot be read"):
@@ -349,14 +354,13 @@ def detect(state: dict[str, Tensor]) -> str:
         first is not None and first.ndim > 0,
         f"this is no latent diffusion model: it has no {UNET}* tensors",
     )
-    found: dict[str, LatentDiffusion] = {}
+    found: list[str] = []
     for name, row in presets.LDM.items():
         is_released = name != "toy" and row["ae_preset"] != "none"
         if not is_released or row["ch"] != len(first) or is_known(row, found):
             continue
-        model = presets.build_networks(row)
-        if has_shapes_of(state, model):
-            found[name] = model
+        if has_shapes_of(state, presets.build_networks(row)):
+            found.append(name)
 
     require(found, "no preset has these tensors; give one, and the error will say what differs")
     require(
@@ -364,20 +368,20 @@ def detect(state: dict[str, Tensor]) -> str:
         f"its tensors are those of several presets, {' and '.join(found)}; say which one it is "
         "by --preset",
     )
-    return next(iter(found))
+    return found[0]
 
 
-def is_known(row: dict, found: dict[str, LatentDiffusion]) -> bool:
-    """Return whether a row cannot add to the models found: it has other networks, or is the same.
+def is_known(row: dict, found: Sequence[str]) -> bool:
+    """Return whether a row cannot add to those found: it has other networks, or is the same.
 
     Why: to build networks takes time, even without memory.
     """
-    for name, model in found.items():
+    for name in found:
         other = presets.LDM[name]
         if any(row[key] != other[key] for key in ("ae_preset", "task", "ch_mult")):
             return True
-        config = presets.model_config(row, model.config.autoencoder)
-        if config == model.config and row["z_std"] == other["z_std"]:
+        is_same = presets.config_of(row) == presets.config_of(other)
+        if is_same and row["z_std"] == other["z_std"]:
             return True
     return False
 
@@ -512,9 +516,9 @@ def export(path: Path, out: Path) -> None:
 def export_diffusers(path: Path, folder: Path) -> None:
     """Write stage one and the U-Net of a checkpoint as diffusers has them: vae/ and unet/.
 
-    NB: the averaged weights, and neither tau nor the schedule, nor whether the U-Net predicts v:
-    these are for one's own program. Only a U-Net
-    that attends to tokens, and resamples by convolutions, has a class in diffusers.
+    NB: the averaged weights, and neither tau nor the schedule, nor whether the U-Net predicts
+    v: these are for one's own program. Only a U-Net that attends to tokens, and resamples by
+    convolutions, has a class in diffusers.
     Raises BadInput that names the file.
     """
     checkpoint = load_checkpoint(path)
@@ -522,7 +526,7 @@ def export_diffusers(path: Path, folder: Path) -> None:
         config = checkpoint["config"]
         ae = AEConfig(**config["autoencoder"])
         require(ae.ch > 0, "a model of pixels has no stage one")
-        ae_state = checkpoint["ae"] if "unet" in config else checkpoint["nets"]["ae"]
+        ae_state = autoencoder_state(checkpoint)
         nets = [("vae", build_autoencoder, ae, ae_state)]
         if "unet" in config:
             unet = UNetConfig(**config["unet"])
@@ -566,7 +570,7 @@ def official_stage_one(checkpoint: dict) -> dict[str, Tensor]:
     cfg = AEConfig(**checkpoint["config"]["autoencoder"])
     with torch.device("meta"):
         ae = build_autoencoder(cfg)
-    return official_state(ae, "", checkpoint["nets"]["ae"])
+    return official_state(ae, "", autoencoder_state(checkpoint))
 
 
 def official_model(checkpoint: dict) -> dict[str, Tensor]:

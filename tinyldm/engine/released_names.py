@@ -65,7 +65,7 @@ def sources(net: nn.Module) -> dict[str, Source]:
     for key, x in net.state_dict().items():
         if key == "z_std":
             continue
-        name = official_name(key, rules)
+        name = renamed(key, rules)
         shape = tuple(x.shape)
         block = modules.get(key.rsplit(".", 2)[0])          # middle.1.qkv.weight -> middle.1
         is_attention = isinstance(block, SelfAttention2d)
@@ -84,8 +84,8 @@ def sources(net: nn.Module) -> dict[str, Source]:
     return found
 
 
-def official_name(key: str, rules: Sequence[Rule]) -> str:
-    """Return the official name of our key."""
+def renamed(key: str, rules: Sequence[Rule]) -> str:
+    """Return what the rules make of a name, one after the other."""
     for pattern, replacement in rules:
         key = re.sub(pattern, replacement, key)
     return key
