@@ -88,6 +88,7 @@ class Folder(ImageDataset):
     seed: decides which of several captions an epoch takes.
     small: a second folder, .zip or .tar, with a small image of the same name for each
         image; default: metadata says which are the small images, if there are any.
+    hold_out: if not, no image is held out, and "train" has them all.
 
     Raises BadInput if there are no images, or if metadata is wrong. An image that
     cannot be read is replaced by the next one, with a warning.
@@ -104,6 +105,7 @@ class Folder(ImageDataset):
         channels: int = 3,
         seed: int = 0,
         small: str | None = None,
+        hold_out: bool = True,
     ):
         self.path = path
         self.size = both_sides(size)
@@ -128,7 +130,7 @@ class Folder(ImageDataset):
         self.box_names = box_names(rows)
         self.has_several_captions = any(isinstance(row.get("text"), list) for row in rows)
 
-        held_out = held_out_rows(rows)
+        held_out = held_out_rows(rows) if hold_out else [False] * len(rows)
         self.rows = rows_of_split(rows, held_out, split)
         small_source = self.small_files.path
         left_out = self.files.left_out

@@ -1,5 +1,6 @@
 """Open the data set that a run asks for."""
 from collections.abc import Sequence
+from pathlib import Path
 
 from tinyldm.data.dataset import ImageDataset
 from tinyldm.data.degrade import Degraded
@@ -9,6 +10,7 @@ from tinyldm.data.shapes import Shapes
 from tinyldm.errors import require
 
 N_HELD_OUT_SHAPES = 256
+BUNDLED_EMOJI = Path(__file__).parent.parent / "emoji.zip"     # drawn by data/emoji.py
 
 
 def open_dataset(
@@ -21,6 +23,7 @@ def open_dataset(
     n_shapes: int = 10_000,
     resize: bool = True,
     flip: bool = False,
+    hold_out: bool = True,
     label_column: str = "label",
     fields: Sequence[str] = (),
     degrade: str | None = None,
@@ -29,7 +32,8 @@ def open_dataset(
 ) -> ImageDataset:
     """Open a data set. To make `--data` know a new kind of data set, open it here.
 
-    path: "shapes" for the built-in world, or a folder, .zip or .tar.
+    path: "shapes" for the built-in world, "emoji" for the bundled emoji, or a folder, .zip
+        or .tar.
     split: "train" or "held-out".
     size: (H, W) of the images, in pixels, or the side of square ones.
     channels: 1 for grey images, 3 for RGB, 4 for RGBA.
@@ -37,6 +41,7 @@ def open_dataset(
         among several captions.
     n_shapes: the number of training images of the built-in world.
     resize, label_column: see Folder.
+    hold_out: keep images back as the split "held-out"; else all are for training.
     flip: mirror training images in every second epoch.
     fields: what each item must have for the task; `mask` is made for it, and `small`
         too, unless the set has small images of its own.
@@ -57,8 +62,13 @@ def open_dataset(
         data = Shapes(n, h, seed, split)
         # NB: this world is not mirrored; as always, its second epoch has new images.
         data.flip = flip
+        require(hold_out, "shapes: the built-in world always holds scenes out")
     else:
-        data = Folder(path, size, split, resize, flip, label_column, channels, seed, small)
+        if path == "emoji":
+            path = str(BUNDLED_EMOJI)
+        data = Folder(
+            path, size, split, resize, flip, label_column, channels, seed, small, hold_out
+        )
 
     require(
         degrade != "chain" or "small" not in fields or channels in (1, 3),
