@@ -175,10 +175,14 @@ def evaluate_reconstructions(
 def save_reconstructions(x: Tensor, x_rec: Tensor, path: Path) -> None:
     """Save up to three rows of ten images, each above the row of their reconstructions.
 
-    Only full rows are saved; with fewer than ten images, there is one row.
+    The images are spread evenly, as sets may be sorted. Only full rows are saved; with fewer
+    than ten images, there is one row.
     """
     columns = min(10, len(x))
     n_rows = min(3, len(x) // columns)
+    every = len(x) // (n_rows * columns)
+    x = x[::every]
+    x_rec = x_rec[::every]
     rows = []
     for i in range(0, n_rows * columns, columns):
         rows += [x[i:i + columns], x_rec[i:i + columns]]

@@ -40,7 +40,13 @@ from tinyldm.engine import flags, presets, start
 from tinyldm.engine.checkpoint import half, keep_stage_one, resume, save_checkpoint
 from tinyldm.engine.command import run
 from tinyldm.engine.log import Log, StopOnSignal
-from tinyldm.engine.open import is_ours, open_model, open_stage_one, read_config
+from tinyldm.engine.open import (
+    is_ours,
+    model_file,
+    open_model,
+    open_stage_one,
+    read_config,
+)
 from tinyldm.engine.optimiser import EMA, learning_rate
 from tinyldm.engine.output import digest_of_model
 from tinyldm.engine.processes import (
@@ -58,6 +64,7 @@ from tinyldm.engine.weights import write_state
 from tinyldm.errors import NotFinite, naming, require
 from tinyldm.guidance import drop_condition
 from tinyldm.lora import add_pairs, lora_state, pairs_of
+from tinyldm.metrics.nearest import named_nearest, thumbnails
 from tinyldm.metrics.sets import Statistics, compare, load_images
 from tinyldm.model import LatentDiffusion, build_model
 from tinyldm.seeds import generator
@@ -75,8 +82,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     flags.add_data_flags(parser)
 
     group = parser.add_argument_group("start from a model")
-    group.add_argument("--init", type=Path,
-                       help="start from the model in this file, ours or a released one")
+    group.add_argument("--init", type=model_file, metavar="FILE",
+                       help="start from the model in this file, ours or a released one, or from "
+                            "a bundled one: emoji, toy")
     group.add_argument("--vocab", type=Path,
                        help="a released text model's tokenizer, as for sample.py")
     group.add_argument("--lora", type=int,
@@ -90,10 +98,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                        help="share of --prior in each epoch; default: 0.5")
 
     group = parser.add_argument_group("stage one and task")
-    group.add_argument("--ae", type=Path,
+    group.add_argument("--ae", type=model_file, metavar="FILE",
                        help="stage one: a checkpoint of train_ae.py, a released autoencoder, or a "
-                            "model that has one; 'none' diffuses pixels, whose --attn-res must be "
-                            "given; default: out/ae/ckpt.pt")
+                            "model that has one, also a bundled one: emoji, toy; 'none' diffuses "
+                            "pixels, whose --attn-res must be given; default: out/ae/ckpt.pt")
     group.add_argument("--task", type=str, choices=TASKS, default="text",
                        help="what the condition is")
     group.add_argument("--n-classes", type=int,
@@ -501,8 +509,9 @@ def prepare_evaluation(
     """Return evaluate(step), which evaluates the averaged weights.
 
     It writes to the log: Eq. (2) on up to 256 held-out pairs (of the training set, if none are
-    held out), the scores of --eval-n samples, and their distance to 2,048 images of the set.
-    It saves the first samples, and the curves. Only the main process evaluates.
+    held out), the scores of --eval-n samples, and their distance to 2,048 images of the set; for
+    captions of images, whether these are the nearest of them to the samples. It saves the first
+    samples, and the curves. Only the main process evaluates.
     """
     device = machine.device
 
@@ -518,6 +527,10 @@ def prepare_evaluation(
     features = flags.open_feature_net(args, device, data.has_exact_scorer)
     items = model.task.examples(args.eval_n, data, held_out)
     real = Statistics(features, spread_images(data, 2048, args.workers, device))
+    gallery = None
+    if "caption" in model.task.fields and "image" in items[0]:
+        parts = spread_images(data, 2048, args.workers, torch.device("cpu"))
+        gallery = torch.cat([thumbnails(part) for part in parts])
     posterior, y = encode_pairs(args, model, held_out if len(held_out) else data, machine)
     if "caption" in model.task.fields:
         captions = [item["caption"] for item in items[:16]]
@@ -536,6 +549,9 @@ def prepare_evaluation(
             return
         can_score = data.has_exact_scorer or model.task.scores_any_world
         scores = model.task.score(images, items) if can_score else {}
+        if gallery is not None:
+            wanted = torch.stack([item["image"] for item in items])
+            scores = scores | named_nearest(images, wanted, gallery)
         log.write(step, **losses, **scores, **compare(real, fake))
 
         path = args.out / f"samples_{step:06d}.png"

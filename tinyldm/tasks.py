@@ -145,9 +145,13 @@ class Task:
         return conditions, size
 
     def examples(self, n: int, train: ImageDataset, held_out: ImageDataset) -> list[dict]:
-        """Return n items whose conditions show how training goes on; held out, if any are."""
+        """Return n items whose conditions show how training goes on; held out, if any are.
+
+        They are spread evenly, as sets may be sorted.
+        """
         data = held_out if len(held_out) else train
-        return [data[i % len(data)] for i in range(n)]
+        every = max(1, len(data) // n)
+        return [data[i * every % len(data)] for i in range(n)]
 
     def show(self, item: dict, h: int, w: int) -> Tensor | None:
         """Return the condition as an image (3, h, w) to show above its sample, if it is one."""
@@ -206,7 +210,7 @@ class Class(Task):
     fields = ("label",)
     guidance_scale = 2.0
     attends = True
-    flags = ("prompt", "prompts", "label", "negative")
+    flags = ("prompt", "prompts", "label", "negative", "to_prompt")
 
     @staticmethod
     def decide(values: dict, train: ImageDataset, held_out: ImageDataset) -> dict:
@@ -289,7 +293,7 @@ class Text(Task):
     fields = ("caption",)
     guidance_scale = 2.0
     attends = True
-    flags = ("prompt", "prompts", "negative")
+    flags = ("prompt", "prompts", "negative", "to_prompt")
 
     @staticmethod
     def decide(values: dict, train: ImageDataset, held_out: ImageDataset) -> dict:
