@@ -1,9 +1,10 @@
 """Sample images from a trained model; its file says which task it learned.
 
-    python sample.py "a red circle above a blue square"             # the bundled toy model
+    python sample.py "a mushroom"                                   # the bundled emoji model
+    python sample.py --ckpt toy "a red circle above a blue square"  # the bundled toy model
     python sample.py --ckpt out/class/ckpt.pt --label "red circle"  # by default: all its classes
     python sample.py --ckpt out/layout/ckpt.pt --boxes boxes.json   # by default: held-out boxes
-    python sample.py --image photo.png --mask hole.png "a red circle"       # white is repainted
+    python sample.py --image photo.png --mask hole.png "a cat face"         # white is repainted
     python sample.py --lora out/lora/lora.safetensors "a golden star"   # what a LoRA has learned
     python sample.py --official sd-v1-4.ckpt --vocab clip/ --scale 7.5 "a photo of a red house"
     torchrun --nproc-per-node 8 -- sample.py --n 50000 --out out/samples ...    # shared by 8
@@ -23,13 +24,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import tinyldm
 from tinyldm.data.images import LOADERS, size_text
 from tinyldm.data.text import decode_text, text_lines
 from tinyldm.data.tokenizer import clean_text, cleaned
 from tinyldm.engine import flags, presets
 from tinyldm.engine.command import run
-from tinyldm.engine.open import is_ours, open_lora, open_model, save_model
+from tinyldm.engine.open import (
+    BUNDLED,
+    is_ours,
+    model_file,
+    open_lora,
+    open_model,
+    save_model,
+)
 from tinyldm.engine.output import (
     WRITTEN,
     image_paths,
@@ -50,7 +57,6 @@ from tinyldm.seeds import generator, slerp
 from tinyldm.show.attention import attention_maps, record_z_0, save_attention
 from tinyldm.show.grids import save_grid, save_samples
 
-BUNDLED = Path(tinyldm.__file__).with_name("toy.pt")
 DEFAULT_STRENGTH = 0.5
 
 
@@ -59,11 +65,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add_condition_flags(parser)
 
     g = parser.add_argument_group("the model, and how it samples")
-    g.add_argument("--ckpt", "--official", type=Path, default=BUNDLED,
-                   help="a checkpoint of train_ldm.py, or a released model's .ckpt or "
-                        ".safetensors; default: the bundled toy model")
+    g.add_argument("--ckpt", "--official", type=model_file, default=BUNDLED["emoji"],
+                   metavar="FILE",
+                   help="a bundled model, emoji or toy; a checkpoint of train_ldm.py; or a "
+                        "released model's .ckpt or .safetensors; default: emoji")
     g.add_argument("--preset", type=str, metavar="NAME",
-                   choices=[name for name in presets.LDM if name != "toy"],
+                   choices=[name for name, row in presets.LDM.items() if "data" not in row],
                    help="which released model it is; default: found out by its shapes")
     g.add_argument("--vocab", type=Path,
                    help="a released model's tokenizer: a folder, vocab.txt, tokenizer.json or "
@@ -128,6 +135,8 @@ def add_condition_flags(parser: ArgumentParser) -> None:
     g.add_argument("prompt", type=str, nargs="*", metavar="prompt",
                    help="one or more prompts, each in quotes")
     g.add_argument("--prompts", type=Path, help="a text file with one prompt per line")
+    g.add_argument("--to-prompt", type=str, metavar="TEXT",
+                   help="sample a strip of --n images from each prompt to this one, of one noise")
     g.add_argument("--negative", type=str, metavar="TEXT",
                    help="what the images should not show: guidance leads away from it")
     g.add_argument("--label", type=str, nargs="+", default=[], help="names or numbers of classes")
@@ -158,12 +167,15 @@ def check_condition_flags(args: Namespace, model: LatentDiffusion) -> None:
             (args.image is None) == (args.mask is None),
             "--image and --mask belong together: what is kept, and where it is repainted",
         )
-    flags_of_task = [f"--{name}" for name in takes if name != "prompt"]
+    flags_of_task = ["--" + name.replace("_", "-") for name in takes if name != "prompt"]
     listed = ", ".join((["a prompt in quotes"] if "prompt" in takes else []) + flags_of_task)
-    for name in ("prompt", "prompts", "label", "negative", "boxes", "map", "image", "mask"):
+    every_flag = ("prompt", "prompts", "to_prompt", "label", "negative", "boxes", "map", "image",
+                  "mask")
+    for name in every_flag:
+        flag = "--" + name.replace("_", "-")
         require(
             name in takes or getattr(args, name) in (None, []),
-            f"--{name}: this model's task is {model.config.task}, which takes {listed}",
+            f"{flag}: this model's task is {model.config.task}, which takes {listed}",
         )
 
 
@@ -278,6 +290,14 @@ def negative_condition(args: Namespace, model: LatentDiffusion) -> dict | None:
         return model.task.read_prompt(clean_text(args.negative).strip())
 
 
+def toward_condition(args: Namespace, model: LatentDiffusion) -> dict | None:
+    """Return --to-prompt as a condition of the model, or None. Raises BadInput."""
+    if args.to_prompt is None:
+        return None
+    with naming("--to-prompt"):
+        return model.task.read_prompt(clean_text(args.to_prompt).strip())
+
+
 def guidance_scale(args: Namespace, model: LatentDiffusion) -> float:
     """Return --scale, or the model's default."""
     if args.scale is not None:
@@ -381,8 +401,15 @@ def settings(
         lora=[(path.name, scale) for path, scale in loras_of(args)] or None,
         seed=args.seed,
         to_seed=args.to_seed,
+        to_prompt=args.to_prompt,
         dtype="bf16" if machine.bf16 else "fp32",
     )
+
+
+def weights_along_strips(first: int, n: int, n_each: int) -> list[float]:
+    """Return how far along its strip of n_each images each is: 0..1, of images `first`..."""
+    steps = max(1, n_each - 1)
+    return [(first + i) % n_each / steps for i in range(n)]
 
 
 def strip_noise(
@@ -394,8 +421,7 @@ def strip_noise(
     """
     start = torch.randn(shape, generator=generator(seed, 0))
     end = torch.randn(shape, generator=generator(to_seed, 0))
-    steps = max(1, n_each - 1)
-    weights = [(first + i) % n_each / steps for i in range(n)]
+    weights = weights_along_strips(first, n, n_each)
     return torch.stack([slerp(start, end, weight) for weight in weights])
 
 
@@ -447,7 +473,9 @@ def main(args: Namespace) -> None:
     check_sampling(args, model)
     size = image_size(args, model)
     negative = negative_condition(args, model)
-    n_images = 8 if args.to_seed is not None and args.n is None else args.n
+    toward = toward_condition(args, model)
+    is_strip = args.to_seed is not None or toward is not None
+    n_images = 8 if is_strip and args.n is None else args.n
     request = read_request(model, given_conditions(args), size, n=n_images, data=args.data)
     check_request(args, model, request)
     if request.is_held_out:
@@ -467,7 +495,9 @@ def main(args: Namespace) -> None:
     if not is_grid:
         with naming("--out"):
             made_with = settings(args, model, request, steps, machine)
-            metadata = metadata_of(model, request) if machine.main else []
+            # Between two prompts no caption is true.
+            has_captions = machine.main and toward is None
+            metadata = metadata_of(model, request) if has_captions else []
             prepare_folder(
                 args.out, made_with, metadata, replace=args.replace, main=machine.main
             )
@@ -497,7 +527,12 @@ def main(args: Namespace) -> None:
     with bar, machine.autocast(), watched_attention as maps:
         for first in starts:
             batch = request.batch(first, args.batch)
+            indices = range(first, first + len(batch))
             z_T = None
+            if toward is not None:
+                weights = weights_along_strips(first, len(batch), request.n_each)
+                batch = [item | {"toward": (toward, w)} for item, w in zip(batch, weights)]
+                indices = [i // request.n_each for i in indices]        # one noise for a strip
             if args.to_seed is not None:
                 shape = (model.ae.cfg.c_z, h, w)
                 z_T = strip_noise(
@@ -505,7 +540,7 @@ def main(args: Namespace) -> None:
                 )
             sampled = model.sample(
                 batch,
-                seeds=[(args.seed, first + i) for i in range(len(batch))],
+                seeds=[(args.seed, i) for i in indices],
                 size=request.size,
                 steps=steps.asked_for,
                 timesteps=args.timesteps,
@@ -530,7 +565,7 @@ def main(args: Namespace) -> None:
     images = torch.cat(images)
     items = request.batch(0, n)
     if is_grid:
-        is_row = 1 < request.n_each < n or args.to_seed is not None
+        is_row = 1 < request.n_each < n or is_strip
         columns = request.n_each if is_row else 8
         shown = [model.task.show(item, *request.size) for item in items]
         save_samples(images, shown, args.out, min(columns, n))

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from tinyldm.data.images import to_image
+from tinyldm.data.images import load_rgb, to_image, to_tensor
 
 
 def show_images(
@@ -32,6 +32,22 @@ def show_images(
         ax.set_title(title, fontsize=8)
     figure.suptitle(heading, fontsize=10)
     plt.show()
+
+
+def jpeg(images: Tensor, quality: int) -> tuple[Tensor, float]:
+    """Return images (n, 3, H, W) after JPEG, and their mean number of bytes.
+
+    The tables at the head of a file, which a blank image has too, are not counted.
+    """
+    def encode(x: Tensor) -> bytes:
+        file = io.BytesIO()
+        to_image(x).save(file, "JPEG", quality=quality, optimize=True)
+        return file.getvalue()
+
+    files = [encode(x) for x in images]
+    blank = len(encode(torch.ones_like(images[0])))
+    decoded = [to_tensor(load_rgb(file)) for file in files]
+    return torch.stack(decoded), sum(len(file) - blank for file in files) / len(files)
 
 
 def tile(images: Tensor, columns: int) -> Tensor:

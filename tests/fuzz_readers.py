@@ -30,7 +30,7 @@ import sample
 from tinyldm.data.folder import Folder
 from tinyldm.data.images import LOADERS
 from tinyldm.data.tokenizer import CLIP_GZ, encode, open_vocab, train_tokenizer
-from tinyldm.engine.open import open_model, open_stage_one
+from tinyldm.engine.open import BUNDLED, open_model, open_stage_one
 from tinyldm.engine.released import load_released, load_stage_one
 from tinyldm.engine.request import Given, Request, read_request
 from tinyldm.engine.weights import read_state
@@ -246,7 +246,7 @@ def vocabularies(rng: random.Random, folder: Path) -> None:
 
 @functools.cache
 def bundled_tokenizer() -> Tokenizer:
-    return open_model(sample.BUNDLED).tokenizer
+    return open_model(BUNDLED["toy"]).tokenizer
 
 
 def prompts(rng: random.Random, folder: Path) -> None:

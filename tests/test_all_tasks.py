@@ -317,6 +317,21 @@ def test_a_strip_goes_from_one_seeds_image_to_anothers(sample, tmp_path):
         assert abs(pixels(tmp_path / f"strip/{i:06d}.png") - end).max() <= 1
 
 
+def test_a_strip_goes_from_one_prompt_to_another_with_one_noise(sample, tmp_path):
+    """A huge scale shows the condition after two steps of training. No caption is written."""
+    scale = ["--scale", 1e6]
+    sample("text", "a red circle", "--to-prompt", "a blue square", *scale, "--n", 3,
+           "--out", tmp_path / "strip")
+    for i, prompt in ((0, "a red circle"), (2, "a blue square")):
+        sample("text", prompt, *scale, "--n", 1, "--out", tmp_path / f"end{i}")
+        end = pixels(tmp_path / f"end{i}/000000.png")
+        assert abs(pixels(tmp_path / f"strip/{i:06d}.png") - end).max() <= 1
+    assert (pixels(tmp_path / "end0/000000.png") != pixels(tmp_path / "end2/000000.png")).any()
+    assert not (tmp_path / "strip/metadata.jsonl").exists()
+    settings = json.loads((tmp_path / "strip/settings.json").read_text())
+    assert settings["to_prompt"] == "a blue square"
+
+
 @pytest.mark.parametrize("task,flags", [
     ("text", ["a red circle"]),
     ("class", ["--label", "red circle"]),
@@ -427,6 +442,7 @@ BAD_INPUT = [
     ("text", ["a cat", "--at", "3", "--trajectory", "{files}/t.png"], "--at: steps must be 1..2"),
     ("uncond", ["--attention", "{files}/a.png"], "--attention: is about words"),
     ("layout", ["--to-seed", "1"], "--to-seed: needs one condition"),
+    ("layout", ["--to-prompt", "a cat"], "--to-prompt: this model's task is layout, which takes"),
 ]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_AE, TINY_LDM, TINY_VQ
 
-import sample
+from tinyldm.engine.open import BUNDLED
 
 SIZE = ["--size", 16]
 
@@ -109,7 +109,7 @@ def test_a_checkpoint_whose_parts_do_not_fit_is_bad_input(trained, tmp_path, cli
 ])
 def test_a_checkpoint_of_absurd_sizes_is_not_built(tmp_path, cli, network, name, value, message):
     """Neither with more layers than time allows, nor with wider ones than memory does."""
-    checkpoint = torch.load(sample.BUNDLED, weights_only=True)
+    checkpoint = torch.load(BUNDLED["toy"], weights_only=True)
     checkpoint["config"][network][name] = value
     torch.save(checkpoint, tmp_path / "x.pt")
     assert message in cli("sample.py", "--ckpt", tmp_path / "x.pt", "a cross", code=2)

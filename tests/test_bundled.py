@@ -2,10 +2,9 @@
 import pytest
 import torch
 
-import sample
 from tinyldm.data.scorer import find
 from tinyldm.data.shapes import Shapes
-from tinyldm.engine.open import open_model
+from tinyldm.engine.open import BUNDLED, open_model
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +14,7 @@ STEPS = 50
 
 @pytest.fixture(scope="module")
 def model():
-    return open_model(sample.BUNDLED)
+    return open_model(BUNDLED["toy"])
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,12 @@ from made_up import made_up_items, made_up_model
 from test_released import FILES, TINY_AE, is_filled, listed_state, write_random_file
 from torch.testing import assert_close
 
-import sample
 from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.diffusion import DiffusionConfig, as_eps_theta
 from tinyldm.engine import presets, released
 from tinyldm.engine.checkpoint import save_checkpoint
 from tinyldm.engine.diffusers_names import diffusers_config, rules_from_official, to_diffusers
-from tinyldm.engine.open import open_model, open_stage_one, save_model
+from tinyldm.engine.open import BUNDLED, open_model, open_stage_one, save_model
 from tinyldm.engine.released import (
     detect,
     load_into,
@@ -439,8 +438,8 @@ def test_attention_at_some_levels_of_stage_one_has_blocks_of_its_own_in_diffuser
 def test_the_layout_of_diffusers_is_written_with_its_configs(tmp_path, cli):
     """vae/ is a stage one for --ae again: the toy's shapes are a row of presets.AE."""
     out = tmp_path / "out"
-    cli("tinyldm.engine.released", "--export", sample.BUNDLED, out, "--layout", "diffusers")
-    model = open_model(sample.BUNDLED)
+    cli("tinyldm.engine.released", "--export", BUNDLED["toy"], out, "--layout", "diffusers")
+    model = open_model(BUNDLED["toy"])
     ae, _ = open_stage_one(out / "vae/diffusion_pytorch_model.safetensors")
     ae.z_std = model.z_std
     assert_close(ae.state_dict(), model.ae.state_dict(), rtol=0, atol=0)
@@ -460,10 +459,10 @@ def test_the_layout_of_diffusers_is_written_with_its_configs(tmp_path, cli):
 def test_diffusers_computes_the_same_with_what_is_written(tmp_path):
     """Where it is installed: no key is missing, and outputs agree to 1e-5."""
     diffusers = pytest.importorskip("diffusers")
-    released.export_diffusers(sample.BUNDLED, tmp_path)
+    released.export_diffusers(BUNDLED["toy"], tmp_path)
     unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet").float()
     vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").float()
-    model = open_model(sample.BUNDLED)
+    model = open_model(BUNDLED["toy"])
 
     z = torch.randn(2, 4, 8, 8)
     t = torch.tensor([10, 900])

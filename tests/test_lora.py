@@ -9,9 +9,8 @@ from made_up import alive, made_up_items, made_up_model
 from torch import nn
 from torch.testing import assert_close
 
-import sample
 from tinyldm.attention import Attention, SelfAttention2d
-from tinyldm.engine.open import open_lora, open_model, save_model
+from tinyldm.engine.open import BUNDLED, open_lora, open_model, save_model
 from tinyldm.engine.weights import write_state
 from tinyldm.errors import BadInput
 from tinyldm.lora import add_pairs, lora_state, merge, pairs_of, projections
@@ -264,7 +263,7 @@ def test_a_lora_with_tau_needs_a_model_with_tau():
 def lora_file(tmp_path_factory):
     """A LoRA of the bundled model."""
     path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
-    state = random_lora(open_model(sample.BUNDLED), rank=4)
+    state = random_lora(open_model(BUNDLED["toy"]), rank=4)
     write_state({key: 0.3 * x for key, x in state.items()}, path)
     return path
 
@@ -281,13 +280,14 @@ def test_a_model_that_is_saved_opens_with_the_same_weights_and_words(task, tmp_p
 
 def test_sampling_with_loras_is_sampling_from_the_merged_model(lora_file, tmp_path, cli):
     """Also two at once; without them, other images come out."""
+    command = ["sample.py", "--ckpt", "toy"]
     flags = [*ONE_STEP, "a red circle"]
     merged = tmp_path / "merged.pt"
     loras = ["--lora", lora_file, "--lora", lora_file, "--lora-scale", 1, "--lora-scale", -0.5]
-    cli("sample.py", *loras, "--merge", merged, *ONE_STEP, "--out", tmp_path / "a", "a red circle")
+    cli(*command, *loras, "--merge", merged, "--out", tmp_path / "a", *flags)
     cli("sample.py", "--ckpt", merged, "--out", tmp_path / "b", *flags)
-    cli("sample.py", "--lora", lora_file, "--lora-scale", 0.5, "--out", tmp_path / "c", *flags)
-    cli("sample.py", "--out", tmp_path / "d", *flags)
+    cli(*command, "--lora", lora_file, "--lora-scale", 0.5, "--out", tmp_path / "c", *flags)
+    cli(*command, "--out", tmp_path / "d", *flags)
     a, b, c, d = ((tmp_path / name / "000000.png").read_bytes() for name in "abcd")
     assert a == b == c != d
 
@@ -296,7 +296,7 @@ def test_sampling_with_loras_is_sampling_from_the_merged_model(lora_file, tmp_pa
     assert settings["lora"] == [["lora.safetensors", 1.0], ["lora.safetensors", -0.5]]
     assert plain["lora"] is None
     assert settings["model"] != plain["model"]
-    output = cli("sample.py", "--merge", merged, "--lora", lora_file, *flags, code=2)
+    output = cli(*command, "--merge", merged, "--lora", lora_file, *flags, code=2)
     assert "exists; give the name of a new file" in output
 
 
@@ -309,13 +309,13 @@ WRONG_FLAGS = [
     ),
     (["--lora", "x", "--lora-scale", "nan"], "--lora-scale nan: must be"),
     (["--lora", "missing.safetensors"], "--lora: missing.safetensors: "),
-    (["--lora", str(sample.BUNDLED)], "toy.pt: a checkpoint, not a LoRA; a LoRA is a lora.safe"),
+    (["--lora", str(BUNDLED["toy"])], "toy.pt: a checkpoint, not a LoRA; a LoRA is a lora.safe"),
 ]
 
 
 @pytest.mark.parametrize("flags,message", WRONG_FLAGS)
 def test_flags_of_loras_that_do_not_fit_are_refused(flags, message, cli):
-    assert message in cli("sample.py", "a", *flags, code=2)
+    assert message in cli("sample.py", "--ckpt", "toy", "a", *flags, code=2)
 
 
 WRONG_FILES = [
@@ -345,5 +345,6 @@ def test_a_lora_that_does_not_fit_ends_in_one_line(lora_file, trained, tmp_path,
     state = {key: x.clone() for key, x in open_lora(lora_file).items()}
     state[next(iter(state))][0] = torch.nan
     write_state(state, tmp_path / "nan.safetensors")
-    output = cli("sample.py", "--lora", tmp_path / "nan.safetensors", "a", code=2)
+    flags = ["--ckpt", "toy", "--lora", tmp_path / "nan.safetensors"]
+    output = cli("sample.py", *flags, "a", code=2)
     assert "nan.safetensors: unet." in output and "values that are not numbers" in output

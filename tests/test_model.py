@@ -455,6 +455,26 @@ def test_a_negative_caption_is_the_empty_one_or_undoes_the_prompt(task):
     assert not torch.allclose(other, plain, atol=1e-2)
 
 
+@pytest.mark.parametrize("task", ["text", "text-inpaint", "class"])
+def test_a_blend_of_two_conditions_goes_from_one_to_the_other(task):
+    """At weight 0 it is the first, at 1 the second, and half way neither; the noise is one."""
+    model = made_up_model(task)
+    first, second = made_up_items(2)
+    name = "label" if task == "class" else "caption"
+    other = {name: second[name]}
+
+    def blend(weight):
+        return sample(model, [first | {"toward": (other, weight)}], steps=2)
+
+    begin = sample(model, [first], steps=2)
+    end = sample(model, [first | other], steps=2)
+    assert_close(blend(0.0), begin)
+    assert_close(blend(1.0), end)
+    half = blend(0.5)
+    for image in (begin, end):
+        assert not torch.allclose(half, image, atol=1e-3)
+
+
 def test_guidance_of_captions_leaves_what_surrounds_a_hole():
     """Image and mask lie beside z_t in both halves; the tokens differ."""
     model = made_up_model("text-inpaint")

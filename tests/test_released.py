@@ -13,12 +13,11 @@ from test_autoencoder import KL, VQ
 from test_tokenizer import clip_vocab
 from torch.testing import assert_close
 
-import sample
 from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.diffusion import ldm_loss, q_sample
 from tinyldm.engine import presets, released
 from tinyldm.engine.checkpoint import save_checkpoint
-from tinyldm.engine.open import open_model
+from tinyldm.engine.open import BUNDLED, open_model
 from tinyldm.engine.released import (
     averaged,
     detect,
@@ -378,10 +377,10 @@ def test_sample_py_samples_from_a_released_text_model(tiny_preset, cli, tmp_path
 def test_what_we_train_is_exported_and_read_back(cli, tmp_path):
     """The bundled model, written in the official layout: every weight is the same."""
     out = tmp_path / "toy.safetensors"
-    output = cli("tinyldm.engine.released", "--export", sample.BUNDLED, out)
+    output = cli("tinyldm.engine.released", "--export", BUNDLED["toy"], out)
     assert "warning: the official code has 32 groups and predicts eps" in output
 
-    model = open_model(sample.BUNDLED)
+    model = open_model(BUNDLED["toy"])
     state = read_state(out)
     scale_factor = state["scale_factor"].float()
     for net, prefix in networks_of(model):
@@ -411,7 +410,7 @@ def test_stage_one_alone_is_exported(tmp_path):
 
 def test_a_model_of_pixels_has_no_official_layout(tmp_path):
     """The error names the file."""
-    checkpoint = torch.load(sample.BUNDLED, weights_only=True)
+    checkpoint = torch.load(BUNDLED["toy"], weights_only=True)
     checkpoint["config"]["autoencoder"] |= {"ch": 0, "ch_mult": (1,)}
     save_checkpoint(checkpoint, tmp_path / "ckpt.pt")
 

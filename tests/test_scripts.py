@@ -12,10 +12,9 @@ from conftest import ROOT, TINY_AE, TINY_LDM, TINY_VQ
 from PIL import Image
 from runs import assert_same_state, figures, log_rows, steps_of
 
-import sample
 from tinyldm.data.shapes import prompts
 from tinyldm.engine.checkpoint import load_checkpoint
-from tinyldm.engine.open import open_model
+from tinyldm.engine.open import BUNDLED, open_model
 
 SIZE = ["--size", 16]
 CAPTION = "a red circle above a blue square"
@@ -174,11 +173,22 @@ def test_sigterm_saves_before_leaving(tmp_path):
 
 # ---- sampling
 
-def test_the_bundled_model_is_small_and_samples(tmp_path, cli):
-    """It needs no flag but the caption; a folder as --out gets one file per image."""
-    assert sample.BUNDLED.stat().st_size < 8e6
-    cli("sample.py", CAPTION, "--n", 2, "--steps", 5, "--out", tmp_path)
+def test_a_prompt_alone_samples_from_the_bundled_emoji_model(tmp_path, cli):
+    """It needs no flag; a folder as --out gets one file per image."""
+    output = cli("sample.py", "a mushroom", "--n", 2, "--steps", 5, "--out", tmp_path)
+    assert "emoji.pt: emoji, text" in output
+    assert pixels(tmp_path / "000001.png").shape == (64, 64, 3)
     assert pixels(tmp_path / "000001.png").std() > 5
+
+
+@pytest.mark.parametrize("name, largest", [("toy", 8e6), ("emoji", 16e6)])
+def test_the_bundled_models_are_small_and_have_names(name, largest, tmp_path, cli):
+    """Their names are those of their presets."""
+    assert BUNDLED.keys() == {"toy", "emoji"}
+    assert BUNDLED[name].stat().st_size <= largest
+    output = cli("sample.py", "--ckpt", name, "a red circle", "--n", 1, "--steps", 1,
+                 "--out", tmp_path / "x.png")
+    assert f"{name}.pt: {name}, text" in output
 
 
 def test_the_same_seed_gives_the_same_image_whatever_the_batch(trained, tmp_path, cli):
@@ -201,7 +211,7 @@ def test_the_same_seed_gives_the_same_image_whatever_the_batch(trained, tmp_path
 
 def test_the_bits_of_an_image_depend_on_the_size_of_its_batch_only():
     """The same bits in one batch after another; in a batch of another size, nearly the same."""
-    model = open_model(sample.BUNDLED)
+    model = open_model(BUNDLED["toy"])
     conditions = [{"caption": prompt} for prompt in prompts(3)]
     seeds = [(0, 0), (0, 1), (0, 2)]
 
@@ -228,7 +238,8 @@ def test_each_sampler_makes_an_image_of_its_own_and_the_bar_counts_its_calls(tmp
     images = set()
     for i, (n_calls, flags) in enumerate(cases):
         path = tmp_path / f"{i}.png"
-        output = cli("sample.py", "--n", 1, "--steps", 6, "--out", path, *flags, CAPTION)
+        output = cli("sample.py", "--ckpt", "toy", "--n", 1, "--steps", 6, "--out", path,
+                     *flags, CAPTION)
         assert f"{n_calls}/{n_calls} " in output
         images.add(Image.open(path).tobytes())
     assert len(images) == len(cases)
@@ -267,7 +278,7 @@ def test_the_compiled_unet_gives_the_same_image(tmp_path, cli, monkeypatch):
     """torch can trace all of it; the backend is one that needs no compiler."""
     eager = functools.partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", eager)
-    command = ["sample.py", "--n", 1, "--steps", 3, CAPTION]
+    command = ["sample.py", "--ckpt", "toy", "--n", 1, "--steps", 3, CAPTION]
     cli(*command, "--out", tmp_path / "a.png")
     cli(*command, "--out", tmp_path / "b.png", "--compile")
     assert abs(pixels(tmp_path / "a.png") - pixels(tmp_path / "b.png")).max() <= 1

@@ -9,13 +9,12 @@ from PIL import Image
 from runs import trained_state
 from torch.testing import assert_close
 
-import sample
 import train_ldm
 from tinyldm.data.dataset import ListDataset
 from tinyldm.data.renumber import Renumbered
 from tinyldm.engine import presets, start
 from tinyldm.engine.checkpoint import load_checkpoint, save_checkpoint
-from tinyldm.engine.open import open_model
+from tinyldm.engine.open import BUNDLED, open_model
 from tinyldm.errors import BadInput
 from tinyldm.tasks import TASKS
 
@@ -48,10 +47,10 @@ def test_a_run_starts_with_the_weights_and_all_else_of_the_file(trained, tmp_pat
 
 def test_the_bundled_model_is_a_start_and_what_comes_out_is_one_too(tmp_path, cli):
     """model.pt, of averaged weights alone; its images are those of the start."""
-    tune(cli, sample.BUNDLED, tmp_path / "x", *NO_CHANGE, "--batch", 4)
+    tune(cli, BUNDLED["toy"], tmp_path / "x", *NO_CHANGE, "--batch", 4)
     tune(cli, tmp_path / "x/model.pt", tmp_path / "y", *NO_CHANGE, "--batch", 4)
     images = []
-    for path in (sample.BUNDLED, tmp_path / "y/model.pt"):
+    for path in (BUNDLED["toy"], tmp_path / "y/model.pt"):
         model = open_model(path)
         caption = {"caption": "a red circle"}
         images.append(model.sample([caption], seeds=[(0, 0)], steps=4))

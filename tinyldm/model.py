@@ -192,7 +192,9 @@ class LatentDiffusion:
             `init` (C, H, W), an image to begin from, noised as far as `strength` in 0..1 says;
             or `image` (C, H, W) and `mask` (1, H, W): it is repainted where the mask is 1.
             What is known is put into the result. It is also put back before each step, for a
-            model whose condition does not have the mask, and for any model with `pull`.
+            model whose condition does not have the mask, and for any model with `pull`. With
+            `toward`, a pair (condition, weight in 0..1), the tokens of the two are blended: 0 is
+            the condition itself, 1 the other one.
         seeds: a pair (seed, index) per image, which determines all its noise.
         size: (H, W), multiples of size_multiple; default: as in training.
         steps, timesteps: how many of the T timesteps to visit, and the rule that picks them.
@@ -218,6 +220,8 @@ class LatentDiffusion:
 
         # The condition, and the one to guide away from, each as the U-Net receives it.
         ctx, ctx_null = self._contexts(conditions, negative)
+        if "toward" in conditions[0]:
+            ctx = self._blended(ctx, conditions)
         if ctx.tokens is None and ctx.beside is None:
             guidance_scale = 1.0
 
@@ -300,6 +304,14 @@ class LatentDiffusion:
             if beside is not None:
                 finite(beside, "the encoder of the condition")
         return ctx, ctx_null
+
+    def _blended(self, ctx: Context, conditions: Sequence[dict]) -> Context:
+        """Return ctx with tokens on the straight line to those of each condition's `toward`."""
+        others = [condition | condition["toward"][0] for condition in conditions]
+        weights = [condition["toward"][1] for condition in conditions]
+        ctx_other, _ = self._contexts(others, None)
+        weight = torch.tensor(weights, device=ctx.tokens.device).view(-1, 1, 1)
+        return Context(torch.lerp(ctx.tokens, ctx_other.tokens, weight), ctx.beside)
 
     def _stack(self, conditions: Sequence[dict], name: str) -> Tensor:
         """One field of all conditions, as a batch on the model's device."""

@@ -145,7 +145,8 @@ def add_data_flags(parser: ArgumentParser) -> None:
     """Add the flags that say what the images are (data/open.py)."""
     g = parser.add_argument_group("data")
     g.add_argument("--data", type=str,
-                   help="'shapes' (the built-in world), or a folder, .zip or .tar")
+                   help="'shapes' (the built-in world), 'emoji' (the bundled set), or a folder, "
+                        ".zip or .tar")
     g.add_argument("--n-shapes", type=int, default=10_000,
                    help="number of training images of the built-in world")
     g.add_argument("--size", type=image_size, metavar="HxW",
@@ -157,6 +158,8 @@ def add_data_flags(parser: ArgumentParser) -> None:
     g.add_argument("--resize", action=BooleanOptionalAction, default=True,
                    help="scale images to cover --size before the central crop")
     g.add_argument("--flip", action="store_true", help="mirror the images in every second epoch")
+    g.add_argument("--hold-out", action=BooleanOptionalAction, default=True,
+                   help="keep images back to evaluate with; --no-hold-out trains on all of them")
 
 
 def open_data(
@@ -183,6 +186,7 @@ def open_data(
             n_shapes=args.n_shapes,
             resize=args.resize,
             flip=args.flip,
+            hold_out=args.hold_out,
             **conditions,
         )
 

@@ -27,6 +27,16 @@ from tinyldm.errors import BadInput, naming, require, trying
 from tinyldm.lora import DOWN, UP
 from tinyldm.model import LatentDiffusion, ModelConfig, build_model
 
+PACKAGE = Path(__file__).parent.parent
+
+# The models that come with the package, by the names that flags have for them.
+BUNDLED = {"emoji": PACKAGE / "emoji.pt", "toy": PACKAGE / "toy.pt"}
+
+
+def model_file(text: str) -> Path:
+    """Return the path that a flag means: that of a bundled model by name, or of any file."""
+    return BUNDLED.get(text, Path(text))
+
 
 def open_model(
     path: Path,

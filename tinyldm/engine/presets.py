@@ -4,11 +4,13 @@ Paper:   Table 8 (stage one); Tables 12-15 and 17 (stage two); the released conf
 
 A row is a dict. Its keys are flags of train_ae.py (the rows of AE) or train_ldm.py
 (those of LDM), with underscores. `lr` is the learning rate as it is used, for the whole
-batch. The toy rows are tuned for two CPU cores, all others are the paper's models.
+batch. The rows of the toy and of the emoji are tuned for two CPU cores,
+emoji128 is meant for a GPU, and all others are the paper's models.
 """
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -34,6 +36,25 @@ TOY_AE = {
     "pixel_loss": "l2", "perceptual": "random", "perceptual_weight": 0.03, "kl_weight": 5e-4,
     "disc_weight": 0.5, "disc_start": 900, "disc_ch": 16, "disc_layers": 2,
     "batch": 16, "lr": 4e-3, "betas": (0.9, 0.95), "warmup": 50, "cosine": True, "steps": 1000,
+}
+
+# Real pictures of 64 px on two CPU cores: the latents of f = 8 are as small as the toy's.
+EMOJI_AE = TOY_AE | {
+    "data": "emoji", "size": 64,
+    "ch_mult": (1, 2, 4, 4), "c_z": 16,
+    "perceptual": "none", "kl_weight": 1e-6, "disc_weight": 0.0,
+    "out": Path("out/emoji-ae"), "steps": 2000,
+}
+
+# Not measured: it is for a GPU. `python -m tinyldm.data.emoji out/emoji128.zip --size 128` draws
+# the set.
+EMOJI128_AE = EMOJI_AE | {
+    "data": "out/emoji128.zip", "size": 128,
+    "ch": 64, "n_res": 2, "groups": 32,
+    "perceptual": "vgg16", "perceptual_weight": 1.0,
+    "disc_weight": 0.5, "disc_start": 20_000, "disc_ch": 64, "disc_layers": 3,
+    "batch": 32, "lr": 2e-4, "warmup": 500, "steps": 60_000,
+    "out": Path("out/emoji128-ae"),
 }
 
 # Table 8. Batch and lr are the released configs': the batch of one GPU, lr = 4.5e-6
@@ -100,7 +121,7 @@ VQ_DISCRIMINATORS = table(
     },
 )
 
-AE = {"toy": TOY_AE}
+AE = {"toy": TOY_AE, "emoji": EMOJI_AE, "emoji128": EMOJI128_AE}
 AE |= {name: KL | row for name, row in KL_ROWS.items()}
 AE |= {name: VQ | row | VQ_DISCRIMINATORS[name] for name, row in VQ_ROWS.items()}
 AE["vq-f4-noattn"]["attn_mid"] = False
@@ -116,6 +137,21 @@ TOY_LDM = {
     "schedule": "sqrt-linear", "predict": "v", "snr_clamp": (0.1, 1.0),
     "batch": 64, "lr": 2e-3, "betas": (0.9, 0.99), "warmup": 100, "cosine": True, "ema": 0.99,
     "steps": 2000,
+}
+
+EMOJI_LDM = TOY_LDM | {
+    "data": "emoji", "ae_preset": "emoji", "size": 64, "hold_out": False,
+    "n_token": 20,
+    "ae": Path("out/emoji-ae/ckpt.pt"), "out": Path("out/emoji"), "steps": 5000,
+}
+
+EMOJI128_LDM = EMOJI_LDM | {
+    "data": "out/emoji128.zip", "ae_preset": "emoji128", "size": 128,
+    "ch": 192, "ch_mult": (1, 2, 3), "n_res": 2, "attn_res": (16, 8, 4), "d_head": 32,
+    "groups": 32,
+    "d_ctx": 512, "text_depth": 6, "text_heads": 8, "text_d_head": 64,
+    "batch": 256, "lr": 3e-4, "warmup": 1000, "ema": 0.999, "steps": 60_000,
+    "ae": Path("out/emoji128-ae/ckpt.pt"), "out": Path("out/emoji128"),
 }
 
 # What the paper's models have in common, unless their own rows say otherwise.
@@ -266,7 +302,7 @@ def sweep_rows() -> dict[str, dict]:
     return rows
 
 
-LDM = {"toy": TOY_LDM}
+LDM = {"toy": TOY_LDM, "emoji": EMOJI_LDM, "emoji128": EMOJI128_LDM}
 LDM |= {name: paper_row(name) for name in UNET_ROWS}
 LDM |= sweep_rows()
 

@@ -356,7 +356,7 @@ def detect(state: dict[str, Tensor]) -> str:
     )
     found: list[str] = []
     for name, row in presets.LDM.items():
-        is_released = name != "toy" and row["ae_preset"] != "none"
+        is_released = "data" not in row and row["ae_preset"] != "none"
         if not is_released or row["ch"] != len(first) or is_known(row, found):
             continue
         if has_shapes_of(state, presets.build_networks(row)):

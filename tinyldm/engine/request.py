@@ -96,7 +96,7 @@ def read_request(
     if is_held_out:
         conditions = held_out_conditions(model, size, n or 16, data)
         n = 1
-    require(len(conditions), 'no prompt: give one, like "a red circle above a blue square"')
+    require(len(conditions), "no prompt: give one, in quotes")
 
     # What all conditions share.
     shared = {}

