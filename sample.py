@@ -136,7 +136,8 @@ def add_condition_flags(parser: ArgumentParser) -> None:
                    help="one or more prompts, each in quotes")
     g.add_argument("--prompts", type=Path, help="a text file with one prompt per line")
     g.add_argument("--to-prompt", type=str, metavar="TEXT",
-                   help="sample a strip of --n images from each prompt to this one, of one noise")
+                   help="sample a strip of --n images from each prompt to this one; all images "
+                        "of a strip have the same noise")
     g.add_argument("--negative", type=str, metavar="TEXT",
                    help="what the images should not show: guidance leads away from it")
     g.add_argument("--label", type=str, nargs="+", default=[], help="names or numbers of classes")
@@ -183,6 +184,11 @@ def check_combinations(args: Namespace) -> None:
     """Raise BadInput for flags that need another one, and for odd names of files to write."""
     require(args.init or args.strength is None, "--strength: only with --init")
     require(args.attention or args.trajectory or not args.at, "--at: for --attention, --trajectory")
+    for name in ("score", "attention"):
+        require(
+            args.to_prompt is None or not getattr(args, name),
+            f"--{name}: not with --to-prompt, as no caption is true between two prompts",
+        )
     check_lora_flags(args)
     with naming("--out"):
         is_grid = is_image_file(args.out)
@@ -282,27 +288,19 @@ def merge_loras(args: Namespace, model: LatentDiffusion) -> None:
 
 # ---- what to sample
 
-def negative_condition(args: Namespace, model: LatentDiffusion) -> dict | None:
-    """Return --negative as a condition of the model, or None. Raises BadInput."""
-    if args.negative is None:
+def prompt_condition(flag: str, text: str | None, model: LatentDiffusion) -> dict | None:
+    """Return the text of a flag as a condition of the model, or None. Raises BadInput."""
+    if text is None:
         return None
-    with naming("--negative"):
-        return model.task.read_prompt(clean_text(args.negative).strip())
-
-
-def toward_condition(args: Namespace, model: LatentDiffusion) -> dict | None:
-    """Return --to-prompt as a condition of the model, or None. Raises BadInput."""
-    if args.to_prompt is None:
-        return None
-    with naming("--to-prompt"):
-        return model.task.read_prompt(clean_text(args.to_prompt).strip())
+    with naming(flag):
+        return model.task.read_prompt(clean_text(text).strip())
 
 
 def guidance_scale(args: Namespace, model: LatentDiffusion) -> float:
     """Return --scale, or the model's default."""
     if args.scale is not None:
         return args.scale
-    return model.default_scale(negative_condition(args, model))
+    return model.default_scale(prompt_condition("--negative", args.negative, model))
 
 
 def given_conditions(args: Namespace) -> Given:
@@ -317,10 +315,14 @@ def given_conditions(args: Namespace) -> Given:
 
 
 def check_request(args: Namespace, model: LatentDiffusion, request: Request) -> None:
-    """Raise BadInput if --to-seed or --score cannot do what is asked for."""
+    """Raise BadInput if --to-seed, --to-prompt or --score cannot do what is asked for."""
     require(
         args.to_seed is None or not request.is_held_out,
         "--to-seed: needs one condition; give it as a file",
+    )
+    require(
+        args.to_prompt is None or (request.n_each > 1 and not request.is_held_out),
+        "--to-prompt: a strip has two images or more, of a condition that is given; raise --n",
     )
     require(
         args.data is None or request.is_held_out or args.score,
@@ -472,8 +474,8 @@ def main(args: Namespace) -> None:
     check_condition_flags(args, model)
     check_sampling(args, model)
     size = image_size(args, model)
-    negative = negative_condition(args, model)
-    toward = toward_condition(args, model)
+    negative = prompt_condition("--negative", args.negative, model)
+    toward = prompt_condition("--to-prompt", args.to_prompt, model)
     is_strip = args.to_seed is not None or toward is not None
     n_images = 8 if is_strip and args.n is None else args.n
     request = read_request(model, given_conditions(args), size, n=n_images, data=args.data)
@@ -531,7 +533,7 @@ def main(args: Namespace) -> None:
             z_T = None
             if toward is not None:
                 weights = weights_along_strips(first, len(batch), request.n_each)
-                batch = [item | {"toward": (toward, w)} for item, w in zip(batch, weights)]
+                batch = [item | {"toward": (toward, x)} for item, x in zip(batch, weights)]
                 indices = [i // request.n_each for i in indices]        # one noise for a strip
             if args.to_seed is not None:
                 shape = (model.ae.cfg.c_z, h, w)

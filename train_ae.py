@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tinyldm.autoencoder import AEConfig, Autoencoder
 from tinyldm.data import scorer
-from tinyldm.data.dataset import ImageDataset
+from tinyldm.data.dataset import ImageDataset, spread
 from tinyldm.data.images import size_text
 from tinyldm.data.loader import batch_order, load_batches
 from tinyldm.engine import flags, presets
@@ -175,24 +175,24 @@ def evaluate_reconstructions(
 def save_reconstructions(x: Tensor, x_rec: Tensor, path: Path) -> None:
     """Save up to three rows of ten images, each above the row of their reconstructions.
 
-    The images are spread evenly, as sets may be sorted. Only full rows are saved; with fewer
-    than ten images, there is one row.
+    They are spread evenly. Only full rows are saved; with fewer than ten images, there is one
+    row.
     """
     columns = min(10, len(x))
     n_rows = min(3, len(x) // columns)
-    every = len(x) // (n_rows * columns)
-    x = x[::every]
-    x_rec = x_rec[::every]
+    shown = spread(n_rows * columns, len(x))
+    x = x[shown]
+    x_rec = x_rec[shown]
     rows = []
     for i in range(0, n_rows * columns, columns):
         rows += [x[i:i + columns], x_rec[i:i + columns]]
     save_grid(torch.cat(rows), path, columns)
 
 
-def first_images(data: ImageDataset, n: int) -> Tensor | None:
-    """Return the first n images of a data set; None if there are none."""
-    images = [data[i]["image"] for i in range(min(len(data), n))]
-    return torch.stack(images) if images else None
+def some_images(data: ImageDataset, n: int) -> Tensor | None:
+    """Return up to n images of a data set, spread evenly; None if there are none."""
+    indices = spread(min(len(data), n), len(data))
+    return torch.stack([data[k]["image"] for k in indices]) if indices else None
 
 
 def update_codebook(
@@ -227,13 +227,13 @@ def prepare_evaluation(
     Only the main process evaluates.
     """
     device = machine.device
-    x = first_images(held_out, args.eval_n) if machine.main else None
+    x = some_images(held_out, args.eval_n) if machine.main else None
     if x is not None:
         features = flags.open_feature_net(args, device, held_out.has_exact_scorer)
 
     def evaluate(step: int) -> None:
         if x is None:
-            log.note("no image is held out (one in 20 is), so evaluation is skipped")
+            log.note("no image is held out, so evaluation is skipped")
             return
         try:
             with machine.autocast():

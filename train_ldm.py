@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tinyldm.autoencoder import Autoencoder, Pixels, Posterior
 from tinyldm.conditioning import TextConfig
-from tinyldm.data.dataset import ImageDataset
+from tinyldm.data.dataset import ImageDataset, spread
 from tinyldm.data.images import size_text
 from tinyldm.data.latents import Latents, encode_dataset, fingerprint
 from tinyldm.data.loader import batch_order, load_batches
@@ -509,9 +509,9 @@ def prepare_evaluation(
     """Return evaluate(step), which evaluates the averaged weights.
 
     It writes to the log: Eq. (2) on up to 256 held-out pairs (of the training set, if none are
-    held out), the scores of --eval-n samples, and their distance to 2,048 images of the set; for
-    captions of images, whether these are the nearest of them to the samples. It saves the first
-    samples, and the curves. Only the main process evaluates.
+    held out), the scores of --eval-n samples, and their distance to 2,048 images of the set; and,
+    if each of these has a caption of its own, whether the image of a sample's caption is the
+    nearest to it. It saves 16 samples, and the curves. Only the main process evaluates.
     """
     device = machine.device
 
@@ -526,14 +526,21 @@ def prepare_evaluation(
     averaged = averaged_model(model, ema, args.fsdp)
     features = flags.open_feature_net(args, device, data.has_exact_scorer)
     items = model.task.examples(args.eval_n, data, held_out)
-    real = Statistics(features, spread_images(data, 2048, args.workers, device))
+    thumbs = []
+
+    def real_images() -> Iterator[Tensor]:
+        for part in spread_images(data, 2048, args.workers, device):
+            thumbs.append(thumbnails(part).cpu())
+            yield part
+
+    real = Statistics(features, real_images())
     gallery = None
-    if "caption" in model.task.fields and "image" in items[0]:
-        parts = spread_images(data, 2048, args.workers, torch.device("cpu"))
-        gallery = torch.cat([thumbnails(part) for part in parts])
+    if has_a_name_for_each(model, data) and "image" in items[0]:
+        gallery = torch.cat(thumbs)
+    in_grid = spread(min(16, len(items)), len(items))
     posterior, y = encode_pairs(args, model, held_out if len(held_out) else data, machine)
     if "caption" in model.task.fields:
-        captions = [item["caption"] for item in items[:16]]
+        captions = [items[i]["caption"] for i in in_grid]
         log.note("each grid shows\n  " + "\n  ".join(captions))
 
     def evaluate(step: int) -> None:
@@ -555,11 +562,19 @@ def prepare_evaluation(
         log.write(step, **losses, **scores, **compare(real, fake))
 
         path = args.out / f"samples_{step:06d}.png"
-        shown = [model.task.show(item, *args.size) for item in items[:16]]
-        save_samples(images[:16], shown, path, columns=8)
+        shown = [model.task.show(items[i], *args.size) for i in in_grid]
+        save_samples(images[in_grid], shown, path, columns=8)
         save_curves(log.path, args.out / "curves.png")
 
     return evaluate
+
+
+def has_a_name_for_each(model: LatentDiffusion, data: ImageDataset) -> bool:
+    """Return whether the condition is a caption alone, and no two images have the same one."""
+    if "caption" not in model.task.fields or model.sees_mask or data.has_exact_scorer:
+        return False
+    captions = data.captions()
+    return len(set(captions)) > 0.9 * len(captions)
 
 
 def averaged_model(model: LatentDiffusion, ema: EMA, fsdp: bool) -> LatentDiffusion:
@@ -598,19 +613,18 @@ def load_averaged(averaged: LatentDiffusion, states: dict) -> None:
 def spread_images(
     data: ImageDataset, n: int, workers: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """Yield at most n images, in batches: every k-th, as files may be sorted by class."""
-    every = -(-len(data) // n)
-    return load_images(data, range(0, len(data), every), workers, device)
+    """Yield at most n images of a data set, in batches, spread evenly."""
+    return load_images(data, spread(min(n, len(data)), len(data)), workers, device)
 
 
 def encode_pairs(
     args: Namespace, model: LatentDiffusion, data: ImageDataset, machine: Machine
 ) -> tuple[Posterior, dict[str, Tensor]]:
-    """Return q(z | x) and y of the first 256 images of a data set."""
-    first = range(min(256, len(data)))
+    """Return q(z | x) and y of up to 256 images of a data set, spread evenly."""
+    indices = spread(min(256, len(data)), len(data))
     with machine.autocast():
         encoded = encode_dataset(
-            model.ae, data, [first], args.workers, machine.device, model.task.encode
+            model.ae, data, [indices], args.workers, machine.device, model.task.encode
         )
         return next(iter(encoded))
 

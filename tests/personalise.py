@@ -45,6 +45,8 @@ IN_FULL = [*COMMON, "--lr", "3e-4"]
 BY_LORA = [*COMMON, "--lr", "4e-3", "--lora", "8", "--lora-tau"]
 PRIOR_WEIGHT = "0.5"
 
+TOY = ["--ckpt", "toy"]     # flags of sample.py
+
 
 # ---- the new thing
 
@@ -147,20 +149,20 @@ def main(args: argparse.Namespace) -> None:
     few = out / "few"
     prior = out / "prior"
     write_few(few)
-    sample(prior, world.prompts(N_PRIOR, "train"))
+    sample(prior, world.prompts(N_PRIOR, "train"), *TOY)
 
     # The trainings, each with the flags that sample.py then needs.
-    models = {"before": (0, [])}
+    models = {"before": (0, TOY)}
     for name, how in (("in full", IN_FULL), ("LoRA", BY_LORA)):
         for with_prior in (True, False):
             label = f"{name}, {'with' if with_prior else 'without'} prior"
             folder = out / label.replace(", ", "_").replace(" ", "_")
             mixed = ["--prior", prior, "--prior-weight", PRIOR_WEIGHT] if with_prior else []
             minutes = run(
-                "train_ldm.py", "--init", "tinyldm/toy.pt", "--data", few, *mixed, *how,
+                "train_ldm.py", "--init", "toy", "--data", few, *mixed, *how,
                 "--eval-n", 0, "--out", folder,
             )
-            flags = ["--lora", folder / "lora.safetensors"]
+            flags = [*TOY, "--lora", folder / "lora.safetensors"]
             if name == "in full":
                 flags = ["--ckpt", folder / "model.pt"]
             models[label] = (minutes, flags)

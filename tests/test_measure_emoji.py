@@ -52,13 +52,13 @@ def test_captions_are_below_their_images_and_cut_to_fit(tmp_path):
     assert min(sheet.crop((0, 54 + 36, 96, 108)).convert("L").tobytes()) == 255
 
 
-def test_of_two_styles_one_pair_in_ten_is_held_out_and_its_name_is_shown(monkeypatch, tmp_path):
-    """Each name is trained on in one style at least; names that one font lacks are left out."""
+def test_of_two_styles_a_tenth_of_one_is_held_out_and_its_name_is_shown(monkeypatch, tmp_path):
+    """Each name is trained on in Noto's style; names that one font lacks are left out."""
     names = measure_emoji.first_captions(emoji_set())[:400]
-    red = Image.new("RGBA", (64, 64), "red")
+    red = Image.new("RGB", (64, 64), "red")
     drawn = [Emoji("x", name, red) for name in [*names, "no such thing"]]
     monkeypatch.setattr(emoji, "openmoji_font", lambda: ["OpenMoji.ttf"])
-    monkeypatch.setattr(emoji, "open_font", lambda path: (path, None))
+    monkeypatch.setattr(emoji, "open_font", lambda path: None)
     monkeypatch.setattr(emoji, "draw_all", lambda font: (drawn, ""))
     emoji_styles.write_both(tmp_path / "set")
 
@@ -67,8 +67,7 @@ def test_of_two_styles_one_pair_in_ten_is_held_out_and_its_name_is_shown(monkeyp
     shown = {row["text"] for row in rows if row["file_name"].startswith("train/")}
     held_out = {row["text"] for row in rows if row["file_name"].startswith("val/")}
     assert len(shown) + len(held_out) == 800
-    assert 50 < len(held_out) < 110
+    assert 20 < len(held_out) < 60
     for caption in held_out:
-        name = caption.removesuffix(f" {emoji_styles.STYLE}")
-        other = name if name != caption else f"{name} {emoji_styles.STYLE}"
-        assert other in shown
+        assert caption.endswith(emoji_styles.STYLE)
+    assert shown.issuperset(names)

@@ -31,6 +31,12 @@ def test_an_image_among_the_others_is_not_nearer_than_itself():
     assert ranks(samples, wanted, others.repeat(2, 1)).max() == 0
 
 
+def test_samples_that_are_not_numbers_are_right_about_nothing():
+    samples = torch.full((2, 3), torch.nan)
+    gallery = torch.randn(5, 3)
+    assert ranks(samples, gallery[:2], gallery).tolist() == [5, 5]
+
+
 def test_an_image_that_is_not_in_the_set_is_compared_with_it():
     """As a held-out one is: it need not be the nearest."""
     others = torch.tensor([[0.0], [3.0]])

@@ -310,7 +310,7 @@ class LatentDiffusion:
         others = [condition | condition["toward"][0] for condition in conditions]
         weights = [condition["toward"][1] for condition in conditions]
         ctx_other, _ = self._contexts(others, None)
-        weight = torch.tensor(weights, device=ctx.tokens.device).view(-1, 1, 1)
+        weight = torch.tensor(weights).to(ctx.tokens).view(-1, 1, 1)
         return Context(torch.lerp(ctx.tokens, ctx_other.tokens, weight), ctx.beside)
 
     def _stack(self, conditions: Sequence[dict], name: str) -> Tensor:

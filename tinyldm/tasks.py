@@ -32,7 +32,7 @@ from tinyldm.conditioning import (
     TextTransformer,
 )
 from tinyldm.data import scorer, shapes
-from tinyldm.data.dataset import ImageDataset
+from tinyldm.data.dataset import ImageDataset, spread
 from tinyldm.data.images import NEAREST, fit_image, map_to_tensor, to_tensor
 from tinyldm.data.rows import LARGEST_SHARE
 from tinyldm.data.tokenizer import encode, train_tokenizer
@@ -145,13 +145,9 @@ class Task:
         return conditions, size
 
     def examples(self, n: int, train: ImageDataset, held_out: ImageDataset) -> list[dict]:
-        """Return n items whose conditions show how training goes on; held out, if any are.
-
-        They are spread evenly, as sets may be sorted.
-        """
+        """Return n items whose conditions show how training goes on; held out, if any are."""
         data = held_out if len(held_out) else train
-        every = max(1, len(data) // n)
-        return [data[i * every % len(data)] for i in range(n)]
+        return [data[k] for k in spread(n, len(data))]
 
     def show(self, item: dict, h: int, w: int) -> Tensor | None:
         """Return the condition as an image (3, h, w) to show above its sample, if it is one."""

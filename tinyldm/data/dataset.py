@@ -269,6 +269,14 @@ class ListDataset(ImageDataset):
             require(name in item, f"item {k} of the data set has no {name}")
 
 
+def spread(n: int, length: int) -> list[int]:
+    """Return n of the indices 0..length-1, spread evenly, as sets may be sorted.
+
+    If n is larger than the length, they begin again from 0.
+    """
+    return [i * max(length, n) // n % length for i in range(n)]
+
+
 def mirrored(item: dict[str, Any]) -> dict[str, Any]:
     """Return the item with left and right exchanged. NB: the caption stays as it is."""
     turned = dict(item)

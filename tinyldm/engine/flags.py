@@ -146,7 +146,7 @@ def add_data_flags(parser: ArgumentParser) -> None:
     g = parser.add_argument_group("data")
     g.add_argument("--data", type=str,
                    help="'shapes' (the built-in world), 'emoji' (the bundled set), or a folder, "
-                        ".zip or .tar")
+                        ".zip or .tar; ./emoji is a folder of that name")
     g.add_argument("--n-shapes", type=int, default=10_000,
                    help="number of training images of the built-in world")
     g.add_argument("--size", type=image_size, metavar="HxW",
@@ -159,7 +159,8 @@ def add_data_flags(parser: ArgumentParser) -> None:
                    help="scale images to cover --size before the central crop")
     g.add_argument("--flip", action="store_true", help="mirror the images in every second epoch")
     g.add_argument("--hold-out", action=BooleanOptionalAction, default=True,
-                   help="keep images back to evaluate with; --no-hold-out trains on all of them")
+                   help="keep images back to evaluate with; --no-hold-out trains on all of them, "
+                        "and what the log calls held out is then of the training set")
 
 
 def open_data(

@@ -139,6 +139,7 @@ TOY_LDM = {
     "steps": 2000,
 }
 
+# Stage two has no held-out names: a model cannot know a word that no caption of training has.
 EMOJI_LDM = TOY_LDM | {
     "data": "emoji", "ae_preset": "emoji", "size": 64, "hold_out": False,
     "n_token": 20,

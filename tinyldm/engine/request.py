@@ -131,6 +131,7 @@ def held_out_conditions(
         fields=model.task.fields,
         seed=model.run.get("seed", 0),
         resize=model.run.get("resize", True),
+        hold_out=model.run.get("hold_out", True),
         label_column=model.run.get("label_column", "label"),
         degrade=model.run.get("degrade"),
         small=small,

@@ -35,8 +35,8 @@ def row_of_file(path: Path, preset: str | None, vocab: Path | None) -> dict:
     require(preset in (None, name), f"{path}: its preset is {name}, not {preset}")
     columns = presets.LDM[name]
     row = {column: run.get(column, value) for column, value in columns.items()}
-    for place in ("ae", "out"):         # they are the other run's
-        row.pop(place, None)
+    for column in ("ae", "out", "hold_out"):        # they are about the other run's files
+        row.pop(column, None)
     row |= fixed_values(config) | {"size": config.size, "p_drop": config.p_drop}
     return row | {"preset": name, "z_std": None, "warmup": 0}
 

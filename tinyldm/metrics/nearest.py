@@ -20,17 +20,17 @@ def thumbnails(images: Tensor) -> Tensor:
     return adaptive_avg_pool2d(as_rgb(images).float(), SIDE).flatten(1)
 
 
-def ranks(samples: Tensor, wanted: Tensor, others: Tensor) -> Tensor:
-    """Return how many of the others are nearer to each sample than the wanted image, (n,).
+def ranks(samples: Tensor, wanted: Tensor, gallery: Tensor) -> Tensor:
+    """Return how many images of the gallery are nearer to each sample than the wanted one, (n,).
 
-    samples, wanted (n, d), one for one; others (m, d). The wanted image may be among the
-    others: it is not nearer than itself.
+    samples, wanted (n, d), one for one; gallery (m, d). The wanted image may be in the gallery:
+    it is not nearer than itself. To a sample that is not a number, all are nearer.
     """
     to_wanted = (samples - wanted).norm(dim=1)                              # (n,)
     # Why exact distances: cdist's fast way would find an image a little nearer than itself.
-    to_others = torch.cdist(samples, others, compute_mode="donot_use_mm_for_euclid_dist")
-    is_nearer = to_others < to_wanted[:, None] * (1 - 1e-5)
-    return is_nearer.sum(1)
+    to_all = torch.cdist(samples, gallery, compute_mode="donot_use_mm_for_euclid_dist")
+    is_farther = to_all >= to_wanted[:, None] * (1 - 1e-5)
+    return (~is_farther).sum(1)
 
 
 def share_within(rank: Tensor, k: int) -> float:
@@ -38,10 +38,10 @@ def share_within(rank: Tensor, k: int) -> float:
     return float((rank < k).double().mean())
 
 
-def named_nearest(samples: Tensor, wanted: Tensor, others: Tensor) -> dict[str, float]:
+def named_nearest(samples: Tensor, wanted: Tensor, gallery: Tensor) -> dict[str, float]:
     """Return the shares of samples (n, C, H, W) that show the wanted images best, for a log.
 
-    others: thumbnails of the images of the set, (m, 768).
+    gallery: thumbnails of the images of the set, (m, 768).
     """
-    rank = ranks(thumbnails(samples), thumbnails(wanted), others)
+    rank = ranks(thumbnails(samples), thumbnails(wanted), gallery)
     return {"named_is_nearest": share_within(rank, 1), "named_in_nearest_5": share_within(rank, 5)}
