@@ -319,14 +319,20 @@ def test_a_strip_goes_from_one_seeds_image_to_anothers(sample, tmp_path):
 
 def test_a_strip_goes_from_one_prompt_to_another_with_one_noise(sample, tmp_path):
     """A huge scale shows the condition after two steps of training. No caption is written."""
+    begin, other, end = "a red circle", "a green cross", "a blue square"
     scale = ["--scale", 1e6]
-    sample("text", "a red circle", "--to-prompt", "a blue square", *scale, "--n", 3,
+    sample("text", begin, other, "--to-prompt", end, *scale, "--n", 3, "--batch", 2,
            "--out", tmp_path / "strip")
-    for i, prompt in ((0, "a red circle"), (2, "a blue square")):
-        sample("text", prompt, *scale, "--n", 1, "--out", tmp_path / f"end{i}")
-        end = pixels(tmp_path / f"end{i}/000000.png")
-        assert abs(pixels(tmp_path / f"strip/{i:06d}.png") - end).max() <= 1
-    assert (pixels(tmp_path / "end0/000000.png") != pixels(tmp_path / "end2/000000.png")).any()
+
+    # Strip 0 has the noise of (seed, 0), and strip 1 that of (seed, 1).
+    sample("text", begin, end, *scale, "--n", 1, "--out", tmp_path / "of_0")
+    sample("text", end, other, *scale, "--n", 1, "--out", tmp_path / "of_1")
+    sample("text", end, end, *scale, "--n", 1, "--out", tmp_path / "ends")
+    strip = [pixels(tmp_path / f"strip/{i:06d}.png") for i in range(6)]
+    for i, alone in ((0, "of_0/000000"), (2, "ends/000000"), (3, "of_1/000001"), (5, "ends/000001")):
+        assert abs(strip[i] - pixels(tmp_path / f"{alone}.png")).max() <= 1
+    assert (strip[0] != strip[1]).any()
+    assert (strip[1] != strip[2]).any()
     assert not (tmp_path / "strip/metadata.jsonl").exists()
     settings = json.loads((tmp_path / "strip/settings.json").read_text())
     assert settings["to_prompt"] == "a blue square"
@@ -443,6 +449,8 @@ BAD_INPUT = [
     ("uncond", ["--attention", "{files}/a.png"], "--attention: is about words"),
     ("layout", ["--to-seed", "1"], "--to-seed: needs one condition"),
     ("layout", ["--to-prompt", "a cat"], "--to-prompt: this model's task is layout, which takes"),
+    ("text", ["a", "--to-prompt", "b", "--n", "1"], "--to-prompt: a strip has two images or more"),
+    ("text", ["a", "--to-prompt", "b", "--score"], "--score: not with --to-prompt"),
 ]
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tinyldm.autoencoder import AEConfig, Autoencoder
-from tinyldm.data.dataset import ImageDataset, ListDataset
+from tinyldm.data.dataset import ImageDataset, ListDataset, spread
 from tinyldm.data.degrade import Degraded
 from tinyldm.data.folder import Folder
 from tinyldm.data.images import NEAREST, fit_image, to_image, to_tensor
@@ -147,6 +147,17 @@ def test_a_missing_field_is_bad_input():
         data.require_field("label")
     with pytest.raises(BadInput, match="have no mask"):
         Shapes(3).require_field("mask")
+
+
+@pytest.mark.parametrize("n, length, indices", [
+    (3, 9, [0, 3, 6]),
+    (4, 7, [0, 1, 3, 5]),
+    (2, 2, [0, 1]),
+    (5, 2, [0, 1, 0, 1, 0]),
+    (0, 4, []),
+])
+def test_indices_are_spread_over_a_whole_set(n, length, indices):
+    assert spread(n, length) == indices
 
 
 # ---- opening the data set of a run

@@ -224,3 +224,20 @@ def test_a_data_set_that_holds_nothing_out_is_evaluated_by_its_training_images(
     output = cli("train_ae.py", *TINY_AE, "--size", 16, "--steps", 1, "--data", tmp_path / "images",
                  "--out", tmp_path / "ae")
     assert "no image is held out" in output
+
+
+def test_images_with_names_of_their_own_are_judged_by_the_nearest(tmp_path, trained, cli, folder):
+    """Not those that share captions. With --no-hold-out, every image is trained on."""
+    flags = ["train_ldm.py", *TINY_LDM, "--ae", trained / "ae/ckpt.pt", "--size", 16, "--T", 4,
+             "--steps", 1, "--eval-n", 4]
+    shared = folder(40)
+    cli(*flags, "--data", shared, "--out", tmp_path / "x")
+    assert "named_is_nearest" not in log_rows(tmp_path / "x")[-1]
+
+    for i in range(40):
+        (shared / f"{i}.txt").write_text(f"picture number {i}")
+    (shared / "metadata.jsonl").unlink()
+    output = cli(*flags, "--data", shared, "--no-hold-out", "--out", tmp_path / "y")
+    row = log_rows(tmp_path / "y")[-1]
+    assert 0 <= row["named_is_nearest"] <= row["named_in_nearest_5"] <= 1
+    assert "40 images, none of them held out" in output
