@@ -329,7 +329,8 @@ def test_a_strip_goes_from_one_prompt_to_another_with_one_noise(sample, tmp_path
     sample("text", end, other, *scale, "--n", 1, "--out", tmp_path / "of_1")
     sample("text", end, end, *scale, "--n", 1, "--out", tmp_path / "ends")
     strip = [pixels(tmp_path / f"strip/{i:06d}.png") for i in range(6)]
-    for i, alone in ((0, "of_0/000000"), (2, "ends/000000"), (3, "of_1/000001"), (5, "ends/000001")):
+    same = {0: "of_0/000000", 2: "ends/000000", 3: "of_1/000001", 5: "ends/000001"}
+    for i, alone in same.items():
         assert abs(strip[i] - pixels(tmp_path / f"{alone}.png")).max() <= 1
     assert (strip[0] != strip[1]).any()
     assert (strip[1] != strip[2]).any()
