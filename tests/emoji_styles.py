@@ -68,8 +68,9 @@ def write_both(folder: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    args.out.mkdir(parents=True)
-    folder = args.out / "set"
+    out = args.out.resolve()
+    out.mkdir(parents=True)             # a training that is there already would be resumed
+    folder = out / "set"
     write_both(folder)
     train = open_dataset(str(folder), size=SIZE)
     held_out = open_dataset(str(folder), "held-out", size=SIZE)
@@ -77,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
 
     command = [
         "train_ldm.py", "--init", args.init, "--data", folder, "--hold-out", "--lr", 1e-3,
-        "--steps", args.steps, "--out", args.out / "ldm",
+        "--steps", args.steps, "--eval-n", 0, "--out", out / "ldm",
     ]
     words = [str(word) for word in command]
     print("python", shlex.join(words), flush=True)
@@ -86,7 +87,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"{(time.monotonic() - start) / 60:.1f} minutes")
 
     # The held-out pairs, sampled and judged.
-    model = open_model(args.out / "ldm/model.pt")
+    model = open_model(out / "ldm/model.pt")
     captions = first_captions(held_out)
     wanted = all_images(held_out)
     samples = sample(model, [{"caption": caption} for caption in captions])
@@ -98,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # Unpicked: the held-out picture and the sample, side by side.
-    save_captioned(pairs(wanted, samples)[:40], captions, args.out / "styles.png", 5)
+    save_captioned(pairs(wanted, samples)[:40], captions, out / "styles.png", 5)
 
 
 if __name__ == "__main__":
