@@ -27,7 +27,9 @@ from tinyldm.guidance import drop_condition, guided
 from tinyldm.model import LatentDiffusion
 from tinyldm.tasks import TASKS, Class, Inpainting, Layout, Semantic, SuperResolution, Text
 
-CONDITION_FLAGS = {"prompt", "prompts", "negative", "label", "boxes", "map", "image", "mask"}
+CONDITION_FLAGS = {
+    "prompt", "prompts", "negative", "to_prompt", "label", "boxes", "map", "image", "mask",
+}
 
 
 @dataclass
