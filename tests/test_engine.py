@@ -307,6 +307,20 @@ def warnings_kept(monkeypatch):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
 
 
+def test_a_program_prints_each_warning_once_and_a_second_run_again(capsys, warnings_kept):
+    """Python would print it for each line of code that gives it, or each time."""
+    def main(args):
+        warnings.simplefilter("always")
+        for words in ("unknown: 'a'", "unknown: 'b'", "unknown: 'a'"):
+            warnings.warn(words, stacklevel=1)
+
+    for _ in range(2):
+        with warnings.catch_warnings():
+            run(main, Namespace)
+        lines = capsys.readouterr().err.splitlines()
+        assert lines == ["warning: unknown: 'a'", "warning: unknown: 'b'"]
+
+
 @pytest.mark.parametrize("error,line", [
     (BadInput("--x 3: is too few"), "error: --x 3: is too few"),
     (OSError(28, "No space left", "out/x"), "error: out/x: cannot be written: No space left"),

@@ -19,7 +19,7 @@ def run(
     main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]
 ) -> None:
     """Run main(parse_args()) as a program: an expected error is one line and exit code 2."""
-    warnings.showwarning = show_warning
+    warnings.showwarning = shown_once()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # Names of strangers' files may have letters that a terminal cannot show.
@@ -56,9 +56,20 @@ def is_out_of_memory(error: Exception) -> bool:
     return is_named or "can't allocate memory" in str(error)
 
 
-def show_warning(message: Warning | str, *_: object) -> None:
-    """Print a warning as one line, above any progress bar."""
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+def shown_once() -> Callable[..., None]:
+    """Return what prints each warning as one line, above any progress bar, but none twice.
+
+    Why: in training, each batch of captions may warn of the same unknown words.
+    """
+    shown = set()
+
+    def show(message: Warning | str, *_: object) -> None:
+        text = str(message)
+        if text not in shown:
+            shown.add(text)
+            tqdm.write(f"warning: {text}", file=sys.stderr)
+
+    return show
 
 
 def leave_process_group() -> None:
