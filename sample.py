@@ -47,7 +47,7 @@ from tinyldm.engine.output import (
     settings_of,
 )
 from tinyldm.engine.processes import Machine, setup
-from tinyldm.engine.ranges import check_ranges
+from tinyldm.engine.ranges import check_ranges, flag_of
 from tinyldm.engine.request import DECODERS, IMAGES, Given, Request, read_request
 from tinyldm.errors import naming, require, trying
 from tinyldm.lora import merge
@@ -168,12 +168,12 @@ def check_condition_flags(args: Namespace, model: LatentDiffusion) -> None:
             (args.image is None) == (args.mask is None),
             "--image and --mask belong together: what is kept, and where it is repainted",
         )
-    flags_of_task = ["--" + name.replace("_", "-") for name in takes if name != "prompt"]
+    flags_of_task = [flag_of(name) for name in takes if name != "prompt"]
     listed = ", ".join((["a prompt in quotes"] if "prompt" in takes else []) + flags_of_task)
     every_flag = ("prompt", "prompts", "to_prompt", "label", "negative", "boxes", "map", "image",
                   "mask")
     for name in every_flag:
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         require(
             name in takes or getattr(args, name) in (None, []),
             f"{flag}: this model's task is {model.config.task}, which takes {listed}",
@@ -206,7 +206,7 @@ def check_lora_flags(args: Namespace) -> None:
     """Raise BadInput if the flags of LoRAs do not fit one another."""
     scales = args.lora_scale or []
     for name in ("lora_scale", "merge"):
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         require(args.lora or not getattr(args, name), f"{flag}: only with --lora")
     require(
         len(scales) in (0, 1, len(args.lora)),

@@ -535,7 +535,7 @@ def prepare_evaluation(
 
     real = Statistics(features, real_images())
     gallery = None
-    if has_a_name_for_each(model, data) and "image" in items[0]:
+    if "image" in items[0] and has_a_name_for_each(model, data):
         gallery = torch.cat(thumbs)
     in_grid = spread(min(16, len(items)), len(items))
     posterior, y = encode_pairs(args, model, held_out if len(held_out) else data, machine)
@@ -570,7 +570,7 @@ def prepare_evaluation(
 
 
 def has_a_name_for_each(model: LatentDiffusion, data: ImageDataset) -> bool:
-    """Return whether the condition is a caption alone, and no two images have the same one."""
+    """Return whether the condition is a caption alone, and hardly two images share one."""
     if "caption" not in model.task.fields or model.sees_mask or data.has_exact_scorer:
         return False
     captions = data.captions()

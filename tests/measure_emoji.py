@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from tinyldm.data.dataset import ImageDataset
+from tinyldm.data.dataset import ImageDataset, spread
 from tinyldm.data.images import to_image
 from tinyldm.data.open import open_dataset
 from tinyldm.engine.open import BUNDLED, model_file, open_model
@@ -154,21 +154,20 @@ def first_captions(data: ImageDataset) -> list[str]:
 
 @torch.no_grad()
 def reconstruct(model: LatentDiffusion, x: Tensor) -> Tensor:
-    parts = [model.ae.decode(model.ae.encode(part).mean) for part in x.split(64)]
-    return torch.cat(parts).clamp(-1, 1)
+    x_rec = in_parts(lambda part: model.ae.decode(model.ae.encode(part).mean), x)
+    return x_rec.clamp(-1, 1)
 
 
 @torch.no_grad()
 def print_reconstructions(model: LatentDiffusion, size: int, out: Path) -> None:
-    """PSNR and SSIM of the held-out pictures, and the first of them beside their originals."""
+    """PSNR and SSIM of the held-out pictures, and 40 of them beside their originals."""
     x = all_images(open_dataset("emoji", "held-out", size=size))
     x_rec = reconstruct(model, x)
     print(
         f"stage one, {len(x)} held-out pictures: PSNR {psnr(x, x_rec).mean():.1f} dB, "
         f"SSIM {ssim(x, x_rec).mean():.3f}"
     )
-    every = len(x) // 40
-    shown = pairs(x, x_rec)[::every][:40]
+    shown = pairs(x, x_rec)[spread(40, len(x))]
     save_captioned(shown, [""] * len(shown), out / "reconstructions.png", 8)
 
 
@@ -274,7 +273,7 @@ def measure_inpaint(model: LatentDiffusion, args: argparse.Namespace) -> None:
         print(f"{name}: the true picture is the nearest in {share_within(rank, 1):.1%}")
     error = ((samples - x).square() * mask).sum() / (3 * mask.sum())
     print(f"holes cover {mask.mean():.0%}; PSNR in them {10 * (4 / error).log10():.1f} dB")
-    shown = torch.cat([grey, samples, x], dim=3)[::len(x) // 20][:20]
+    shown = torch.cat([grey, samples, x], dim=3)[spread(20, len(x))]
     save_captioned(shown, [""] * len(shown), args.out / "inpaint.png", 4)
 
 

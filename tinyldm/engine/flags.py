@@ -19,7 +19,7 @@ from torch import nn
 from tinyldm.data.dataset import ImageDataset
 from tinyldm.data.images import both_sides
 from tinyldm.data.open import open_dataset
-from tinyldm.engine.ranges import check_ranges
+from tinyldm.engine.ranges import check_ranges, flag_of
 from tinyldm.errors import BadInput, naming, require
 from tinyldm.metrics.features import open_features
 
@@ -92,7 +92,7 @@ def option_fields(config: type) -> list[dataclasses.Field]:
 
 def flag_name(field: dataclasses.Field) -> str:
     """Return the flag of a field, such as --ch-mult."""
-    return field.metadata["flag"] or "--" + field.name.replace("_", "-")
+    return field.metadata["flag"] or flag_of(field.name)
 
 
 def destination(field: dataclasses.Field) -> str:

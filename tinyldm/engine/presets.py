@@ -4,8 +4,8 @@ Paper:   Table 8 (stage one); Tables 12-15 and 17 (stage two); the released conf
 
 A row is a dict. Its keys are flags of train_ae.py (the rows of AE) or train_ldm.py
 (those of LDM), with underscores. `lr` is the learning rate as it is used, for the whole
-batch. The rows of the toy and of the emoji are tuned for two CPU cores,
-emoji128 is meant for a GPU, and all others are the paper's models.
+batch. The rows that have `data` are this project's own: the toy is tuned for two CPU
+cores, the emoji are meant for them, and emoji128 for a GPU. All others are the paper's.
 """
 import dataclasses
 import math
@@ -38,7 +38,7 @@ TOY_AE = {
     "batch": 16, "lr": 4e-3, "betas": (0.9, 0.95), "warmup": 50, "cosine": True, "steps": 1000,
 }
 
-# Real pictures of 64 px on two CPU cores: the latents of f = 8 are as small as the toy's.
+# Drawn pictures of 64 px on two CPU cores: the latents of f = 8 are as small as the toy's.
 EMOJI_AE = TOY_AE | {
     "data": "emoji", "size": 64,
     "ch_mult": (1, 2, 4, 4), "c_z": 16,

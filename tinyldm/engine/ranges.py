@@ -123,6 +123,11 @@ RANGES: dict[str, Range | tuple[Range, ...]] = {
 ASCENDING = ("beta_range", "snr_clamp")
 
 
+def flag_of(name: str) -> str:
+    """Return the flag whose value argparse keeps under a name: --ch-mult for ch_mult."""
+    return "--" + name.replace("_", "-")
+
+
 def check_ranges(values: dict[str, object]) -> None:
     """Raise BadInput that names the flag and its range, if a number is out of its range.
 
@@ -133,7 +138,7 @@ def check_ranges(values: dict[str, object]) -> None:
         if not numbers:
             continue
 
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         row = RANGES[name]
         ranges = row if isinstance(row, tuple) else [row] * len(numbers)
         for x, allowed in zip(numbers, ranges):

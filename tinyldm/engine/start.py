@@ -15,6 +15,7 @@ from tinyldm.diffusion import DiffusionConfig
 from tinyldm.engine import presets
 from tinyldm.engine.flags import destination, option_fields
 from tinyldm.engine.open import read_config
+from tinyldm.engine.ranges import flag_of
 from tinyldm.errors import require
 from tinyldm.model import LatentDiffusion, ModelConfig
 from tinyldm.unet import UNetConfig
@@ -68,7 +69,7 @@ def check_flags(values: dict, config: ModelConfig, path: Path) -> None:
     for name, fixed in fixed_values(config).items():
         given = values[name]
         given = tuple(given) if isinstance(given, list) else given
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         require(
             given == fixed,
             f"{flag} {given}: the model in {path} has {fixed}, which cannot change; leave it out",
