@@ -127,6 +127,14 @@ def test_the_set_is_what_the_program_makes_of_its_file_names(rows):
         assert split == ("val" if picture.is_held_out else "train")
 
 
+def test_a_training_that_starts_from_the_emoji_has_folders_and_held_out_images_of_its_own():
+    """The run that made the file had others, and held nothing out."""
+    args = train_ldm.parse_args(["--init", "emoji"])
+    assert args.out == train_ldm.parse_args([]).out
+    assert args.ae == BUNDLED["emoji"]
+    assert args.hold_out
+
+
 # ---- names
 
 @pytest.mark.parametrize("character, name", [
