@@ -367,7 +367,7 @@ def plan_steps(args: Namespace, model: LatentDiffusion) -> Steps:
     T = len(model.abar)
     asked_for = min(50, T) if args.steps is None else args.steps
     with naming("--steps"):
-        ts = TIMESTEPS[args.timesteps](T, asked_for)
+        ts = TIMESTEPS[args.timesteps](model.abar, asked_for)
     if args.init:
         ts = later(ts, args.strength or DEFAULT_STRENGTH)
 

@@ -30,10 +30,11 @@ from tinyldm.data.latents import Latents, encode_dataset, fingerprint
 from tinyldm.data.loader import batch_order, load_batches
 from tinyldm.data.prior import DEFAULT_WEIGHT, WithPrior
 from tinyldm.diffusion import (
+    DRAWS,
     DiffusionConfig,
     as_eps_theta,
-    draw_timesteps,
     ldm_loss,
+    output_weight,
     snr_weight,
 )
 from tinyldm.engine import flags, presets, start
@@ -124,6 +125,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     group = parser.add_argument_group("training")
     group.add_argument("--loss", type=str, choices=["l1", "l2"], default="l2",
                        help="train with the l1 or the l2 loss of eps")
+    group.add_argument("--loss-of", type=str, choices=["eps", "output"], default="eps",
+                       help="what the loss is an error of: eps, as in Eq. (2), or what the U-Net "
+                            "predicts")
+    group.add_argument("--draw-t", type=str, choices=DRAWS, default="uniform",
+                       help="how the timesteps of training are drawn")
     group.add_argument("--snr-clamp", type=float, nargs=2,
                        help="clamp the SNR weight of z_0's error to this range; Eq. (2): 0 inf")
     group.add_argument("--p-drop", type=float, default=0.1,
@@ -141,6 +147,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         require(args.init or getattr(args, name) is None, f"--{name}: only with --init")
     require(args.lora or not args.lora_tau, "--lora-tau: only with --lora")
     require(args.prior or args.prior_weight is None, "--prior-weight: only with --prior")
+    require(args.loss_of == "eps" or args.loss == "l2", "--loss-of output: with --loss l2 only")
     if args.prior:
         args.prior_weight = args.prior_weight or DEFAULT_WEIGHT
     args.ae = args.ae or args.init or DEFAULT_AE
@@ -758,7 +765,7 @@ def main(args: Namespace) -> None:
         latent_shape = posterior.mean.shape[1:]
         noise = torch.randn(args.batch, *latent_shape, generator=rng)
         eps = torch.randn(args.batch, *latent_shape, generator=rng)
-        t = draw_timesteps(args.batch, args.T, rng)
+        t = DRAWS[args.draw_t](args.batch, args.T, rng)
         drop = torch.rand(args.batch, generator=rng) < args.p_drop
         noise, eps, t, drop = machine.shard(noise, eps, t, drop)
 
@@ -774,7 +781,10 @@ def main(args: Namespace) -> None:
             with machine.autocast():
                 ctx = model.task.context(y_i, run_nets.get("tau"), model.ae)
                 losses = ldm_loss(eps_theta, z_i, t_i, eps_i, model.abar, ctx, args.loss)   # (B,)
-                loss = (losses * snr_weight(t_i, model.abar, *args.snr_clamp)).mean()
+                weights = snr_weight(t_i, model.abar, *args.snr_clamp)
+                if args.loss_of == "output":
+                    weights = weights * output_weight(t_i, model.abar, args.predict)
+                loss = (losses * weights).mean()
                 (loss / n_micro).backward()
             total_loss = total_loss + loss.detach() * (1 / n_micro)
 

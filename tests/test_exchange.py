@@ -204,7 +204,7 @@ def test_v_is_sampled_from_pure_noise_as_its_formula_says(sampler):
         return 0.5 * torch.sin(z + t.view(-1, 1, 1, 1) / 300)
 
     z_T = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    ts = timesteps(1000, 20)
+    ts = timesteps(config.abar(), 20)
     eps_theta = as_eps_theta(v_of, config.abar(), "v")
     z_0 = SAMPLERS[sampler](eps_theta, z_T, (), config.abar(), ts, lambda: torch.zeros_like(z_T))
     assert z_0.isfinite().all()

@@ -27,7 +27,7 @@ ABAR = {
     "cin256": cumulative(sqrt_linear_betas(1000)),
     "txt2img_sd": cumulative(sqrt_linear_betas(1000, 0.00085, 0.012)),
 }
-TS = official_timesteps(1000, 10)
+TS = official_timesteps(ABAR["cin256"], 10)
 Z_T = torch.from_numpy(G["in/x_T"])
 X0 = torch.from_numpy(G["in/x0"])
 MASK = torch.from_numpy(G["in/mask"])
@@ -72,7 +72,7 @@ def test_official_timesteps_are_make_ddim_timesteps():
     keys = [key for key in G if key.startswith("out/timesteps/uniform/")]
     assert keys
     for key in keys:
-        ts = official_timesteps(1000, int(key.split("/")[-1]))
+        ts = official_timesteps(ABAR["cin256"], int(key.split("/")[-1]))
         assert ts[-1] == 0
         assert ts[-2::-1] == G[key].tolist()
 
@@ -83,7 +83,7 @@ def test_official_timesteps_raise_where_the_official_rule_leaves_the_schedule():
     differ = set()
     for S in range(1, 1001):
         try:
-            ts = official_timesteps(1000, S)
+            ts = official_timesteps(ABAR["cin256"], S)
         except ValueError as error:
             assert "timestep 1000 of 0..999" in str(error)
             bad.add(S)
@@ -99,7 +99,7 @@ def test_official_timesteps_raise_where_the_official_rule_leaves_the_schedule():
 @pytest.mark.parametrize("name", ABAR)
 @pytest.mark.parametrize("S", [10, 50, 200])
 def test_steps_have_the_official_alphas_and_end_at_abar_0(name, S):
-    rows = steps(official_timesteps(1000, S), ABAR[name])[::-1]
+    rows = steps(official_timesteps(ABAR[name], S), ABAR[name])[::-1]
     abar_t = [row[2] for row in rows]
     abar_s = [row[3] for row in rows]
     close(np.array(abar_t), G[f"out/params/{name}/{S}/eta0/ddim_alphas"])

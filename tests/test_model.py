@@ -108,7 +108,7 @@ def random_image(seed: int = 0, h: int = 8, w: int = 8) -> Tensor:
 @pytest.mark.parametrize("n", [1, 2, 7, 50])
 @pytest.mark.parametrize("rule", TIMESTEPS)
 def test_later_is_the_end_of_the_steps(rule, n):
-    ts = TIMESTEPS[rule](1000, n)
+    ts = TIMESTEPS[rule](ABAR, n)
     n = len(ts) - 1
     assert later(ts, 1.0) == ts
     assert later(ts, 1e-9) == ts[-2:]
@@ -124,7 +124,7 @@ def test_sampling_from_an_image_begins_at_the_noise_level_of_its_first_timestep(
     conditions = [{"init": image}, {"init": image}]
     sample(model_of(net), conditions, seed=4, first=3, steps=10, strength=strength)
 
-    ts = timesteps(1000, 10)[10 - n_steps:]
+    ts = timesteps(ABAR, 10)[10 - n_steps:]
     assert [int(t[0]) for _, t, _, _ in net.calls] == ts[:-1]
     abar_t = ABAR[ts[0]].item()
     z_t = net.calls[0][0]

@@ -294,7 +294,7 @@ def test_official_small_model_end_to_end(suffix, tiny_files, tiny_preset):
         close(loss, REFERENCE[f"out/loss{kind}"])
 
     # Sampling, without guidance and with it.
-    ts = official_timesteps(1000, 5)
+    ts = official_timesteps(model.abar, 5)
     for name, s in (("ddim5_eta0", 1), ("ddim5_cfg3_eta0", 3)):
         eps_theta = guided(model.eps_theta(), ctx_null, s)
         z_0 = ddim(eps_theta, reference("in/x_T"), ctx, model.abar, ts)

@@ -18,3 +18,4 @@ Dimensions
 
 tinyldm/README.md has the reading order and says where each equation is.
 """
+from tinyldm import beyond  # noqa: F401  (it adds its rows to the tables)

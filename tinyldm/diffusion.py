@@ -56,10 +56,15 @@ def cumulative(betas: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A noise schedule: betas(T), or betas(T, first beta, last beta) if takes_range."""
+    """A noise schedule: betas(T), or betas(T, first beta, last beta) if takes_range.
+
+    ends_in_noise: hardly any signal is left at T - 1, so that a prediction of eps would
+        say nothing of z_0 there.
+    """
 
     betas: Callable[..., Tensor]
     takes_range: bool
+    ends_in_noise: bool = False
 
 
 SCHEDULES = {
@@ -118,8 +123,8 @@ class Prediction:
     and z_0 to be. They always agree: sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps = z_t.
     weight(abar_t) is the weight that Eq. (2) gives to the output's own squared error:
     |eps - eps_theta|^2 = weight |true output - output|^2.
-    Training and sampling use eps alone; z_0 and weight say what the choice means, and the tests
-    hold the three against one another.
+    Training and sampling use eps alone, and the weight if the loss is the output's own; z_0 says
+    what the choice means, and the tests hold the three against one another.
     """
 
     eps: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -214,6 +219,11 @@ class DiffusionConfig:
             f"beta_range {self.beta_range}: the {self.schedule} schedule takes none",
         )
         require(self.predict in PREDICTIONS, f"predict {self.predict!r:.99}: not known")
+        require(
+            self.predict != "eps" or not SCHEDULES[self.schedule].ends_in_noise,
+            f"predict eps: it says nothing of z_0 at the end of the {self.schedule} schedule, "
+            "which is pure noise; take another prediction",
+        )
         if self.alphas_cumprod:
             self._check_alphas_cumprod()
 
@@ -266,6 +276,9 @@ def draw_timesteps(B: int, T: int, generator: torch.Generator) -> Tensor:
     return (u * T).long().clamp(max=T - 1)
 
 
+DRAWS = {"uniform": draw_timesteps}
+
+
 def ldm_loss(
     eps_theta: Callable,
     z: Tensor,
@@ -306,3 +319,11 @@ def snr_weight(t: Tensor, abar: Tensor, low: float, high: float) -> Tensor:
     """
     snr = abar[t] / (1 - abar[t])
     return (snr.clamp(low, high) / snr).float()
+
+
+def output_weight(t: Tensor, abar: Tensor, predict: str) -> Tensor:
+    """Return factors (B,) on ldm_loss that make it the squared error of the output itself.
+
+    ldm_loss is Prediction.weight times that error.
+    """
+    return (1 / PREDICTIONS[predict].weight(abar[t])).float()

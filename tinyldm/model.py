@@ -242,7 +242,7 @@ class LatentDiffusion:
             z = z_T.to(device)
 
         # The timesteps. From an image (SDEdit): begin late, at that image noised so far.
-        ts = TIMESTEPS[timesteps](len(self.abar), steps)
+        ts = TIMESTEPS[timesteps](self.abar, steps)
         if "init" in conditions[0]:
             ts = later(ts, strength)
             init = self._stack(conditions, "init")

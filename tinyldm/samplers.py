@@ -28,7 +28,7 @@ from tinyldm.errors import require
 # ---- timesteps to visit
 
 
-def timesteps(T: int, S: int) -> list[int]:
+def timesteps(abar: Tensor, S: int) -> list[int]:
     """Return S timesteps, evenly spaced from T - 1 down, and then -1: S steps to z_0.
 
     Why from T - 1: only there is z_t almost pure noise, which z_T is. At any lower t
@@ -37,12 +37,13 @@ def timesteps(T: int, S: int) -> list[int]:
     Why exactly S: each step costs a call of the network, and the user says how many.
     Raises BadInput unless 1 <= S <= T.
     """
+    T = len(abar)
     require(1 <= S <= T, f"steps {S}: must be 1..{T}")
     visited = [T - 1 - k * T // S for k in range(S)]
     return [*visited, -1]
 
 
-def official_timesteps(T: int, S: int) -> list[int]:
+def official_timesteps(abar: Tensor, S: int) -> list[int]:
     """The released code's rule: range(0, T, T // S) + 1, read backwards, and then 0.
 
     It serves to repeat published samples.
@@ -52,6 +53,7 @@ def official_timesteps(T: int, S: int) -> list[int]:
     Raises BadInput unless 1 <= S <= T, and where the rule would leave the schedule,
     which it does for 599 of the 1000 values of S.
     """
+    T = len(abar)
     require(1 <= S <= T, f"steps {S}: must be 1..{T}")
     visited = [t + 1 for t in range(0, T, T // S)]
     last = T - 1

@@ -250,7 +250,7 @@ def our_sampling(
     def eps_theta(z_t: Tensor, t: Tensor, ctx: Context) -> Tensor:
         return net(z_t, t, *ports_of(ctx))
 
-    ts = timesteps(len(betas), steps)
+    ts = timesteps(abar, steps)
     return ddim(guided(eps_theta, ctx_null, s), z_T, ctx, abar, ts)
 
 

@@ -146,6 +146,12 @@ EMOJI_LDM = TOY_LDM | {
     "ae": Path("out/emoji-ae/ckpt.pt"), "out": Path("out/emoji"), "steps": 5000,
 }
 
+# Flow matching in place of diffusion (beyond/flow.py).
+FLOW = {
+    "schedule": "straight", "predict": "flow", "loss_of": "output", "draw_t": "logit-normal",
+    "snr_clamp": (0.0, math.inf),
+}
+
 EMOJI128_LDM = EMOJI_LDM | {
     "data": "out/emoji128.zip", "ae_preset": "emoji128", "size": 128,
     "ch": 192, "ch_mult": (1, 2, 3), "n_res": 2, "attn_res": (16, 8, 4), "d_head": 32,
@@ -303,7 +309,13 @@ def sweep_rows() -> dict[str, dict]:
     return rows
 
 
-LDM = {"toy": TOY_LDM, "emoji": EMOJI_LDM, "emoji128": EMOJI128_LDM}
+LDM = {
+    "toy": TOY_LDM,
+    "toy-flow": TOY_LDM | FLOW,
+    "emoji": EMOJI_LDM,
+    "emoji-flow": EMOJI_LDM | FLOW | {"out": Path("out/emoji-flow")},
+    "emoji128": EMOJI128_LDM,
+}
 LDM |= {name: paper_row(name) for name in UNET_ROWS}
 LDM |= sweep_rows()
 
