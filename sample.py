@@ -5,6 +5,7 @@
     python sample.py --ckpt out/class/ckpt.pt --label "red circle"  # by default: all its classes
     python sample.py --ckpt out/layout/ckpt.pt --boxes boxes.json   # by default: held-out boxes
     python sample.py --image photo.png --mask hole.png "a cat face"         # white is repainted
+    python sample.py --guide small.png "a cat face"         # an image that shrinks to this one
     python sample.py --lora out/lora/lora.safetensors "a golden star"   # what a LoRA has learned
     python sample.py --official sd-v1-4.ckpt --vocab clip/ --scale 7.5 "a photo of a red house"
     torchrun --nproc-per-node 8 -- sample.py --n 50000 --out out/samples ...    # shared by 8
@@ -14,6 +15,7 @@ which says how they were made. If they have captions or classes, metadata.jsonl 
 data set. Image i has the noise of (seed, i): its bits are the same in batches of one size, in any
 number of processes; in batches of another size it differs by 1e-5 or so.
 """
+import math
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
@@ -24,6 +26,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tinyldm.beyond.gradient_guidance import fits_image, gradient_guided
+from tinyldm.beyond.guidance import guidance_of_today
 from tinyldm.data.images import LOADERS, size_text
 from tinyldm.data.text import decode_text, text_lines
 from tinyldm.data.tokenizer import clean_text, cleaned
@@ -58,6 +62,7 @@ from tinyldm.show.attention import attention_maps, record_z_0, save_attention
 from tinyldm.show.grids import save_grid, save_samples
 
 DEFAULT_STRENGTH = 0.5
+DEFAULT_GUIDE_SCALE = 5.0
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -91,6 +96,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                    help="DDIM's share of noise: 0 is none, 1 is as much as DDPM's")
     g.add_argument("--scale", type=float,
                    help="guidance scale s; 1 is no guidance; default: the task's")
+    g.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                   help="guide with --scale only while the noise, sigma, is in this range; "
+                        "default: always")
+    g.add_argument("--rescale", type=float, default=0.0, metavar="PHI",
+                   help="give guided images the contrast again that they have without guidance: "
+                        "0 is not at all, 1 all of it")
     g.add_argument("--pull", action="store_true",
                    help="put the kept part of the image back before each step, as is always done "
                         "for models that do not see the mask")
@@ -150,6 +161,11 @@ def add_condition_flags(parser: ArgumentParser) -> None:
     g.add_argument("--init", type=Path, help="an image to begin from, noised; for any model")
     g.add_argument("--strength", type=float,
                    help="share of the steps by which --init is noised first; default: 0.5")
+    g.add_argument("--guide", type=Path,
+                   help="guide any model to this image, which may be a smaller one, by the "
+                        "gradient of the distance to it")
+    g.add_argument("--guide-mask", type=Path, help="its white part of --guide does not count")
+    g.add_argument("--guide-scale", type=float, help="how strongly --guide guides; default: 5")
     g.add_argument("--data", type=str,
                    help="take conditions from this set; default: the training set")
     g.add_argument("--n", type=int, help="images per condition; default: 16 in all")
@@ -183,6 +199,9 @@ def check_condition_flags(args: Namespace, model: LatentDiffusion) -> None:
 def check_combinations(args: Namespace) -> None:
     """Raise BadInput for flags that need another one, and for odd names of files to write."""
     require(args.init or args.strength is None, "--strength: only with --init")
+    for name in ("guide_mask", "guide_scale"):
+        flag = flag_of(name)
+        require(args.guide or getattr(args, name) is None, f"{flag}: only with --guide")
     require(args.attention or args.trajectory or not args.at, "--at: for --attention, --trajectory")
     for name in ("score", "attention"):
         require(
@@ -233,6 +252,14 @@ def check_sampling(args: Namespace, model: LatentDiffusion) -> None:
         not has_negative or args.scale != 1,
         "--negative: it has no effect without guidance, which is --scale 1; give another scale",
     )
+    low, high = args.interval or (0, math.inf)
+    require(low <= high, f"--interval {low:g} {high:g}: the first is the lower one")
+    for name in ("interval", "rescale"):
+        require(
+            not getattr(args, name) or guidance_scale(args, model) != 1,
+            f"{flag_of(name)}: it has no effect without guidance, which is --scale 1; give "
+            "another scale",
+        )
     require(
         not args.pull or model.sees_mask,
         f"--pull: a model of the task {model.config.task} does not see the mask, so what is kept "
@@ -301,6 +328,11 @@ def guidance_scale(args: Namespace, model: LatentDiffusion) -> float:
     if args.scale is not None:
         return args.scale
     return model.default_scale(prompt_condition("--negative", args.negative, model))
+
+
+def guide_scale(args: Namespace) -> float:
+    """Return --guide-scale, or its default."""
+    return DEFAULT_GUIDE_SCALE if args.guide_scale is None else args.guide_scale
 
 
 def given_conditions(args: Namespace) -> Given:
@@ -398,6 +430,9 @@ def settings(
         eta=args.eta,
         scale=guidance_scale(args, model),
         negative=args.negative,
+        interval=args.interval,
+        rescale=args.rescale,
+        guide_scale=guide_scale(args) if args.guide else None,
         pull=args.pull if model.sees_mask else None,
         strength=strength if args.init else None,
         lora=[(path.name, scale) for path, scale in loras_of(args)] or None,
@@ -521,8 +556,19 @@ def main(args: Namespace) -> None:
     watched_attention = attention_maps(model.unet, min(args.batch, n), h, w, attended_calls)
     z_0s: list[Tensor] = []                     # of the first batch, one per call of the U-Net
 
-    def watch_z_0(eps_theta: Callable) -> Callable:
-        return record_z_0(eps_theta, model.abar, z_0s)
+    def around(eps_theta: Callable) -> Callable:
+        if args.guide:
+            shared = request.shared
+            image = shared["guide"].to(machine.device)
+            visible = shared["visible"].to(machine.device) if args.guide_mask else None
+            log_p = fits_image(model.ae.decode, model.abar, image, visible)
+            eps_theta = gradient_guided(eps_theta, model.abar, log_p, guide_scale(args))
+        if args.trajectory and not z_0s:
+            eps_theta = record_z_0(eps_theta, model.abar, z_0s)
+        return eps_theta
+
+    interval = args.interval or (0.0, math.inf)
+    guide = guidance_of_today(model.abar, interval, args.rescale)
 
     # Sample, batch by batch.
     images = []
@@ -553,7 +599,8 @@ def main(args: Namespace) -> None:
                 pull=args.pull,
                 strength=args.strength or DEFAULT_STRENGTH,
                 z_T=z_T,
-                watch=watch_z_0 if args.trajectory and first == 0 else None,
+                guide=guide,
+                around=around,
             )
             if keep_images:
                 images.append(sampled)

@@ -54,6 +54,12 @@ BAD_INPUT = [
     ([*SAMPLE, "--size", 17, "a cross"], "--size 17"),
     ([*SAMPLE, "--out", "{file}/x.png", "a red circle"], "cannot be written"),
     ([*SAMPLE, "--score", "a dog"], "built-in world"),
+    ([*SAMPLE, "--guide-scale", 3, "a cross"], "--guide-scale: only with --guide"),
+    ([*SAMPLE, "--guide-mask", "{file}", "a cross"], "--guide-mask: only with --guide"),
+    ([*SAMPLE, "--guide", "{new}", "a cross"], "/new: cannot be read"),
+    ([*SAMPLE, "--scale", 1, "--rescale", 0.5, "a cross"], "--rescale: it has no effect"),
+    ([*SAMPLE, "--scale", 1, "--interval", 0, 1, "a cross"], "--interval: it has no effect"),
+    ([*SAMPLE, "--interval", 2, 1, "a cross"], "--interval 2 1: the first is the lower one"),
     (["sample.py", "--ckpt", "{ae}/ckpt.pt", "a cross"], "/ckpt.pt: a checkpoint of stage one"),
     (["sample.py", "--ckpt", "{ldm}/model.pt", "--no-ema", "a cross"], "averaged weights only"),
 ]

@@ -390,10 +390,10 @@ def sample_classes(p_drop=0.1, **how):
 
     z_0s = []
 
-    def watch(eps_theta):
+    def around(eps_theta):
         return record_z_0(eps_theta, ABAR, z_0s)
 
-    sample(model, [{"label": 2}, {"label": 3}], steps=3, watch=watch, **how)
+    sample(model, [{"label": 2}, {"label": 3}], steps=3, around=around, **how)
     assert len(net.calls) == len(z_0s) == 3
     return net.calls, torch.stack(z_0s), tau.embedding.weight
 

@@ -53,15 +53,23 @@ def guided(eps_theta: Callable, ctx_null: Context, s: float) -> Callable:
         return eps_theta
 
     def guided_eps_theta(z_t: Tensor, t: Tensor, ctx: Context) -> Tensor:
-        both = Context(
-            tokens=null_first(ctx_null.tokens, ctx.tokens),
-            beside=null_first(ctx_null.beside, ctx.beside),
-        )
-        output = eps_theta(torch.cat([z_t, z_t]), torch.cat([t, t]), both)
-        eps_null, eps = output.chunk(2)                 # (B, c, h, w) each
+        eps_null, eps = null_and_condition(eps_theta, z_t, t, ctx, ctx_null)
         return eps_null + s * (eps - eps_null)
 
     return guided_eps_theta
+
+
+def null_and_condition(
+    eps_theta: Callable, z_t: Tensor, t: Tensor, ctx: Context, ctx_null: Context
+) -> tuple[Tensor, Tensor]:
+    """Return eps_theta of the null condition and of ctx, (B, c, h, w) each, in one call."""
+    both = Context(
+        tokens=null_first(ctx_null.tokens, ctx.tokens),
+        beside=null_first(ctx_null.beside, ctx.beside),
+    )
+    output = eps_theta(torch.cat([z_t, z_t]), torch.cat([t, t]), both)
+    eps_null, eps = output.chunk(2)
+    return eps_null, eps
 
 
 def null_first(null: Tensor | None, values: Tensor | None) -> Tensor | None:

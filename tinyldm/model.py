@@ -184,7 +184,8 @@ class LatentDiffusion:
         pull: bool = False,
         strength: float = 0.5,
         z_T: Tensor | None = None,
-        watch: Callable[[Callable], Callable] | None = None,
+        guide: Callable[[Callable, Context, float], Callable] = guided,
+        around: Callable[[Callable], Callable] | None = None,
     ) -> Tensor:
         """Sample one image per condition -> (n, C, H, W) in [-1, 1], on the CPU.
 
@@ -205,7 +206,9 @@ class LatentDiffusion:
             null condition names; guidance leads away from it, in place of the null condition.
             So a model that has not learned the null condition can be guided, too.
         z_T: noise (n, c_z, h, w) to begin from, in place of the seeds' own.
-        watch: wraps the eps_theta that the sampler calls, to record what it says.
+        guide: makes the guided eps_theta, from (eps_theta, ctx_null, guidance_scale).
+        around: wraps the eps_theta that the sampler calls, to record what it says, or to change
+            it.
 
         Raises BadInput for steps that the schedule does not have, and if what is known must be
         put back at each step of a sampler that builds on its past steps; NotFinite, which names
@@ -226,9 +229,9 @@ class LatentDiffusion:
             guidance_scale = 1.0
 
         # What the sampler calls.
-        eps_theta = guided(self.eps_theta(), ctx_null, guidance_scale)
-        if watch is not None:
-            eps_theta = watch(eps_theta)
+        eps_theta = guide(self.eps_theta(), ctx_null, guidance_scale)
+        if around is not None:
+            eps_theta = around(eps_theta)
 
         # The noise: image i has the same, whichever images it is sampled together with.
         generators = [generator(seed, index) for seed, index in seeds]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tinyldm.data.images import (
@@ -28,10 +29,11 @@ DECODERS: dict[str, Callable] = {
     "boxes": json.loads,
     "map": load_map,
     "mask": load_rgb,
+    "guide_mask": load_rgb,
 }
 
 # Those that are decoded with as many channels as the model's images have.
-IMAGES = ("image", "init")
+IMAGES = ("image", "init", "guide")
 
 
 @dataclass
@@ -48,8 +50,8 @@ class Request:
     """What to sample: n_each images for each condition.
 
     is_held_out: the conditions are a data set's held-out items, none were given.
-    shared is added to every condition: the image and mask of a repainting, or an image to begin
-    from.
+    shared is added to every condition: the image and mask of a repainting, an image to begin
+    from, or one to be guided to, with `visible` as the part of it that counts.
     """
 
     conditions: Sequence[dict]
@@ -105,6 +107,8 @@ def read_request(
     if "init" in decoded:
         h, w = size
         shared["init"] = to_tensor(fit_image(decoded["init"], (w, h), LANCZOS, "init"))
+    if "guide" in decoded:
+        shared |= guide_and_visible(decoded, size)
 
     n_each = n or 16 // min(len(conditions), 16)
     return Request(conditions, shared, size, n_each, is_held_out)
@@ -144,22 +148,49 @@ def held_out_conditions(
 def image_and_mask(decoded: dict, size: tuple[int, int]) -> dict[str, Tensor]:
     """Return the image to repaint (C, H, W), and the mask (1, H, W): 1 where it is repainted."""
     h, w = size
-    image = decoded["image"]
-    mask = decoded["mask"].convert("L")
+    mask = read_mask(decoded["mask"], decoded["image"], (w, h), "mask")
+    image = fit_image(decoded["image"], (w, h), LANCZOS, "image")
+    return {"image": to_tensor(image), "mask": mask}
+
+
+def guide_and_visible(decoded: dict, size: tuple[int, int]) -> dict[str, Tensor]:
+    """Return the image to be guided to (C, h, w) and, if given, `visible` (1, h, w).
+
+    An image that is a smaller one of the same shape stays as small as it is.
+    """
+    h, w = size
+    guide = decoded["guide"]
+    is_small = guide.width <= w and guide.width * h == guide.height * w
+    guide_size = guide.size if is_small else (w, h)
+
+    shared = {"guide": to_tensor(fit_image(guide, guide_size, LANCZOS, "guide"))}
+    if "guide_mask" in decoded:
+        mask = read_mask(decoded["guide_mask"], guide, guide_size, "guide mask")
+        shared["visible"] = 1 - mask
+    return shared
+
+
+def read_mask(
+    mask: Image.Image, image: Image.Image, size: tuple[int, int], name: str
+) -> Tensor:
+    """Return the mask of an image as (1, H, W), 1 where it is white.
+
+    size: (W, H), as fit_image has it. Raises BadInput for a mask of one colour.
+    """
+    mask = mask.convert("L")
     if mask.size != image.size:
         warnings.warn(
-            f"mask: {mask.width}x{mask.height} is resized (nearest) to the image's "
+            f"{name}: {mask.width}x{mask.height} is resized (nearest) to the image's "
             f"{image.width}x{image.height}",
             stacklevel=2,
         )
         mask = mask.resize(image.size, NEAREST)
 
-    mask = fit_image(mask, (w, h), NEAREST, "mask")
+    mask = fit_image(mask, size, NEAREST, name)
     mask = torch.from_numpy(np.array(mask) > 127).float()[None]
     covered = "all" if mask.any() else "nothing"
     require(
         0 < mask.mean() < 1,
-        f"mask: it covers {covered}; white is repainted, black is kept",
+        f"{name}: it covers {covered}; white is repainted, black is kept",
     )
-    image = fit_image(image, (w, h), LANCZOS, "image")
-    return {"image": to_tensor(image), "mask": mask}
+    return mask
