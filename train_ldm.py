@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyldm.autoencoder import Autoencoder, Pixels, Posterior
+from tinyldm.beyond.dit import DiTConfig
 from tinyldm.conditioning import TextConfig
 from tinyldm.data.dataset import ImageDataset, spread
 from tinyldm.data.images import size_text
@@ -72,7 +73,7 @@ from tinyldm.seeds import generator
 from tinyldm.show.curves import save_curves
 from tinyldm.show.grids import save_samples
 from tinyldm.tasks import TASKS, Task
-from tinyldm.unet import UNetConfig
+from tinyldm.unet import BACKBONES, UNetConfig
 
 DEFAULT_AE = Path("out/ae/ckpt.pt")
 
@@ -118,7 +119,16 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     group.add_argument("--cache-latents", action=BooleanOptionalAction, default=True,
                        help="encode every image once and keep the latents on disk")
 
+    group = parser.add_argument_group("eps_theta")
+    group.add_argument("--backbone", type=str, choices=BACKBONES, default="unet",
+                       help="the network that eps_theta is; the paper's is a U-Net")
     flags.add_config_flags(parser, UNetConfig, "U-Net")
+    flags.add_config_flags(
+        parser,
+        DiTConfig,
+        "DiT, which also has the U-Net's --ch, --n-head, --d-head and --d-ctx",
+        besides=UNetConfig,
+    )
     flags.add_config_flags(parser, TextConfig, "tau of captions and of boxes")
     flags.add_config_flags(parser, DiffusionConfig, "diffusion")
 
@@ -174,10 +184,11 @@ def dry_run_without_data(args: Namespace) -> None:
         model = presets.build_networks(vars(args))
     choose_trained(args, model)
     name = "of the file" if args.init else args.ae_preset
+    network = BACKBONES[model.config.backbone].name
     print(
-        f"U-Net {flags.n_params(model.unet):,} | tau {flags.n_params(model.tau):,} | "
+        f"{network} {flags.n_params(model.unet):,} | tau {flags.n_params(model.tau):,} | "
         f"autoencoder {name} {flags.n_params(model.ae):,} parameters | "
-        f"task {args.task}, U-Net's input {input_shape(model)}"
+        f"task {args.task}, its input {input_shape(model)}"
     )
     flags.print_dry_run(args, model.unet, model.tau)
 
@@ -185,9 +196,15 @@ def dry_run_without_data(args: Namespace) -> None:
 def check_shapes(args: Namespace) -> None:
     """Raise BadInput for widths of which there is no U-Net, and for a schedule that is none."""
     with naming("--ch, --ch-mult, --groups, --n-head, --d-head"):
-        UNetConfig(**flags.config_values(UNetConfig, vars(args)))
+        unet_shape(args)
     with naming("--T, --beta-range"):
         DiffusionConfig(**flags.config_values(DiffusionConfig, vars(args))).abar()
+
+
+def unet_shape(args: Namespace, **more: int) -> UNetConfig | DiTConfig:
+    """Return the shape of eps_theta that the flags describe. Raises BadInput."""
+    config = BACKBONES[args.backbone].config
+    return config(**flags.config_values(config, vars(args)), **more)
 
 
 def check_small(args: Namespace) -> None:
@@ -208,8 +225,7 @@ def check_small(args: Namespace) -> None:
 
 def check_size(args: Namespace, ae: Autoencoder | Pixels, task: type[Task]) -> None:
     """Raise BadInput if the images do not fit stage one, the U-Net or the task."""
-    values = flags.config_values(UNetConfig, vars(args))
-    shape = UNetConfig(side=min(args.size) // ae.cfg.f, **values)
+    shape = unet_shape(args, side=min(args.size) // ae.cfg.f)
     factor = shape.factor
     multiple = ae.cfg.f * factor
     require(
@@ -301,15 +317,16 @@ def build(
 
 
 def input_shape(model: LatentDiffusion) -> tuple[int, ...]:
-    """Return the shape of what the U-Net is given: z_t and what lies beside it."""
+    """Return the shape of what eps_theta is given: z_t and what lies beside it."""
     h, w = (side // model.ae.cfg.f for side in model.config.size)
     return model.config.unet.c_in, h, w
 
 
 def print_sizes(model: LatentDiffusion, n_images: int) -> None:
     """Print the numbers of parameters, the task, the shape of z and the number of images."""
+    network = BACKBONES[model.config.backbone].name
     print(
-        f"U-Net {flags.n_params(model.unet):,} parameters | tau {flags.n_params(model.tau):,}, "
+        f"{network} {flags.n_params(model.unet):,} parameters | tau {flags.n_params(model.tau):,}, "
         f"task {model.config.task}, z {input_shape(model)}, {n_images:,} images"
     )
 

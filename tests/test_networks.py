@@ -14,9 +14,10 @@ from tinyldm.attention import (
     SpatialTransformer,
     TransformerBlock,
 )
+from tinyldm.beyond.dit import DiTBlock, DiTConfig, places
 from tinyldm.conditioning import Context, SpatialRescaler, TextConfig, TextTransformer
 from tinyldm.layers import Downsample, ResBlock, Upsample, timestep_embedding
-from tinyldm.unet import UNet, UNetConfig
+from tinyldm.unet import BACKBONES, UNet, UNetConfig
 
 # A small U-Net that attends to 24-wide tokens.
 CFG = UNetConfig(
@@ -31,6 +32,20 @@ CFG = UNetConfig(
     d_ctx=24,
     groups=8,
 )
+
+
+# The same of every backbone: each of BACKBONES has a row here.
+SHAPES = {
+    "unet": CFG,
+    "dit": DiTConfig(c_in=4, c_out=4, side=8, ch=32, d_head=16, d_ctx=24, n_block=2, patch=2),
+}
+
+every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+
+
+def build(backbone, **changes):
+    """Build a small network of a backbone."""
+    return BACKBONES[backbone].build(dataclasses.replace(SHAPES[backbone], **changes))
 
 
 def wake(net):
@@ -221,34 +236,35 @@ def test_a_missing_context_raises_and_never_becomes_self_attention():
         net(torch.randn(1, 32, 4, 4), None)
 
 
-# ---- the U-Net and its two ports
+# ---- eps_theta and its two ports
 
-def test_u_net_needs_tokens_if_it_attends():
+@every_backbone
+def test_a_backbone_needs_tokens_if_it_attends(backbone):
     z_t, t, _ = inputs()
     with pytest.raises(ValueError, match="attends to a condition"):
-        UNet(CFG)(z_t, t, *Context())
+        build(backbone)(z_t, t, *Context())
 
 
-def test_u_net_refuses_tokens_if_it_does_not_attend():
-    config = UNetConfig(4, 4, 8, 32, (1, 2), 1, (8,), 16, groups=8)
+@every_backbone
+def test_a_backbone_refuses_tokens_if_it_does_not_attend(backbone):
     z_t, t, tokens = inputs()
     with pytest.raises(ValueError, match="cannot attend"):
-        UNet(config)(z_t, t, *Context(tokens=tokens))
+        build(backbone, d_ctx=None)(z_t, t, *Context(tokens=tokens))
 
 
-def test_beside_is_concatenated_behind_z_t():
+@every_backbone
+def test_beside_is_concatenated_behind_z_t(backbone):
     """The same channels give the same output, whether they come by z_t or beside it."""
-    config = UNetConfig(7, 4, 8, 32, (1, 2), 1, (8,), 16, groups=8)
-    net = wake(UNet(config))
+    net = wake(build(backbone, c_in=7, d_ctx=None))
     z_t, t, _ = inputs()
     beside = torch.randn(2, 3, 8, 8)
     joined = torch.cat([z_t, beside], dim=1)
     assert_close(net(z_t, t, *Context(beside=beside)), net(joined, t), rtol=0, atol=0)
 
 
-def test_both_ports_can_be_used_at_once():
-    config = UNetConfig(7, 4, 8, 32, (1, 2), 1, (8,), 16, d_ctx=24, groups=8)
-    net = wake(UNet(config))
+@every_backbone
+def test_both_ports_can_be_used_at_once(backbone):
+    net = wake(build(backbone, c_in=7))
     z_t, t, tokens = inputs()
     beside = torch.randn(2, 3, 8, 8)
 
@@ -259,10 +275,11 @@ def test_both_ports_can_be_used_at_once():
     assert (net(z_t, t, tokens, beside + 1) - out).abs().max() > 1e-3
 
 
+@every_backbone
 @pytest.mark.parametrize("h,w", [(8, 8), (6, 10)])
-def test_u_net_begins_as_zero_and_keeps_shapes(h, w):
+def test_a_backbone_begins_as_zero_and_keeps_shapes(backbone, h, w):
     z_t = torch.randn(2, 4, h, w)
-    out = UNet(CFG)(z_t, torch.tensor([0, 999]), torch.randn(2, 5, 24))
+    out = build(backbone)(z_t, torch.tensor([0, 999]), torch.randn(2, 5, 24))
     assert out.shape == z_t.shape
     assert (out == 0).all()
 
@@ -292,8 +309,9 @@ def test_every_block_of_the_u_net_begins_as_the_identity(d_ctx):
     assert n_blocks == 15
 
 
-def test_u_net_depends_on_the_timestep_on_every_token_and_on_every_place():
-    net = wake(UNet(CFG))
+@every_backbone
+def test_a_backbone_depends_on_the_timestep_on_every_token_and_on_every_place(backbone):
+    net = wake(build(backbone))
     z_t, t, tokens = inputs(1)
     z_t.requires_grad_()
     tokens.requires_grad_()
@@ -306,8 +324,9 @@ def test_u_net_depends_on_the_timestep_on_every_token_and_on_every_place():
     assert (net(z_t, t + 1, tokens) - out).abs().max() > 1e-3
 
 
-def test_computing_activations_twice_changes_no_gradient():
-    net = wake(UNet(CFG))
+@every_backbone
+def test_computing_activations_twice_changes_no_gradient(backbone):
+    net = wake(build(backbone))
     z_t, t, tokens = inputs()
     gradients = []
     for ckpt_grad in (False, True):
@@ -318,9 +337,10 @@ def test_computing_activations_twice_changes_no_gradient():
     assert_close(gradients[0], gradients[1])
 
 
-def test_u_net_overfits_one_batch():
+@every_backbone
+def test_a_backbone_overfits_one_batch(backbone):
     torch.manual_seed(0)
-    net = UNet(UNetConfig(4, 4, 4, 8, (1, 2), 1, (4,), 8, d_ctx=24, groups=4))
+    net = build(backbone, side=4, ch=16)
     z_t = torch.randn(2, 4, 4, 4)
     t = torch.tensor([1, 200])
     tokens = torch.randn(2, 5, 24)
@@ -332,6 +352,65 @@ def test_u_net_overfits_one_batch():
         loss.backward()
         optimiser.step()
     assert loss < 0.2
+
+
+def test_every_block_of_the_dit_begins_as_the_identity():
+    net = build("dit")
+    x = torch.randn(2, 16, 32)
+    for block in net.blocks:
+        assert isinstance(block, DiTBlock)
+        assert_close(block(x, torch.randn(2, 32), torch.randn(2, 5, 24)), x, rtol=0, atol=0)
+
+
+def test_a_dit_block_is_ada_ln_zeros_formula():
+    """x + g1 Attn((1 + s1) LN(x) + b1), cross-attention, x + g3 MLP((1 + s3) LN(x) + b3)."""
+    block = wake(DiTBlock(SHAPES["dit"]))
+    x = torch.randn(2, 6, 32)
+    emb = torch.randn(2, 32)
+    tokens = torch.randn(2, 5, 24)
+
+    b1, s1, g1, b3, s3, g3 = block.ada(F.silu(emb)).unsqueeze(1).split(32, dim=2)
+    h = F.layer_norm(x, (32,), eps=1e-6) * (1 + s1) + b1
+    wanted = x + g1 * block.self_attn(h, h)
+    wanted = wanted + block.cross_attn(block.norm2(wanted), tokens)
+    h = F.layer_norm(wanted, (32,), eps=1e-6) * (1 + s3) + b3
+    wanted = wanted + g3 * block.mlp(h)
+    assert_close(block(x, emb, tokens), wanted)
+
+
+def test_a_dit_puts_each_patch_back_where_it_was():
+    """With no blocks' doing, what changes in one patch changes that patch alone."""
+    net = wake(build("dit", d_ctx=None, n_block=1))
+    net.blocks[0].ada.weight.data.zero_()
+    net.blocks[0].ada.bias.data.zero_()
+    z_t, t, _ = inputs(1)
+    changed = z_t.clone()
+    changed[..., 2:4, 6:8] += 1
+    differs = (net(changed, t) - net(z_t, t)).abs().sum((0, 1)) > 1e-6
+    wanted = torch.zeros(8, 8, dtype=torch.bool)
+    wanted[2:4, 6:8] = True
+    assert torch.equal(differs, wanted)
+
+
+def test_places_tell_rows_and_columns_apart():
+    features = places(3, 5, 16, torch.zeros(()))
+    assert features.shape == (15, 16)
+    assert len(features.unique(dim=0)) == 15
+    assert_close(features[7, :8], timestep_embedding(torch.tensor([1]), 8)[0])      # row 1
+    assert_close(features[7, 8:], timestep_embedding(torch.tensor([2]), 8)[0])      # column 2
+
+
+@pytest.mark.parametrize("name,params", [("S", 33e6), ("B", 130e6), ("L", 458e6), ("XL", 675e6)])
+def test_dits_have_the_sizes_of_the_papers_table(name, params):
+    """Table 1 and 4: with a class embedding, which is not counted here, and without attention
+    to tokens; at patches of 2."""
+    n_block, ch, n_head = {
+        "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16),
+    }[name]
+    config = DiTConfig(c_in=4, c_out=8, ch=ch, n_head=n_head, n_block=n_block, patch=2)
+    with torch.device("meta"):
+        net = BACKBONES["dit"].build(config)
+    assert abs(n_parameters(net) / params - 1) < 0.02
 
 
 def test_the_unconditional_u_net_has_the_official_number_of_parameters():

@@ -23,7 +23,7 @@ from tinyldm.guidance import guided
 from tinyldm.samplers import SAMPLERS, TIMESTEPS, each, later, masked
 from tinyldm.seeds import generator
 from tinyldm.tasks import TASKS, Task
-from tinyldm.unet import UNet, UNetConfig
+from tinyldm.unet import BACKBONES, UNetConfig
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class ModelConfig:
     tokenizer: str | None = None        # its JSON, for captions
     p_drop: float = 0.1                 # share of conditions dropped in training; 0: no guidance
 
+    # Which network eps_theta is, a key of unet.BACKBONES; `unet` has its shape.
+    backbone: str = "unet"
+
     def task_and_version(self) -> dict:
         """Return the task's name, and the version of its conditions if it is not the first."""
         version = TASKS[self.task](self.tau).version
@@ -57,6 +60,7 @@ class ModelConfig:
         diffusion["name"] = diffusion.pop("schedule")
         config = {
             "task": self.task_and_version(),
+            "backbone": {"name": self.backbone},
             "autoencoder": dataclasses.asdict(self.autoencoder),
             "unet": dataclasses.asdict(self.unet),
             "tau": self.tau,
@@ -80,6 +84,7 @@ class ModelConfig:
         """
         config = checkpoint["config"]
         saved_task = config.get("task", {"name": "text"})
+        backbone = config.get("backbone", {"name": "unet"})["name"]
         diffusion = dict(config["schedule"])
         diffusion["schedule"] = diffusion.pop("name")
         p_drop = checkpoint.get("p_drop", checkpoint.get("args", {}).get("p_drop", 0.1))
@@ -87,12 +92,13 @@ class ModelConfig:
             task=saved_task["name"],
             size=both_sides(checkpoint["size"]),
             autoencoder=AEConfig(**config["autoencoder"]),
-            unet=UNetConfig(**config["unet"]),
+            unet=BACKBONES[backbone].config(**config["unet"]),
             tau=config["tau"],
             diffusion=DiffusionConfig(**diffusion),
             class_names=tuple(checkpoint.get("classes", ())),
             tokenizer=checkpoint["tokenizer"],
             p_drop=p_drop,
+            backbone=backbone,
         )
         version = model_config.task_and_version().get("version", 1)
         saved_version = saved_task.get("version", 1)
@@ -110,7 +116,7 @@ class LatentDiffusion:
 
     config: ModelConfig
     ae: Autoencoder | Pixels
-    unet: UNet
+    unet: nn.Module                     # eps_theta: a U-Net, or another of BACKBONES
     tau: nn.Module | None
     task: Task
     abar: Tensor                        # (T,) float64
@@ -348,7 +354,7 @@ def build_model(config: ModelConfig, ae: Autoencoder | Pixels | None = None) -> 
     """
     if ae is None:
         ae = build_autoencoder(config.autoencoder)
-    unet = UNet(config.unet)
+    unet = BACKBONES[config.backbone].build(config.unet)
     task_class = TASKS[config.task]
     tau = task_class.build_tau(config.tau)
 

@@ -5,6 +5,7 @@ Symbols: z_t noised latent (B, c_out, h, w); t timestep (B,) in 0..T-1; tokens
          (B, M, d_ctx) and beside (B, c_in - c_out, h, w) the two ports of a condition;
          h features; emb features of the timestep (B, 4 ch).
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -227,7 +228,7 @@ class UNet(nn.Module):
         concatenated to z_t. Raises ValueError if cfg.d_ctx is given and tokens are not,
         or the other way round.
         """
-        self._check_tokens(tokens)
+        check_tokens(self.cfg.d_ctx, tokens)
 
         # The timestep, for every ResBlock.
         emb = timestep_embedding(t, self.cfg.ch)            # (B, ch)
@@ -252,15 +253,6 @@ class UNet(nn.Module):
 
         return self.conv_out(F.silu(self.norm_out(h)))      # (B, c_out, h, w)
 
-    def _check_tokens(self, tokens: Tensor | None) -> None:
-        if self.cfg.d_ctx and tokens is None:
-            raise ValueError(
-                "this U-Net attends to a condition: pass tokens (B, M, d_ctx) as ctx; "
-                "for no condition, those of the null condition"
-            )
-        if tokens is not None and not self.cfg.d_ctx:
-            raise ValueError("this U-Net cannot attend to tokens: it has no d_ctx")
-
     def _run(
         self, stage: nn.ModuleList, h: Tensor, emb: Tensor, tokens: Tensor | None
     ) -> Tensor:
@@ -268,6 +260,17 @@ class UNet(nn.Module):
         if self.ckpt_grad and torch.is_grad_enabled():
             return checkpoint(run_stage, stage, h, emb, tokens, use_reentrant=False)
         return run_stage(stage, h, emb, tokens)
+
+
+def check_tokens(d_ctx: int | None, tokens: Tensor | None) -> None:
+    """Raise ValueError if a network that attends has no tokens, or another one has some."""
+    if d_ctx and tokens is None:
+        raise ValueError(
+            "this network attends to a condition: pass tokens (B, M, d_ctx) as ctx; for "
+            "no condition, those of the null condition"
+        )
+    if tokens is not None and not d_ctx:
+        raise ValueError("this network cannot attend to tokens: it has no d_ctx")
 
 
 def run_stage(
@@ -282,3 +285,15 @@ def run_stage(
         else:
             h = layer(h)
     return h
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network that eps_theta can be: the dataclass of its shape, and how it is built."""
+
+    name: str                           # for people
+    config: type
+    build: Callable[..., nn.Module]
+
+
+BACKBONES = {"unet": Backbone("U-Net", UNetConfig, UNet)}

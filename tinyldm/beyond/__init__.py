@@ -4,9 +4,10 @@ Each file here is one change of one part, to be read beside the part that it cha
 core does not know them: what is a row of a table is added to the table here, and all that
 runs over the table, flags and tests above all, has it.
 """
-from tinyldm.beyond import flow, heun, zero_snr
+from tinyldm.beyond import dit, flow, heun, zero_snr
 from tinyldm.diffusion import DRAWS, PREDICTIONS, SCHEDULES
 from tinyldm.samplers import SAMPLERS, TIMESTEPS
+from tinyldm.unet import BACKBONES, Backbone
 
 SCHEDULES["straight"] = flow.STRAIGHT
 SCHEDULES["zero-snr"] = zero_snr.ZERO_SNR
@@ -15,3 +16,4 @@ DRAWS["logit-normal"] = flow.draw_logit_normal
 SAMPLERS["heun"] = heun.HEUN
 SAMPLERS["flow-heun"] = heun.FLOW_HEUN
 TIMESTEPS["karras"] = heun.karras_timesteps
+BACKBONES["dit"] = Backbone("DiT", dit.DiTConfig, dit.DiT)

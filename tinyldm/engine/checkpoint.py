@@ -212,8 +212,8 @@ def is_buildable(shape: dict) -> bool:
     says that there are a billion layers would keep us busy for ever.
     """
     n_levels = len(shape.get("ch_mult", ()))
-    n_layers = max(shape.get("n_res", 1), shape.get("depth", 1), n_levels)
-    return n_layers < 100 and shape.get("T", 1) < 10 ** 5
+    n_layers = [shape.get(name, 1) for name in ("n_res", "depth", "n_block")]
+    return max(*n_layers, n_levels) < 100 and shape.get("T", 1) < 10 ** 5
 
 
 # ---- the frozen stage one of a run of stage two
@@ -299,9 +299,10 @@ def resume(
     checkpoint = load_checkpoint(path, kind)
 
     with trying(f"{path}: its parts do not fit together"):
-        # The first checkpoints of stage two did not name their task, which was text. They
-        # started from no other model, and knew no prior set.
-        saved_config = {"task": {"name": "text"}} | checkpoint["config"]
+        # The first checkpoints of stage two did not name their task, which was text, nor
+        # their backbone. They started from no other model, and knew no prior set.
+        saved_config = {"task": {"name": "text"}, "backbone": {"name": "unet"}}
+        saved_config |= checkpoint["config"]
         saved = {"init": None, "prior weight": None} | checkpoint
         saved |= {"config": saved_config} | saved_config
         changed = differences(saved, config)

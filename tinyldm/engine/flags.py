@@ -54,7 +54,7 @@ def parse(
         "--preset", type=str,
         choices=presets,
         metavar="NAME",
-        help="row of defaults for all flags below (engine/presets.py); default: toy; one of: "
+        help="defaults of all flags below (engine/presets.py); default: toy; one of: "
         + ", ".join(presets),
     )
     first = parser.parse_args(argv)
@@ -100,11 +100,19 @@ def destination(field: dataclasses.Field) -> str:
     return flag_name(field).removeprefix("--").replace("-", "_")
 
 
-def add_config_flags(parser: ArgumentParser, config: type, title: str) -> None:
-    """Add one flag for each option of a dataclass; type, default and help are the field's."""
+def add_config_flags(
+    parser: ArgumentParser, config: type, title: str, besides: type | None = None
+) -> None:
+    """Add one flag for each option of a dataclass; type, default and help are the field's.
+
+    besides: a dataclass whose flags are there already. Options that both have share a flag.
+    """
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(config)
+    names = {field.name for field in option_fields(besides)} if besides else set()
     for field in option_fields(config):
+        if field.name in names:
+            continue
         how = argument_type(hints[field.name])
         if field.metadata["choices"]:
             how = {"type": str, "choices": field.metadata["choices"]}

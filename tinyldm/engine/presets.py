@@ -20,7 +20,7 @@ from tinyldm.diffusion import DiffusionConfig
 from tinyldm.engine.flags import config_values
 from tinyldm.model import LatentDiffusion, ModelConfig, build_model
 from tinyldm.tasks import TASKS
-from tinyldm.unet import UNetConfig
+from tinyldm.unet import BACKBONES
 
 
 def table(columns: Sequence[str], rows: dict[str, tuple]) -> dict[str, dict]:
@@ -347,10 +347,12 @@ def model_config(
     """
     task = TASKS[row["task"]]
     size = both_sides(row["size"])
-    unet = config_values(UNetConfig, row)
+    backbone = row.get("backbone", "unet")
+    shape = BACKBONES[backbone].config
+    unet = config_values(shape, row)
     if not task.attends:
         unet["d_ctx"] = None
-    unet_config = UNetConfig(
+    unet_config = shape(
         c_in=ae.c_z + task.beside_channels(ae.c_z, ae.c_x),
         c_out=ae.c_z,
         side=min(size) // ae.f,
@@ -366,6 +368,7 @@ def model_config(
         class_names=tuple(class_names),
         tokenizer=tokenizer,
         p_drop=row["p_drop"],
+        backbone=backbone,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tinyldm.attention import SpatialTransformer
+from tinyldm.beyond.dit import DiTBlock
 from tinyldm.conditioning import TextBlock
 from tinyldm.errors import naming, require, trying
 from tinyldm.layers import ResBlock
@@ -167,7 +168,7 @@ def shard_weights(net: nn.Module) -> None:
 
     net.to(memory_format=torch.contiguous_format)
     for module in net.modules():
-        if isinstance(module, ResBlock | SpatialTransformer | TextBlock):
+        if isinstance(module, ResBlock | SpatialTransformer | TextBlock | DiTBlock):
             fully_shard(module)
     fully_shard(net)
 

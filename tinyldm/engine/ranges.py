@@ -83,6 +83,8 @@ RANGES: dict[str, Range | tuple[Range, ...]] = {
     "n_head": WIDTH,
     "d_ctx": WIDTH,
     "depth": LAYERS,
+    "blocks": LAYERS,
+    "patch": WIDTH,
     "vocab_size": Range(2, 10 ** 6),    # a token, and the one that stands for nothing
     "n_token": WIDTH,
     "text_depth": LAYERS,

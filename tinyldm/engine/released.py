@@ -529,6 +529,8 @@ def export_diffusers(path: Path, folder: Path) -> None:
         ae_state = autoencoder_state(checkpoint)
         nets = [("vae", build_autoencoder, ae, ae_state)]
         if "unet" in config:
+            backbone = config.get("backbone", {"name": "unet"})["name"]
+            require(backbone == "unet", f"its network, {backbone}, is no U-Net: not exported")
             unet = UNetConfig(**config["unet"])
             require(
                 unet.d_ctx and not unet.res_updown,
@@ -577,6 +579,10 @@ def official_model(checkpoint: dict) -> dict[str, Tensor]:
     """Return the official state dict of a checkpoint of stage two."""
     config = ModelConfig.from_checkpoint(checkpoint)
     require(config.autoencoder.ch > 0, "models of pixels have no official layout")
+    require(
+        config.backbone == "unet",
+        f"its network is a {config.backbone}, and the official layout has U-Nets only",
+    )
     predict = config.diffusion.predict
     groups = config.unet.groups
     if groups != 32 or predict != "eps":

@@ -18,7 +18,6 @@ from tinyldm.engine.open import read_config
 from tinyldm.engine.ranges import flag_of
 from tinyldm.errors import require
 from tinyldm.model import LatentDiffusion, ModelConfig
-from tinyldm.unet import UNetConfig
 
 # ---- flags
 
@@ -44,13 +43,13 @@ def row_of_file(path: Path, preset: str | None, vocab: Path | None) -> dict:
 
 def fixed_values(config: ModelConfig) -> dict:
     """Return, by flag, what a model is made of and no training can change."""
-    values = {"task": config.task}
+    values = {"task": config.task, "backbone": config.backbone}
     n_classes = config.tau.get("n_classes", config.tau.get("c_in"))
     if n_classes is not None:
         values["n_classes"] = n_classes
 
     shapes = [
-        (UNetConfig, dataclasses.asdict(config.unet)),
+        (type(config.unet), dataclasses.asdict(config.unet)),
         (DiffusionConfig, dataclasses.asdict(config.diffusion)),
         (TextConfig, config.tau),
     ]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyldm.attention import Attention, TransformerBlock
+from tinyldm.beyond.dit import DiTBlock
 from tinyldm.conditioning import Context
 from tinyldm.data.images import NEAREST, as_rgb, to_image
 from tinyldm.diffusion import predict_z_0
@@ -66,7 +67,7 @@ def attention_maps(
     with ExitStack() as hooks:
         hooks.enter_context(unet.register_forward_hook(keep_maps))
         for module in unet.modules():
-            if isinstance(module, TransformerBlock):
+            if isinstance(module, TransformerBlock | DiTBlock):
                 hook = module.cross_attn.register_forward_hook(add_map)
                 hooks.enter_context(hook)
         yield maps
