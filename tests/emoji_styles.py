@@ -67,6 +67,11 @@ def write_both(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text("".join(lines))
 
 
+def nearest_distance(images: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
+    """Return each thumbnail's distance to the nearest of a gallery, (B,)."""
+    return torch.cdist(images.flatten(1), gallery.flatten(1)).amin(1)
+
+
 def main(args: argparse.Namespace) -> None:
     out = args.out.resolve()
     out.mkdir(parents=True)             # a training that is there already would be resumed
@@ -91,11 +96,36 @@ def main(args: argparse.Namespace) -> None:
     captions = first_captions(held_out)
     wanted = all_images(held_out)
     samples = sample(model, [{"caption": caption} for caption in captions])
+    drawn = thumbnails(samples)
+    target = thumbnails(wanted)
     every = thumbnails(torch.cat([all_images(train), wanted]))
-    rank = ranks(thumbnails(samples), thumbnails(wanted), every)
+    rank = ranks(drawn, target, every)
     print(
         f"of {len(rank)} held-out pictures, {share_within(rank, 1):.1%} are the nearest to the "
         f"samples of their captions, {share_within(rank, 5):.1%} among the nearest five"
+    )
+
+    # Style and name, each by itself; and what the judge makes of Noto's own picture of a thing,
+    # to say how far it can see past the style.
+    in_outline = torch.tensor(
+        [caption.endswith(STYLE) for caption in [*first_captions(train), *captions]]
+    )
+    outlines = every[in_outline]
+    others = every[~in_outline]
+    style_is_right = nearest_distance(drawn, outlines) < nearest_distance(drawn, others)
+    print(f"in outline style, whatever they show: {style_is_right.float().mean():.1%}")
+
+    by_name = dict(zip(first_captions(train), thumbnails(all_images(train))))
+    of_noto = torch.stack([by_name[caption.removesuffix(f" {STYLE}")] for caption in captions])
+    rank = ranks(drawn, of_noto, others)
+    print(
+        f"nearest among Noto's pictures is that of the name: {share_within(rank, 1):.1%}, among "
+        f"the nearest five {share_within(rank, 5):.1%}"
+    )
+    rank = ranks(of_noto, target, outlines)
+    print(
+        f"the judge: Noto's own picture finds OpenMoji's of that name in {share_within(rank, 1):.1%}"
+        f", among the nearest five in {share_within(rank, 5):.1%}"
     )
 
     # Unpicked: the held-out picture and the sample, side by side.
