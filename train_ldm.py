@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyldm.autoencoder import Autoencoder, Pixels, Posterior
+from tinyldm.beyond.control import frozen_parts, with_control
 from tinyldm.beyond.dit import DiTConfig
 from tinyldm.conditioning import TextConfig
 from tinyldm.data.dataset import ImageDataset, spread
@@ -93,6 +94,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                        help="train a LoRA of this rank, and none of the model's own weights")
     group.add_argument("--lora-tau", action="store_true",
                        help="let the LoRA change tau, too")
+    group.add_argument("--control", action="store_true",
+                       help="train a branch (ControlNet) that makes the text model of --init "
+                            "follow edges, and none of the model's own weights")
     group.add_argument("--prior", type=str,
                        help="a set of images of what the model knows already, mixed with --data: "
                             "a folder that sample.py wrote")
@@ -120,7 +124,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                        help="encode every image once and keep the latents on disk")
 
     group = parser.add_argument_group("eps_theta")
-    group.add_argument("--backbone", type=str, choices=BACKBONES, default="unet",
+    group.add_argument("--backbone", type=str, choices=["unet", "dit"], default="unet",
                        help="the network that eps_theta is; the paper's is a U-Net")
     flags.add_config_flags(parser, UNetConfig, "U-Net")
     flags.add_config_flags(
@@ -155,6 +159,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     args = flags.parse(parser, presets.LDM, argv, row_to_start_from)
     for name in ("vocab", "lora"):
         require(args.init or getattr(args, name) is None, f"--{name}: only with --init")
+    require(args.init or not args.control, "--control: only with --init")
+    require(not (args.control and args.lora), "--control, --lora: only one of them")
     require(args.lora or not args.lora_tau, "--lora-tau: only with --lora")
     require(args.prior or args.prior_weight is None, "--prior-weight: only with --prior")
     require(args.loss_of == "eps" or args.loss == "l2", "--loss-of output: with --loss l2 only")
@@ -265,7 +271,10 @@ def open_datasets(args: Namespace, c_x: int) -> tuple[ImageDataset, ImageDataset
 
 
 def open_start(args: Namespace) -> LatentDiffusion:
-    """Open the model of --init. Raises BadInput, also for flags that contradict it."""
+    """Open the model of --init, with a branch if --control is given.
+
+    Raises BadInput, also for flags that contradict the model.
+    """
     require(args.vocab is None or not is_ours(args.init), "--vocab: only with a released model")
     with naming("--init"):
         model = open_model(args.init, preset=args.preset, vocab=args.vocab)
@@ -280,6 +289,12 @@ def open_start(args: Namespace) -> LatentDiffusion:
         args.channels in (None, c_x),
         f"--channels {args.channels}: {args.init} has images of {c_x}; leave it out",
     )
+    if args.control:
+        torch.manual_seed(args.seed)
+        with naming("--control"):
+            model = with_control(model)
+        args.task = model.config.task
+        args.backbone = model.config.backbone
     require(
         model.tokenizer or "caption" not in model.task.fields,
         "--vocab: a released text model needs its tokenizer's vocabulary",
@@ -345,6 +360,9 @@ def choose_trained(args: Namespace, model: LatentDiffusion) -> dict[str, nn.Modu
     networks = model.networks
     for net in networks.values():
         net.train().requires_grad_(not args.lora)
+    if args.control:
+        for part in frozen_parts(model):
+            part.requires_grad_(False)
     if not args.lora:
         return networks
 
@@ -715,7 +733,7 @@ def main(args: Namespace) -> None:
     # an earlier run left it, if there was one.
     nets, run_nets, ema = prepare_networks(args, model, machine)
     eps_theta = as_eps_theta(run_nets["unet"], model.abar, args.predict)
-    params = [p for net in nets.values() for p in net.parameters()]
+    params = [p for net in nets.values() for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, betas=args.betas, fused=True)
     # The keys of `parts` are those of the checkpoint, and a resumed run fills all of it; stage
     # one gets its z_std, unless it belongs to the model that a LoRA is for.

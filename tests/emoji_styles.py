@@ -124,8 +124,8 @@ def main(args: argparse.Namespace) -> None:
     )
     rank = ranks(of_noto, target, outlines)
     print(
-        f"the judge: Noto's own picture finds OpenMoji's of that name in {share_within(rank, 1):.1%}"
-        f", among the nearest five in {share_within(rank, 5):.1%}"
+        "the judge: Noto's own picture finds OpenMoji's of that name in "
+        f"{share_within(rank, 1):.1%}, among the nearest five in {share_within(rank, 5):.1%}"
     )
 
     # Unpicked: the held-out picture and the sample, side by side.

@@ -289,11 +289,15 @@ def run_stage(
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network that eps_theta can be: the dataclass of its shape, and how it is built."""
+    """A network that eps_theta can be: the dataclass of its shape, and how it is built.
+
+    concatenates: what lies beside z_t is concatenated to it, so c_in counts both.
+    """
 
     name: str                           # for people
     config: type
     build: Callable[..., nn.Module]
+    concatenates: bool = True
 
 
 BACKBONES = {"unet": Backbone("U-Net", UNetConfig, UNet)}
