@@ -89,7 +89,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                    help="the weight of --lora, once for all or once each; default: 1, as trained")
     g.add_argument("--sampler", type=str, choices=SAMPLERS, default="ddim",
                    help="the sampling method")
-    g.add_argument("--steps", type=int, help="sampling steps, 1..T; default: 50")
+    g.add_argument("--steps", type=int,
+                   help="sampling steps, 1..T; default: 50, or what a distilled model has learned")
     g.add_argument("--timesteps", type=str, choices=TIMESTEPS, default="even",
                    help="even: from T-1 to z_0 in --steps; official: the released code's rule")
     g.add_argument("--eta", type=float, default=0.0,
@@ -397,7 +398,8 @@ class Steps:
 def plan_steps(args: Namespace, model: LatentDiffusion) -> Steps:
     """Count the steps that the flags ask for. Raises BadInput."""
     T = len(model.abar)
-    asked_for = min(50, T) if args.steps is None else args.steps
+    default = model.run.get("distill") or 50
+    asked_for = min(default, T) if args.steps is None else args.steps
     with naming("--steps"):
         ts = TIMESTEPS[args.timesteps](model.abar, asked_for)
     if args.init:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tinyldm.autoencoder import Autoencoder, Pixels, Posterior
 from tinyldm.beyond.control import frozen_parts, with_control
+from tinyldm.beyond.distill import Teacher
 from tinyldm.beyond.dit import DiTConfig
 from tinyldm.conditioning import TextConfig
 from tinyldm.data.dataset import ImageDataset, spread
@@ -97,6 +98,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     group.add_argument("--control", action="store_true",
                        help="train a branch (ControlNet) that makes the text model of --init "
                             "follow edges, and none of the model's own weights")
+    group.add_argument("--distill", type=int, metavar="STEPS",
+                       help="teach the model of --init to sample in this many steps what it now "
+                            "samples in twice as many, with guidance if it has learned it")
     group.add_argument("--prior", type=str,
                        help="a set of images of what the model knows already, mixed with --data: "
                             "a folder that sample.py wrote")
@@ -159,8 +163,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     args = flags.parse(parser, presets.LDM, argv, row_to_start_from)
     for name in ("vocab", "lora"):
         require(args.init or getattr(args, name) is None, f"--{name}: only with --init")
-    require(args.init or not args.control, "--control: only with --init")
-    require(not (args.control and args.lora), "--control, --lora: only one of them")
+    for name in ("control", "distill"):
+        require(args.init or not getattr(args, name), f"--{name}: only with --init")
+    n_ways = sum(bool(way) for way in (args.lora, args.control, args.distill))
+    require(n_ways <= 1, "--lora, --control, --distill: only one of them")
+    if args.distill:
+        args.p_drop = 0.0               # the student has learned no null condition
     require(args.lora or not args.lora_tau, "--lora-tau: only with --lora")
     require(args.prior or args.prior_weight is None, "--prior-weight: only with --prior")
     require(args.loss_of == "eps" or args.loss == "l2", "--loss-of output: with --loss l2 only")
@@ -300,6 +308,12 @@ def open_start(args: Namespace) -> LatentDiffusion:
         "--vocab: a released text model needs its tokenizer's vocabulary",
     )
     return model
+
+
+def distillation(args: Namespace, model: LatentDiffusion, machine: Machine) -> Teacher:
+    """Return the model of --init, as it is, as the teacher of the one to be trained."""
+    with naming("--distill"):
+        return Teacher(copy.deepcopy(model).for_sampling(machine.device), args.distill)
 
 
 def check_lora(args: Namespace, model: LatentDiffusion, data: ImageDataset) -> None:
@@ -591,7 +605,7 @@ def prepare_evaluation(
         try:
             with machine.autocast():
                 losses = held_out_loss(averaged, posterior, y)
-                images = sample_all(averaged, items)
+                images = sample_all(averaged, items, args.distill or 25)
             fake = Statistics(features, (part.to(device) for part in images.split(64)))
         except NotFinite as error:
             log.note(f"step {step} is not evaluated: {error}")
@@ -671,9 +685,9 @@ def encode_pairs(
         return next(iter(encoded))
 
 
-def sample_all(model: LatentDiffusion, items: list[dict]) -> Tensor:
-    """Sample an image for each item's condition, 16 at a time, in 25 DDIM steps at most."""
-    steps = min(25, len(model.abar))
+def sample_all(model: LatentDiffusion, items: list[dict], steps: int) -> Tensor:
+    """Sample an image for each item's condition, 16 at a time, by DDIM."""
+    steps = min(steps, len(model.abar))
     images = []
     for i in range(0, len(items), 16):
         batch = items[i:i + 16]
@@ -699,10 +713,12 @@ def main(args: Namespace) -> None:
     require(not (args.fsdp and args.lora), "--fsdp: not with --lora, which trains few weights")
     check_small(args)
     init = None
+    teacher = None
     if args.init:
         model = open_start(args)
         init = f"a model of hash {digest_of_model(model)}"
         ae = model.ae
+        teacher = distillation(args, model, machine) if args.distill else None
         knows_z_std = True
     else:
         with naming("--ae"):
@@ -741,7 +757,7 @@ def main(args: Namespace) -> None:
     kind = "lora" if args.lora else "ldm"
     lora = {"rank": args.lora, "tau": args.lora_tau} if args.lora else None
     head = model.config.to_checkpoint() | {"init": init, "lora": lora}
-    head["prior weight"] = args.prior_weight
+    head |= {"prior weight": args.prior_weight, "distill": args.distill}
     to_fill = parts if args.lora else parts | {"ae": model.ae}
     with naming("--out"):
         ckpt = resume(args.out / "ckpt.pt", kind, head, to_fill, len(data), args.ae)
@@ -800,7 +816,10 @@ def main(args: Namespace) -> None:
         latent_shape = posterior.mean.shape[1:]
         noise = torch.randn(args.batch, *latent_shape, generator=rng)
         eps = torch.randn(args.batch, *latent_shape, generator=rng)
-        t = DRAWS[args.draw_t](args.batch, args.T, rng)
+        if teacher is None:
+            t = DRAWS[args.draw_t](args.batch, args.T, rng)
+        else:
+            t = teacher.draw(args.batch, rng)
         drop = torch.rand(args.batch, generator=rng) < args.p_drop
         noise, eps, t, drop = machine.shard(noise, eps, t, drop)
 
@@ -814,6 +833,8 @@ def main(args: Namespace) -> None:
         for z_i, t_i, eps_i, *y_values in micro_batches(n_micro, tensors, run_nets.values()):
             y_i = dict(zip(y, y_values))
             with machine.autocast():
+                if teacher is not None:
+                    z_i, eps_i = teacher.targets(z_i, t_i, eps_i, y_i)
                 ctx = model.task.context(y_i, run_nets.get("tau"), model.ae)
                 losses = ldm_loss(eps_theta, z_i, t_i, eps_i, model.abar, ctx, args.loss)   # (B,)
                 weights = snr_weight(t_i, model.abar, *args.snr_clamp)

@@ -300,10 +300,11 @@ def resume(
 
     with trying(f"{path}: its parts do not fit together"):
         # The first checkpoints of stage two did not name their task, which was text, nor
-        # their backbone. They started from no other model, and knew no prior set.
+        # their backbone. They started from no other model, and knew no prior set and no
+        # teacher.
         saved_config = {"task": {"name": "text"}, "backbone": {"name": "unet"}}
         saved_config |= checkpoint["config"]
-        saved = {"init": None, "prior weight": None} | checkpoint
+        saved = {"init": None, "prior weight": None, "distill": None} | checkpoint
         saved |= {"config": saved_config} | saved_config
         changed = differences(saved, config)
         if "ae" in parts and not changed:

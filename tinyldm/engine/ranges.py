@@ -91,6 +91,7 @@ RANGES: dict[str, Range | tuple[Range, ...]] = {
     "text_heads": WIDTH,
     "text_d_head": WIDTH,
     "lora": WIDTH,
+    "distill": COUNT,
 
     # The losses of stage one.
     "perceptual_weight": WEIGHT,
