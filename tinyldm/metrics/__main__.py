@@ -3,17 +3,20 @@
     python -m tinyldm.metrics --real photos/ --fake out/samples/ --features inception
     python -m tinyldm.metrics --real a/ --fake b/ --pairs          # also pairs, by name
     python -m tinyldm.metrics --real held-out --fake out/samples/  # the built-in world
+    python -m tinyldm.metrics --real a/ --fake b/ --clip clip-vit-large-patch14/
 
 NB: FID in the literature compares 50,000 samples with the whole training set.
 """
 import os
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from tinyldm.data.dataset import spread
 from tinyldm.data.folder import Folder
 from tinyldm.data.images import size_text
 from tinyldm.data.shapes import Shapes
@@ -23,6 +26,7 @@ from tinyldm.engine.processes import setup
 from tinyldm.engine.ranges import check_ranges
 from tinyldm.engine.weights import open_perceptual
 from tinyldm.errors import naming, require
+from tinyldm.metrics.clip import clip_score, clip_vectors, cmmd, open_clip
 from tinyldm.metrics.images import psnr, ssim
 from tinyldm.metrics.reading import ExactImages, Tally, read_images, read_pairs
 from tinyldm.metrics.sets import Statistics, compare
@@ -47,6 +51,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                        help="largest number of images of each set")
     group.add_argument("--pairs", action="store_true",
                        help="also compare the images that have the same name in both")
+    group.add_argument("--clip", type=Path, metavar="FOLDER",
+                       help="also compare them by CLIP, whose weights and vocabulary this folder "
+                            "has: cmmd, and clip_score if the fake images have captions")
     add_feature_flags(parser)
 
     group = parser.add_argument_group("system")
@@ -84,6 +91,9 @@ def main(args: Namespace) -> None:
     # How far the images of each pair are apart.
     if args.pairs:
         figures |= compare_pairs(real, fake, pairs, args, device)
+
+    if args.clip:
+        figures |= compare_by_clip(real, fake, args, device)
 
     n_real = real_statistics.moments.n
     n_fake = fake_statistics.moments.n
@@ -133,10 +143,9 @@ def statistics_of(
     """
     n = min(len(data), args.n)
     require(args.n >= 4, f"--n {args.n}: must be at least 4")
-    spread = [i * len(data) // n for i in range(n)]
     stride = -(-n // MOST_FEATURES)
     tally = Tally(size)
-    images = read_images(data, spread, args.workers, device, tally)
+    images = read_images(data, spread(n, len(data)), args.workers, device, tally)
     statistics = Statistics(net, images, stride)
 
     n_read = statistics.moments.n
@@ -191,6 +200,45 @@ def compare_pairs(
     print(f"--pairs: {n_pairs:,} images have the same name in both{left_out}")
     mean_psnr, mean_ssim, mean_distance = figures.mean(1).tolist()
     return {"psnr": mean_psnr, "ssim": mean_ssim, f"perceptual_{kind}": mean_distance}
+
+
+def compare_by_clip(
+    real: Dataset, fake: Dataset, args: Namespace, device: torch.device
+) -> dict[str, float]:
+    """Return cmmd, and clip_score if all fake images have captions, of at most --n images."""
+    with naming("--clip"):
+        net, tokenizer = open_clip(args.clip, device)
+    vectors = []
+    for data in (real, fake):
+        numbers = spread(min(len(data), args.n), len(data))
+        tally = Tally((0, 0))
+        images = read_images(data, numbers, args.workers, device, tally)
+        vectors.append(clip_vectors(net, images))
+    figures = {"cmmd": cmmd(*vectors)}
+
+    # numbers and tally are those of the fake images now.
+    captions = captions_of(fake, numbers, tally)
+    if captions is None:
+        print("--clip: not all fake images have captions, so there is no clip_score")
+    else:
+        figures["clip_score"] = clip_score(net, tokenizer, vectors[1], captions)
+    return figures
+
+
+def captions_of(data: Dataset, numbers: Sequence[int], tally: Tally) -> list[str] | None:
+    """Return the first caption of each image that was read; None if one has none."""
+    if not isinstance(data, ExactImages):
+        return [data[k]["caption"] for k in numbers]
+
+    captions = []
+    for k in numbers:
+        if data.name(k) in tally.unreadable:
+            continue
+        text = data.folder.rows[k].get("text")
+        if not text:
+            return None
+        captions.append(text if isinstance(text, str) else text[0])
+    return captions
 
 
 if __name__ == "__main__":
