@@ -104,15 +104,19 @@ class CLIP(nn.Module):
 
 # ---- from a file
 
-VISION_RULES = [
-    (r"^patch\.", "embeddings.patch_embedding."),
-    (r"^cls", "embeddings.class_embedding"),
-    (r"^position\.", "embeddings.position_embedding."),
-    (r"^norm_in\.", "pre_layrnorm."),           # spelled so in the files
-    (r"^norm\.", "post_layernorm."),
-    *CLIP_RULES[2:-1],                          # the blocks are the text encoder's
-    (r"^", "vision_model."),
-]
+# The names of tensors, as in engine/released_names.py. The blocks of both are the same.
+RULES = {
+    "vision": [
+        (r"^patch\.", "embeddings.patch_embedding."),
+        (r"^cls", "embeddings.class_embedding"),
+        (r"^position\.", "embeddings.position_embedding."),
+        (r"^norm_in\.", "pre_layrnorm."),           # spelled so in the files
+        (r"^norm\.", "post_layernorm."),
+        *CLIP_RULES[2:-1],
+        (r"^", "vision_model."),
+    ],
+    "text": [*CLIP_RULES[:-1], (r"^", "text_model.")],
+}
 
 
 def open_clip(folder: Path, device: torch.device | str = "cpu") -> tuple[CLIP, Tokenizer]:
@@ -166,10 +170,8 @@ def names(net: CLIP) -> dict[str, str]:
     found = {}
     for key in net.state_dict():
         tower, _, rest = key.partition(".")
-        if tower == "vision":
-            found[key] = renamed(rest, VISION_RULES)
-        elif tower == "text":
-            found[key] = renamed(rest, CLIP_RULES).removeprefix("transformer.")
+        if tower in RULES:
+            found[key] = renamed(rest, RULES[tower])
     found["project_image.weight"] = "visual_projection.weight"
     found["project_text.weight"] = "text_projection.weight"
     return found
