@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tinyldm.beyond.classifier import fits_class
 from tinyldm.beyond.gradient_guidance import fits_image, gradient_guided
 from tinyldm.beyond.guidance import guidance_of_today
 from tinyldm.data.images import LOADERS, size_text
@@ -60,9 +61,11 @@ from tinyldm.samplers import SAMPLERS, TIMESTEPS, later
 from tinyldm.seeds import generator, slerp
 from tinyldm.show.attention import attention_maps, record_z_0, save_attention
 from tinyldm.show.grids import save_grid, save_samples
+from tinyldm.unet import BACKBONES
 
 DEFAULT_STRENGTH = 0.5
 DEFAULT_GUIDE_SCALE = 5.0
+DEFAULT_CLASSIFIER_SCALE = 2.0
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -167,6 +170,11 @@ def add_condition_flags(parser: ArgumentParser) -> None:
                         "gradient of the distance to it")
     g.add_argument("--guide-mask", type=Path, help="its white part of --guide does not count")
     g.add_argument("--guide-scale", type=float, help="how strongly --guide guides; default: 5")
+    g.add_argument("--classifier", type=Path, metavar="FILE",
+                   help="guide an unconditional model to --label by this classifier, which "
+                        "train_ldm.py --classifier has trained for its latents")
+    g.add_argument("--classifier-scale", type=float,
+                   help="how strongly --classifier guides; default: 2")
     g.add_argument("--data", type=str,
                    help="take conditions from this set; default: the training set")
     g.add_argument("--n", type=int, help="images per condition; default: 16 in all")
@@ -209,6 +217,10 @@ def check_combinations(args: Namespace) -> None:
             args.to_prompt is None or not getattr(args, name),
             f"--{name}: not with --to-prompt, as no caption is true between two prompts",
         )
+    require(
+        args.classifier or args.classifier_scale is None,
+        "--classifier-scale: only with --classifier",
+    )
     check_lora_flags(args)
     with naming("--out"):
         is_grid = is_image_file(args.out)
@@ -336,6 +348,42 @@ def guide_scale(args: Namespace) -> float:
     return DEFAULT_GUIDE_SCALE if args.guide_scale is None else args.guide_scale
 
 
+def classifier_scale(args: Namespace) -> float:
+    """Return --classifier-scale, or its default."""
+    return DEFAULT_CLASSIFIER_SCALE if args.classifier_scale is None else args.classifier_scale
+
+
+def open_classifier(
+    args: Namespace, model: LatentDiffusion, machine: Machine
+) -> LatentDiffusion:
+    """Open the classifier of --classifier. Raises BadInput if it does not belong to the model."""
+    with naming("--classifier"):
+        classifier = open_model(args.classifier, device=machine.device)
+    require(
+        not BACKBONES[classifier.config.backbone].is_eps_theta,
+        f"--classifier {args.classifier}: not a classifier of train_ldm.py --classifier",
+    )
+    require(
+        not model.task.fields,
+        f"--classifier: the model's task is {model.config.task}, and it is for unconditional ones",
+    )
+    require(
+        has_latents_of(classifier, model) and torch.equal(classifier.abar, model.abar),
+        f"--classifier {args.classifier}: it was trained on another stage one or schedule than "
+        "the model",
+    )
+    return classifier
+
+
+def has_latents_of(a: LatentDiffusion, b: LatentDiffusion) -> bool:
+    """Return whether two models have the same stage one, in whole or in half precision."""
+    theirs = b.ae.state_dict()
+    if a.ae.cfg != b.ae.cfg:
+        return False
+    pairs = [(x, theirs[key]) for key, x in a.ae.state_dict().items()]
+    return all(torch.allclose(x, other, rtol=1e-2, atol=1e-3) for x, other in pairs)
+
+
 def given_conditions(args: Namespace) -> Given:
     """Gather what the flags give as the condition."""
     prompts = list(args.prompt)
@@ -435,6 +483,7 @@ def settings(
         interval=args.interval,
         rescale=args.rescale,
         guide_scale=guide_scale(args) if args.guide else None,
+        classifier_scale=classifier_scale(args) if args.classifier else None,
         pull=args.pull if model.sees_mask else None,
         strength=strength if args.init else None,
         lora=[(path.name, scale) for path, scale in loras_of(args)] or None,
@@ -504,19 +553,26 @@ def main(args: Namespace) -> None:
             preset=args.preset,
             vocab=args.vocab,
         )
+    require(
+        BACKBONES[model.config.backbone].is_eps_theta,
+        f"--ckpt {args.ckpt}: a classifier, which samples nothing; it is for --classifier",
+    )
     print(f"{args.ckpt}: {model.run.get('preset')}, {model.config.task}")
     merge_loras(args, model)
+    # What is asked for is a condition of the model or, if it is guided by a classifier, of that.
+    classifier = open_classifier(args, model, machine) if args.classifier else None
+    asked = classifier or model
 
     # What to sample, in how many steps; whether the images must stay in memory.
-    check_condition_flags(args, model)
+    check_condition_flags(args, asked)
     check_sampling(args, model)
     size = image_size(args, model)
     negative = prompt_condition("--negative", args.negative, model)
     toward = prompt_condition("--to-prompt", args.to_prompt, model)
     is_strip = args.to_seed is not None or toward is not None
     n_images = 8 if is_strip and args.n is None else args.n
-    request = read_request(model, given_conditions(args), size, n=n_images, data=args.data)
-    check_request(args, model, request)
+    request = read_request(asked, given_conditions(args), size, n=n_images, data=args.data)
+    check_request(args, asked, request)
     if request.is_held_out:
         flags.print_found(request.conditions.dataset)
     steps = plan_steps(args, model)
@@ -565,6 +621,10 @@ def main(args: Namespace) -> None:
             visible = shared["visible"].to(machine.device) if args.guide_mask else None
             log_p = fits_image(model.ae.decode, model.abar, image, visible)
             eps_theta = gradient_guided(eps_theta, model.abar, log_p, guide_scale(args))
+        if classifier is not None:
+            label = torch.tensor([item["label"] for item in batch], device=machine.device)
+            log_p = fits_class(classifier.unet, label)
+            eps_theta = gradient_guided(eps_theta, model.abar, log_p, classifier_scale(args))
         if args.trajectory and not z_0s:
             eps_theta = record_z_0(eps_theta, model.abar, z_0s)
         return eps_theta
@@ -618,7 +678,7 @@ def main(args: Namespace) -> None:
     if is_grid:
         is_row = 1 < request.n_each < n or is_strip
         columns = request.n_each if is_row else 8
-        shown = [model.task.show(item, *request.size) for item in items]
+        shown = [asked.task.show(item, *request.size) for item in items]
         save_samples(images, shown, args.out, min(columns, n))
 
     # What else was asked for: attention by word, z_0 along the way, the score.
@@ -632,7 +692,7 @@ def main(args: Namespace) -> None:
         shown = [z_0s[steps.first_calls[step - 1]] for step in steps_shown]
         save_trajectory(model, shown, machine, args.trajectory)
     if args.score:
-        figures = model.task.score(images, items, min(model.config.size) / 32)
+        figures = asked.task.score(images, items, min(model.config.size) / 32)
         text = ", ".join(f"{name} {v:.4g}" for name, v in figures.items())
         scale = guidance_scale(args, model)
         print(f"{n} images, s = {scale:g}, {steps.n} {args.sampler.upper()} steps: {text}")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyldm.autoencoder import Autoencoder, Pixels, Posterior
+from tinyldm.beyond.classifier import accuracy_by_noise, classifier_config, classifier_loss
 from tinyldm.beyond.control import frozen_parts, with_control
 from tinyldm.beyond.distill import Teacher
 from tinyldm.beyond.dit import DiTConfig
@@ -114,6 +115,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                             "pixels, whose --attn-res must be given; default: out/ae/ckpt.pt")
     group.add_argument("--task", type=str, choices=TASKS, default="text",
                        help="what the condition is")
+    group.add_argument("--classifier", action="store_true",
+                       help="train a classifier of noisy latents in place of eps_theta, to guide "
+                            "an unconditional model with: with --task class")
     group.add_argument("--n-classes", type=int,
                        help="number of classes of labels or label maps; default: the data set's")
     group.add_argument("--label-column", type=str, default="label",
@@ -167,8 +171,16 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         require(args.init or not getattr(args, name), f"--{name}: only with --init")
     n_ways = sum(bool(way) for way in (args.lora, args.control, args.distill))
     require(n_ways <= 1, "--lora, --control, --distill: only one of them")
-    if args.distill:
-        args.p_drop = 0.0               # the student has learned no null condition
+    if args.classifier:
+        learns_labels = TASKS[args.task].fields == ("label",)
+        require(learns_labels, f"--classifier: needs --task class, not {args.task}")
+        require(
+            not args.init and args.backbone == "unet",
+            "--classifier: it has the U-Net's way down and begins from nothing: leave out --init "
+            "and --backbone",
+        )
+    if args.distill or args.classifier:
+        args.p_drop = 0.0               # neither of them has a use for the null condition
     require(args.lora or not args.lora_tau, "--lora-tau: only with --lora")
     require(args.prior or args.prior_weight is None, "--prior-weight: only with --prior")
     require(args.loss_of == "eps" or args.loss == "l2", "--loss-of output: with --loss l2 only")
@@ -340,6 +352,8 @@ def build(
     config = presets.model_config(
         values, ae.cfg, task.names_in(data), tokenizer=decided.get("tokenizer")
     )
+    if args.classifier:
+        config = classifier_config(config)
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
         return build_model(config, ae)
@@ -377,6 +391,8 @@ def choose_trained(args: Namespace, model: LatentDiffusion) -> dict[str, nn.Modu
     if args.control:
         for part in frozen_parts(model):
             part.requires_grad_(False)
+    if args.classifier:
+        model.tau.requires_grad_(False)         # labels are what it predicts, not its condition
     if not args.lora:
         return networks
 
@@ -696,6 +712,39 @@ def sample_all(model: LatentDiffusion, items: list[dict], steps: int) -> Tensor:
     return torch.cat(images)
 
 
+def classifier_evaluation(
+    args: Namespace,
+    model: LatentDiffusion,
+    ema: EMA,
+    held_out: ImageDataset,
+    log: Log,
+    machine: Machine,
+) -> Callable[[int], None]:
+    """Return evaluate(step), which logs how often the averaged classifier is right, by noise."""
+    posterior, y = encode_pairs(args, model, held_out, machine)
+    rng = generator(0, 0)
+    z = posterior.sample(torch.randn(posterior.mean.shape, generator=rng)).to(machine.device)
+    eps = torch.randn(posterior.mean.shape, generator=rng).to(machine.device)
+    label = y["label"].to(machine.device)
+
+    def evaluate(step: int) -> None:
+        if machine.main:
+            with machine.autocast():
+                figures = accuracy_by_noise(ema.nets["unet"], z, eps, model.abar, label)
+            log.write(step, **figures)
+            save_curves(log.path, args.out / "curves.png")
+
+    return evaluate
+
+
+def loss_weights(args: Namespace, t: Tensor, abar: Tensor) -> Tensor:
+    """Return the factors (B,) on Eq. (2) that the flags ask for."""
+    weights = snr_weight(t, abar, *args.snr_clamp)
+    if args.loss_of == "output":
+        weights = weights * output_weight(t, abar, args.predict)
+    return weights
+
+
 def main(args: Namespace) -> None:
     # Set-up: the processes; the model to start from or, for a new one, the frozen stage one; the
     # data; the networks.
@@ -800,7 +849,11 @@ def main(args: Namespace) -> None:
     log.note(healthy_values(z_std_is_measured=not knows_z_std and args.z_std is None))
     evaluate = None
     if args.eval_n > 0 and log.evaluated < args.steps:
-        evaluate = prepare_evaluation(args, model, ema, data, held_out, log, machine)
+        if args.classifier:
+            data_for_it = held_out if len(held_out) else data
+            evaluate = classifier_evaluation(args, model, ema, data_for_it, log, machine)
+        else:
+            evaluate = prepare_evaluation(args, model, ema, data, held_out, log, machine)
         if log.evaluation_is_missing(args.eval_every):
             evaluate(done)
     stop = StopOnSignal()
@@ -835,12 +888,14 @@ def main(args: Namespace) -> None:
             with machine.autocast():
                 if teacher is not None:
                     z_i, eps_i = teacher.targets(z_i, t_i, eps_i, y_i)
-                ctx = model.task.context(y_i, run_nets.get("tau"), model.ae)
-                losses = ldm_loss(eps_theta, z_i, t_i, eps_i, model.abar, ctx, args.loss)   # (B,)
-                weights = snr_weight(t_i, model.abar, *args.snr_clamp)
-                if args.loss_of == "output":
-                    weights = weights * output_weight(t_i, model.abar, args.predict)
-                loss = (losses * weights).mean()
+                if args.classifier:
+                    net = run_nets["unet"]
+                    losses = classifier_loss(net, z_i, t_i, eps_i, model.abar, y_i["label"])
+                else:
+                    ctx = model.task.context(y_i, run_nets.get("tau"), model.ae)
+                    losses = ldm_loss(eps_theta, z_i, t_i, eps_i, model.abar, ctx, args.loss)
+                    losses = losses * loss_weights(args, t_i, model.abar)               # (B,)
+                loss = losses.mean()
                 (loss / n_micro).backward()
             total_loss = total_loss + loss.detach() * (1 / n_micro)
 

@@ -292,12 +292,15 @@ class Backbone:
     """A network that eps_theta can be: the dataclass of its shape, and how it is built.
 
     concatenates: what lies beside z_t is concatenated to it, so c_in counts both.
+    is_eps_theta: it predicts noise. A classifier of z_t, which a model has in the same
+        place, does not.
     """
 
     name: str                           # for people
     config: type
     build: Callable[..., nn.Module]
     concatenates: bool = True
+    is_eps_theta: bool = True
 
 
 BACKBONES = {"unet": Backbone("U-Net", UNetConfig, UNet)}

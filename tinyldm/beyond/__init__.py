@@ -4,7 +4,7 @@ Each file here is one change of one part, to be read beside the part that it cha
 core does not know them: what is a row of a table is added to the table here, and all that
 runs over the table, flags and tests above all, has it.
 """
-from tinyldm.beyond import control, dit, flow, heun, zero_snr
+from tinyldm.beyond import classifier, control, dit, flow, heun, zero_snr
 from tinyldm.diffusion import DRAWS, PREDICTIONS, SCHEDULES
 from tinyldm.samplers import SAMPLERS, TIMESTEPS
 from tinyldm.tasks import TASKS
@@ -21,4 +21,7 @@ TASKS["text-edges"] = control.TextEdges
 BACKBONES["dit"] = Backbone("DiT", dit.DiTConfig, dit.DiT)
 BACKBONES["control"] = Backbone(
     "U-Net with ControlNet", UNetConfig, control.ControlNet, concatenates=False
+)
+BACKBONES["classifier"] = Backbone(
+    "classifier", UNetConfig, classifier.Classifier, is_eps_theta=False
 )

@@ -116,6 +116,7 @@ RANGES: dict[str, Range | tuple[Range, ...]] = {
     "interval": WEIGHT,
     "rescale": SHARE,
     "guide_scale": WEIGHT,
+    "classifier_scale": WEIGHT,
     "to_seed": SEED,
     "strength": Range(0, 1, low_open=True),
     "lora_scale": Range(-100, 100),
