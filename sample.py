@@ -55,6 +55,7 @@ from tinyldm.engine.processes import Machine, setup
 from tinyldm.engine.ranges import check_ranges, flag_of
 from tinyldm.engine.request import DECODERS, IMAGES, Given, Request, read_request
 from tinyldm.errors import naming, require, trying
+from tinyldm.guidance import guided
 from tinyldm.lora import merge
 from tinyldm.model import LatentDiffusion
 from tinyldm.samplers import SAMPLERS, TIMESTEPS, later
@@ -629,8 +630,10 @@ def main(args: Namespace) -> None:
             eps_theta = record_z_0(eps_theta, model.abar, z_0s)
         return eps_theta
 
-    interval = args.interval or (0.0, math.inf)
-    guide = guidance_of_today(model.abar, interval, args.rescale)
+    guide = guided
+    if args.interval or args.rescale:
+        interval = args.interval or (0.0, math.inf)
+        guide = guidance_of_today(model.abar, interval, args.rescale)
 
     # Sample, batch by batch.
     images = []

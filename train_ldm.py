@@ -15,6 +15,7 @@ a run where it stopped. Flags that are not given have the values of --preset's r
 those of the model in its file.
 """
 import copy
+import math
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -131,8 +132,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     group.add_argument("--cache-latents", action=BooleanOptionalAction, default=True,
                        help="encode every image once and keep the latents on disk")
 
+    # Those that begin from nothing: a ControlNet has a model, and a classifier is none.
+    backbones = [name for name, row in BACKBONES.items() if row.is_eps_theta and row.concatenates]
     group = parser.add_argument_group("eps_theta")
-    group.add_argument("--backbone", type=str, choices=["unet", "dit"], default="unet",
+    group.add_argument("--backbone", type=str, choices=backbones, default="unet",
                        help="the network that eps_theta is; the paper's is a U-Net")
     flags.add_config_flags(parser, UNetConfig, "U-Net")
     flags.add_config_flags(
@@ -183,11 +186,28 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         args.p_drop = 0.0               # neither of them has a use for the null condition
     require(args.lora or not args.lora_tau, "--lora-tau: only with --lora")
     require(args.prior or args.prior_weight is None, "--prior-weight: only with --prior")
-    require(args.loss_of == "eps" or args.loss == "l2", "--loss-of output: with --loss l2 only")
+    check_loss(args)
     if args.prior:
         args.prior_weight = args.prior_weight or DEFAULT_WEIGHT
     args.ae = args.ae or args.init or DEFAULT_AE
     return args
+
+
+def check_loss(args: Namespace) -> None:
+    """Raise BadInput for choices of the loss that contradict one another."""
+    is_of_eps = args.loss_of == "eps"
+    low, high = args.snr_clamp
+    require(is_of_eps or args.loss == "l2", "--loss-of output: with --loss l2 only")
+    require(
+        is_of_eps or (low == 0 and high == math.inf),
+        f"--loss-of output: --snr-clamp {low:g} {high:g} would weigh it again; give "
+        "--snr-clamp 0 inf",
+    )
+    require(
+        not args.distill or low > 0 or not is_of_eps,
+        "--distill: Eq. (2) weighs the first step, of almost pure noise, next to nothing; give "
+        "--snr-clamp 1 inf, or --loss-of output",
+    )
 
 
 def row_to_start_from(args: Namespace) -> dict | None:
@@ -205,7 +225,9 @@ def dry_run_without_data(args: Namespace) -> None:
     if args.init:
         with torch.device("meta"):
             model = build_model(read_config(args.init, args.preset, args.vocab)[0])
-        start.check_flags(vars(args), model.config, args.init)
+            start.check_flags(vars(args), model.config, args.init)
+            if args.control:
+                model = with_control(model)
     else:
         model = presets.build_networks(vars(args))
     choose_trained(args, model)
@@ -324,16 +346,29 @@ def open_start(args: Namespace) -> LatentDiffusion:
 
 def distillation(args: Namespace, model: LatentDiffusion, machine: Machine) -> Teacher:
     """Return the model of --init, as it is, as the teacher of the one to be trained."""
+    learned = model.run.get("distill")
+    require(
+        learned in (None, 2 * args.distill),
+        f"--distill {args.distill}: the model in {args.init} samples in {learned} steps, so the "
+        "next number is half of it",
+    )
+    teacher = copy.copy(model)
+    teacher.unet = copy.deepcopy(model.unet)
+    teacher.tau = copy.deepcopy(model.tau)
     with naming("--distill"):
-        return Teacher(copy.deepcopy(model).for_sampling(machine.device), args.distill)
+        return Teacher(teacher.for_sampling(machine.device), args.distill)
 
 
 def check_lora(args: Namespace, model: LatentDiffusion, data: ImageDataset) -> None:
-    """Raise BadInput for what a LoRA, which has nothing but its pairs, cannot teach a model."""
+    """Raise BadInput for what a LoRA, or a teacher, cannot teach a model."""
     require(not args.lora_tau or model.tau is not None, "--lora-tau: the model has no tau")
+    new = ", ".join(start.new_names(model, data))
+    require(
+        not new or not args.distill,
+        f"--distill: the model has no classes {new}, so it cannot teach them",
+    )
     if not args.lora:
         return
-    new = ", ".join(start.new_names(model, data))
     require(not new, f"--lora: the model has no classes {new}, and a LoRA adds none; train in full")
     require(
         model.can_be_guided or args.p_drop == 0,
@@ -388,9 +423,8 @@ def choose_trained(args: Namespace, model: LatentDiffusion) -> dict[str, nn.Modu
     networks = model.networks
     for net in networks.values():
         net.train().requires_grad_(not args.lora)
-    if args.control:
-        for part in frozen_parts(model):
-            part.requires_grad_(False)
+    for part in frozen_parts(model):
+        part.requires_grad_(False)
     if args.classifier:
         model.tau.requires_grad_(False)         # labels are what it predicts, not its condition
     if not args.lora:
@@ -643,7 +677,7 @@ def prepare_evaluation(
 
 def has_a_name_for_each(model: LatentDiffusion, data: ImageDataset) -> bool:
     """Return whether the condition is a caption alone, and hardly two images share one."""
-    if "caption" not in model.task.fields or model.sees_mask or data.has_exact_scorer:
+    if model.task.fields != ("caption",) or data.has_exact_scorer:
         return False
     captions = data.captions()
     return len(set(captions)) > 0.9 * len(captions)

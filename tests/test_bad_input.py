@@ -40,6 +40,12 @@ BAD_INPUT = [
     ([*LDM, "--out", "{new}", "--ae", "{new}.pt"], "--ae: {new}.pt: no such file"),
     ([*LDM, "--out", "{new}", "--ae", "{ae}/ckpt.pt", "--size", 18], "not a multiple of 4"),
     ([*LDM, "--out", "{new}", "--ae", "{ae}/ckpt.pt", "--fsdp"], "--fsdp: "),
+    ([*LDM, "--out", "{new}", "--loss-of", "output"], "--loss-of output: --snr-clamp 0.1 1"),
+    ([*LDM, "--out", "{new}", "--beta-range", 0.1], "beta_range has 1 numbers"),
+    (
+        ["train_ldm.py", "--init", "{ldm}/model.pt", "--distill", 4, "--snr-clamp", 0, 1],
+        "--distill: Eq. (2) weighs the first step",
+    ),
     # Flags of sampling.
     (SAMPLE, "no prompt"),
     ([*SAMPLE, "--prompts", "{blank}"], "no prompt"),

@@ -137,6 +137,10 @@ def test_a_folder_without_clip_is_one_line(folder, tmp_path, capsys):
     assert "model.safetensors: no such file" in output
 
     (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"vision_config": {"hidden_act": "gelu"}}')
     write_state({"x": torch.zeros(1)}, tmp_path / "other/model.safetensors")
+    with pytest.raises(BadInput, match="only CLIP models like OpenAI's are read"):
+        open_clip(tmp_path / "other")
+    (tmp_path / "other/config.json").unlink()
     with pytest.raises(BadInput, match="not a CLIP of images and texts"):
         open_clip(tmp_path / "other")

@@ -10,6 +10,7 @@ from tinyldm.beyond.control import (
     edges,
     kept_channels,
     on_latent_grid,
+    time_features,
     way_down,
     with_control,
 )
@@ -71,16 +72,19 @@ def test_agreement_is_1_for_the_same_edges_and_0_for_those_far_away():
     far = torch.zeros_like(found)
     far[..., 0, 0] = 1
     assert agreement(far, found) == 0
-    assert agreement(torch.zeros_like(found), found) == 0
+    none = torch.zeros_like(found)
+    assert agreement(none, found) == 0
+    assert agreement(none, none) == 1
 
 
 # ---- the branch
 
 def test_kept_channels_are_those_that_the_unet_keeps():
     cfg = UNetConfig(4, 4, 8, 32, (1, 2), 2, (8,), 16, d_ctx=24, groups=8)
-    kept, middle = way_down(
-        UNet(cfg), torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 24)
-    )
+    net = UNet(cfg)
+    z_t = torch.randn(1, 4, 8, 8)
+    emb = time_features(net, z_t, torch.tensor([3]))
+    kept, middle = way_down(net, z_t, emb, torch.randn(1, 5, 24))
     assert kept_channels(cfg) == [x.shape[1] for x in [*kept, middle]]
 
 
@@ -121,8 +125,8 @@ def test_a_branch_that_has_learned_heeds_the_edges():
     assert (call(model, 0.0) - call(model, 1.0)).abs().max() > 1e-3
 
 
-def test_only_a_u_net_of_captions_gets_a_branch(controlled):
-    with pytest.raises(BadInput, match="a branch for edges needs a U-Net that learned captions"):
+def test_a_model_has_one_branch_at_most(controlled):
+    with pytest.raises(BadInput, match="it has a branch already"):
         with_control(controlled)
 
 

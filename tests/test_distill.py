@@ -95,6 +95,13 @@ def test_the_student_is_the_next_teacher(distilled, tmp_path, cli):
     assert (tmp_path / "next/model.pt").exists()
 
 
+def test_the_student_cannot_skip_a_halving(distilled, tmp_path, cli):
+    out, _ = distilled
+    output = cli("train_ldm.py", "--init", out / "model.pt", "--distill", 1, "--n-shapes", 40,
+                 "--out", tmp_path / "x", code=2)
+    assert "samples in 4 steps, so the next number is half of it" in output
+
+
 def test_it_goes_on_bit_for_bit_with_the_same_teacher_only(distilled, tmp_path, cli):
     out, command = distilled
     for steps in (1, 2):

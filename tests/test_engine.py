@@ -111,7 +111,6 @@ def test_flags_of_each_type_fill_a_config():
 @pytest.mark.parametrize("argv", [
     ["--inner", "3"],               # no option
     ["--n-x", "3"],                 # has another name
-    ["--ends", "1"],
     ["--kind", "c"],
     ["--width", "wide"],
     ["--wid", "3"],                 # no abbreviations

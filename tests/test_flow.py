@@ -20,6 +20,7 @@ from tinyldm.diffusion import (
     q_sample,
     sqrt_linear_betas,
 )
+from tinyldm.engine.start import row_of_file
 from tinyldm.samplers import ddim, plms, timesteps
 
 STRAIGHT = cumulative(straight_betas())
@@ -135,6 +136,14 @@ def test_training_takes_the_loss_and_the_draw_of_the_flags(trained, tmp_path, cl
     assert abs(of_eps / of_output - 0.293) < 0.015
     uniform = first_loss("--loss-of", "eps", "--draw-t", "uniform")
     assert abs(uniform / of_output - 1 / 3) < 0.015
+
+
+def test_training_goes_on_from_a_model_with_the_loss_that_it_had(trained, tmp_path, cli):
+    """Its file says how, though most rows have no such column."""
+    cli("train_ldm.py", *TINY_LDM, "--preset", "toy-flow", "--ae", trained / "ae/ckpt.pt",
+        "--size", 16, "--steps", 1, "--eval-n", 0, "--out", tmp_path / "flow")
+    row = row_of_file(tmp_path / "flow/model.pt", None, None)
+    assert (row["loss_of"], row["draw_t"], row["predict"]) == ("output", "logit-normal", "flow")
 
 
 # ---- Heun's method in sigma

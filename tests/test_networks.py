@@ -255,7 +255,9 @@ def test_a_backbone_refuses_tokens_if_it_does_not_attend(backbone):
         build(backbone, d_ctx=None)(z_t, t, *Context(tokens=tokens))
 
 
-@pytest.mark.parametrize("backbone", ["unet", "dit"])
+@pytest.mark.parametrize(
+    "backbone", [k for k, v in BACKBONES.items() if v.is_eps_theta and v.concatenates]
+)
 def test_beside_is_concatenated_behind_z_t(backbone):
     """The same channels give the same output, whether they come by z_t or beside it."""
     net = wake(build(backbone, c_in=7, d_ctx=None))

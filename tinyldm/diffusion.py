@@ -203,7 +203,7 @@ class DiffusionConfig:
     schedule: str = option("sqrt-linear", "schedule of the noise", choices=SCHEDULES)
     T: int = option(1000, "number of timesteps")
     beta_range: tuple[float, float] | tuple[()] = option(
-        (), "first and last beta of the schedule; default: the schedule's own"
+        (), "first and last beta of the schedule; none, the default: the schedule's own"
     )
     predict: str = option(
         "eps", "what the U-Net predicts; the paper's predicts eps", choices=PREDICTIONS
@@ -218,6 +218,8 @@ class DiffusionConfig:
             takes_range or not self.beta_range,
             f"beta_range {self.beta_range}: the {self.schedule} schedule takes none",
         )
+        n_betas = len(self.beta_range)
+        require(n_betas in (0, 2), f"beta_range has {n_betas} numbers; give the first and the last")
         require(self.predict in PREDICTIONS, f"predict {self.predict!r:.99}: not known")
         require(
             self.predict != "eps" or not SCHEDULES[self.schedule].ends_in_noise,
@@ -270,10 +272,14 @@ def draw_timesteps(B: int, T: int, generator: torch.Generator) -> Tensor:
     Why not independent: the loss depends strongly on t. Here each of B equal parts of
     0..T-1 has one t, so the loss of a batch fluctuates less.
     """
+    return (draw_evenly(B, generator) * T).long().clamp(max=T - 1)
+
+
+def draw_evenly(B: int, generator: torch.Generator) -> Tensor:
+    """Draw (B,) numbers, each uniform in 0..1, one in each of B equal parts."""
     part = torch.randperm(B, generator=generator)
     place = torch.rand(B, generator=generator)              # within the part
-    u = (part + place) / B                                  # in 0..1; may round up to 1
-    return (u * T).long().clamp(max=T - 1)
+    return (part + place) / B                               # may round up to 1
 
 
 DRAWS = {"uniform": draw_timesteps}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyldm.beyond.control import way_down
+from tinyldm.beyond.control import time_features, way_down
 from tinyldm.diffusion import q_sample
 from tinyldm.layers import zero_
 from tinyldm.model import ModelConfig
@@ -47,7 +47,8 @@ class Classifier(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
         """Return the logits of p(y | z_t), (B, number of classes)."""
         self.unet.ckpt_grad = self.ckpt_grad
-        _, h = way_down(self.unet, z_t, t, None)
+        emb = time_features(self.unet, z_t, t)
+        _, h = way_down(self.unet, z_t, emb, None)
         h = F.silu(self.norm(h)).mean((2, 3))               # (B, c)
         return self.out(h)
 

@@ -28,7 +28,7 @@ from tinyldm.model import LatentDiffusion
 from tinyldm.tasks import Task, Text
 from tinyldm.unet import UNet, UNetConfig, check_tokens
 
-STRONG = 0.3            # a change of colour, of 2 in all, that makes an edge
+STRONG = 0.3            # from pixel to pixel, in [-1, 1]: so large a change is an edge
 CELLS = 4               # each place of the latent grid has 4 x 4 cells of edges
 HINT = CELLS ** 2       # so many channels lie beside z_t
 
@@ -113,8 +113,8 @@ def agreement(found: Tensor, wanted: Tensor) -> float:
     NB: a caption alone says roughly where things are, so it is above 0 without a branch.
     """
     n_both = (found * wanted).sum()
-    n_each = (found.sum() + wanted.sum()).clamp(min=1)
-    return float(2 * n_both / n_each)
+    n_each = found.sum() + wanted.sum()
+    return float(2 * n_both / n_each) if n_each > 0 else 1.0
 
 
 # ---- the network
@@ -159,16 +159,18 @@ class ControlNet(nn.Module):
         self.base.ckpt_grad = self.ckpt_grad
         self.copy.ckpt_grad = self.ckpt_grad
 
-        kept, h = way_down(self.base, z_t, t, tokens)
+        emb = time_features(self.base, z_t, t)
+        kept, h = way_down(self.base, z_t, emb, tokens)
         if beside is not None:
-            added, h_added = way_down(self.copy, z_t, t, tokens, self.hint(beside))
+            emb_of_copy = time_features(self.copy, z_t, t)
+            hint = self.hint(beside)
+            added, h_added = way_down(self.copy, z_t, emb_of_copy, tokens, hint)
             outputs = [*added, h_added]
             corrections = [conv(x) for conv, x in zip(self.zero, outputs)]
             h = h + corrections.pop()
             kept = [x + correction for x, correction in zip(kept, corrections)]
 
         # The way up, as in the U-Net.
-        emb = time_features(self.base, z_t, t)
         for stage in self.base.up:
             h = torch.cat([h, kept.pop()], dim=1)
             h = self.base._run(stage, h, emb, tokens)
@@ -176,13 +178,13 @@ class ControlNet(nn.Module):
 
 
 def way_down(
-    net: UNet, z_t: Tensor, t: Tensor, tokens: Tensor | None, hint: Tensor | None = None
+    net: UNet, z_t: Tensor, emb: Tensor, tokens: Tensor | None, hint: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor]:
     """Return all outputs that a U-Net keeps on its way down, and the one of its middle.
 
-    hint (B, ch, h, w) is added to what its first convolution makes of z_t.
+    emb (B, 4 ch) is time_features'. hint (B, ch, h, w) is added to what its first
+    convolution makes of z_t.
     """
-    emb = time_features(net, z_t, t)
     kept = []
     h = z_t
     for stage in net.down:
@@ -216,6 +218,7 @@ def with_control(model: LatentDiffusion) -> LatentDiffusion:
     Raises BadInput for a model of another task, or one that is no U-Net.
     """
     config = model.config
+    require(config.backbone != "control", "it has a branch already; no other is added")
     require(
         type(model.task) is Text and config.backbone == "unet",
         f"a branch for edges needs a U-Net that learned captions; this is a {config.backbone} of "
@@ -237,5 +240,6 @@ def with_control(model: LatentDiffusion) -> LatentDiffusion:
 
 
 def frozen_parts(model: LatentDiffusion) -> list[nn.Module]:
-    """Return what of a model with a branch is not trained: the text model that it was."""
-    return [model.unet.base, model.tau]
+    """Return what of a model is never trained: of one with a branch, the text model it was."""
+    is_controlled = model.config.backbone == "control"
+    return [model.unet.base, model.tau] if is_controlled else []

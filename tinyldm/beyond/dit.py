@@ -121,8 +121,8 @@ class DiT(nn.Module):
     """The network eps_theta(z_t, t, ctx), called as the U-Net is.
 
     Of a condition that comes as tokens, the mean goes to emb, by which a class acts in the
-    DiT paper; and every block attends to all of them, as captions need it. To a class,
-    which is one token, the attention adds nothing but a second way.
+    DiT paper; and every block attends to all of them, as captions need it. Of a class,
+    which is one token, the attention only says the same once more.
 
     It begins as zero, as the U-Net does. ckpt_grad = True computes the activations inside
     a block a second time in the backward pass, in place of keeping them.

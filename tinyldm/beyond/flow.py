@@ -8,14 +8,14 @@ Symbols: r in 0..1 is the time of the flow: x_r = (1 - r) z_0 + r eps, so x_0 is
 A network learns u with the plain loss |u - u_theta|^2. To sample, begin at x_1 = eps and
 follow u_theta down to r = 0.
 
-What changed against the paper is four rows of tables, all of them here:
+What changed against the paper is a few choices, and three of them are here:
 
 - the schedule, STRAIGHT: abar_t such that z_t is x_r, scaled to variance 1,
 - what the network predicts, VELOCITY,
 - the loss, which is the error of the output itself (`--loss-of output`),
 - how t is drawn in training, draw_logit_normal.
 
-Nothing else does. A flow is a diffusion whose noise is added at another pace: x_r and z_t
+All else stays as it is. A flow is a diffusion whose noise is added at another pace: x_r and z_t
 with the same ratio of signal to noise differ by a factor, x_r = z_t / (a + b) with
 a = sqrt(abar_t) and b = sqrt(1 - abar_t), and r = b / (a + b). The network is given z_t,
 whose variance is 1 at every t. And Euler's method for the flow, x_s = x_r + (s - r) u, is
@@ -24,7 +24,7 @@ DDIM, so that all samplers, img2img, inpainting and guidance are as before.
 import torch
 from torch import Tensor
 
-from tinyldm.diffusion import Prediction, Schedule, draw_timesteps
+from tinyldm.diffusion import Prediction, Schedule, draw_evenly
 
 # ---- the schedule
 
@@ -75,11 +75,12 @@ VELOCITY = Prediction(eps_from_velocity, z_0_from_velocity, velocity_weight)
 def draw_logit_normal(B: int, T: int, generator: torch.Generator) -> Tensor:
     """Draw t (B,) so that logit(r) ~ N(0, 1), Esser et al. 2024, Eq. (19).
 
-    Why: near r = 0 and r = 1 the best u is nearly known, a mean of all latents or of all
-    noise. The middle, where the content of an image is decided, gets more of the batch.
-    NB: as in Stable Diffusion 3, the loss is not corrected for it. So this is a weight of
-    the loss, whose estimate has less variance.
+    Why: the ends are easy. At r = 1, u can be no better than the noise minus the mean of
+    all latents; at r = 0, than the mean of all noise, which is 0, minus the latent. The
+    middle, where the content of an image is decided, gets more of the batch.
+    NB: as in Stable Diffusion 3, the loss is not divided by the density, so the middle
+    also weighs more in it. The very ends are all but never drawn.
     """
-    u = (draw_timesteps(B, T, generator) + 0.5) / T         # uniform in 0..1
-    r = torch.special.ndtri(u).sigmoid()
+    u = draw_evenly(B, generator)
+    r = torch.special.ndtri(u).sigmoid()                    # ndtri is the normal quantile
     return (r * T).long().clamp(max=T - 1)

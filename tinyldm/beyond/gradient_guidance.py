@@ -49,10 +49,11 @@ def fits_image(
     image: y (C, h, w) in [-1, 1]. If it is smaller than what decode returns, T shrinks
         the decoded image to its size, by the mean of each part (super-resolution).
     visible: (1, h, w), 1 where the image counts and 0 elsewhere (inpainting).
+    NB: it is a sum over the pixels, as in the paper, so a larger y wants a lower scale.
     """
 
     def log_p(z_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        x = decode(predict_z_0(z_t, eps, at(abar, t, z_t)))
+        x = decode(predict_z_0(z_t, eps, at(abar, t, z_t))).float()
         difference = F.adaptive_avg_pool2d(x, image.shape[-2:]) - image
         if visible is not None:
             difference = difference * visible

@@ -91,12 +91,13 @@ def karras_timesteps(abar: Tensor, S: int, rho: float = 7.0) -> list[int]:
     """
     T = len(abar)
     require(1 <= S <= T, f"steps {S}: must be 1..{T}")
+    abar = abar.cpu()
     powers = ((1 - abar) / abar) ** (0.5 / rho)         # sigma^(1 / rho) of each t, rising
     wanted = torch.linspace(float(powers[-1]), float(powers[0]), S, dtype=powers.dtype)
 
     visited: list[int] = []
     for k, power in enumerate(wanted):
-        nearest = int((powers.cpu() - power).abs().argmin())
+        nearest = int((powers - power).abs().argmin())
         highest = visited[-1] - 1 if visited else T - 1
         lowest = S - 1 - k                              # so many steps are still to come
         visited.append(max(min(nearest, highest), lowest))

@@ -125,15 +125,17 @@ def argument_type(hint: type) -> dict:
     """Return add_argument's keywords for a field's type.
 
     `int | None` is an int that may be left out, `tuple[int, ...]` is any number of ints,
-    `tuple[float, float]` is two floats, and a bool has a --no- form.
+    `tuple[float, float]` is two floats, `tuple[float, float] | tuple[()]` two or none, and a
+    bool has a --no- form.
     """
+    may_be_empty = tuple[()] in typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     if hint is bool:
         return {"action": BooleanOptionalAction}
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)
-        nargs = "*" if kinds[1:] == (Ellipsis,) else len(kinds)
+        nargs = "*" if may_be_empty or kinds[1:] == (Ellipsis,) else len(kinds)
         return {"type": kinds[0], "nargs": nargs}
     return {"type": hint}
 

@@ -148,7 +148,7 @@ def held_out_conditions(
 def image_and_mask(decoded: dict, size: tuple[int, int]) -> dict[str, Tensor]:
     """Return the image to repaint (C, H, W), and the mask (1, H, W): 1 where it is repainted."""
     h, w = size
-    mask = read_mask(decoded["mask"], decoded["image"], (w, h), "mask")
+    mask = read_mask(decoded["mask"], decoded["image"], (w, h), "mask", "repainted")
     image = fit_image(decoded["image"], (w, h), LANCZOS, "image")
     return {"image": to_tensor(image), "mask": mask}
 
@@ -165,17 +165,18 @@ def guide_and_visible(decoded: dict, size: tuple[int, int]) -> dict[str, Tensor]
 
     shared = {"guide": to_tensor(fit_image(guide, guide_size, LANCZOS, "guide"))}
     if "guide_mask" in decoded:
-        mask = read_mask(decoded["guide_mask"], guide, guide_size, "guide mask")
+        mask = read_mask(decoded["guide_mask"], guide, guide_size, "guide mask", "left out")
         shared["visible"] = 1 - mask
     return shared
 
 
 def read_mask(
-    mask: Image.Image, image: Image.Image, size: tuple[int, int], name: str
+    mask: Image.Image, image: Image.Image, size: tuple[int, int], name: str, white: str
 ) -> Tensor:
     """Return the mask of an image as (1, H, W), 1 where it is white.
 
-    size: (W, H), as fit_image has it. Raises BadInput for a mask of one colour.
+    size: (W, H), as fit_image has it. name and white are for messages: whose mask it is, and
+    what its white part is. Raises BadInput for a mask of one colour.
     """
     mask = mask.convert("L")
     if mask.size != image.size:
@@ -191,6 +192,6 @@ def read_mask(
     covered = "all" if mask.any() else "nothing"
     require(
         0 < mask.mean() < 1,
-        f"{name}: it covers {covered}; white is repainted, black is kept",
+        f"{name}: it covers {covered}; white is {white}, black is kept",
     )
     return mask

@@ -35,6 +35,9 @@ def row_of_file(path: Path, preset: str | None, vocab: Path | None) -> dict:
     require(preset in (None, name), f"{path}: its preset is {name}, not {preset}")
     columns = presets.LDM[name]
     row = {column: run.get(column, value) for column, value in columns.items()}
+    for column in ("loss", "loss_of", "draw_t"):    # no column of most rows
+        if column in run:
+            row[column] = run[column]
     for column in ("ae", "out", "hold_out"):        # they are about the other run's files
         row.pop(column, None)
     row |= fixed_values(config) | {"size": config.size, "p_drop": config.p_drop}

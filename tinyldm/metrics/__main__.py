@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tinyldm.data.dataset import spread
@@ -26,7 +27,7 @@ from tinyldm.engine.processes import setup
 from tinyldm.engine.ranges import check_ranges
 from tinyldm.engine.weights import open_perceptual
 from tinyldm.errors import naming, require
-from tinyldm.metrics.clip import clip_score, clip_vectors, cmmd, open_clip
+from tinyldm.metrics.clip import CLIP, clip_score, clip_vectors, cmmd, open_clip
 from tinyldm.metrics.images import psnr, ssim
 from tinyldm.metrics.reading import ExactImages, Tally, read_images, read_pairs
 from tinyldm.metrics.sets import Statistics, compare
@@ -70,6 +71,9 @@ def main(args: Namespace) -> None:
     device = setup(args.device, "fp32").device
     built_in = args.real in BUILT_IN or args.fake in BUILT_IN
     net = open_feature_net(args, device, built_in)
+    if args.clip:
+        with naming("--clip"):
+            clip = open_clip(args.clip, device)
 
     # The two sets, at one size.
     size = args.size if args.size is not None else size_of_first(args.fake)
@@ -93,7 +97,7 @@ def main(args: Namespace) -> None:
         figures |= compare_pairs(real, fake, pairs, args, device)
 
     if args.clip:
-        figures |= compare_by_clip(real, fake, args, device)
+        figures |= compare_by_clip(real, fake, clip, args, device)
 
     n_real = real_statistics.moments.n
     n_fake = fake_statistics.moments.n
@@ -203,25 +207,28 @@ def compare_pairs(
 
 
 def compare_by_clip(
-    real: Dataset, fake: Dataset, args: Namespace, device: torch.device
+    real: Dataset,
+    fake: Dataset,
+    clip: tuple[CLIP, Tokenizer],
+    args: Namespace,
+    device: torch.device,
 ) -> dict[str, float]:
     """Return cmmd, and clip_score if all fake images have captions, of at most --n images."""
-    with naming("--clip"):
-        net, tokenizer = open_clip(args.clip, device)
-    vectors = []
-    for data in (real, fake):
-        numbers = spread(min(len(data), args.n), len(data))
-        tally = Tally((0, 0))
-        images = read_images(data, numbers, args.workers, device, tally)
-        vectors.append(clip_vectors(net, images))
-    figures = {"cmmd": cmmd(*vectors)}
+    net, tokenizer = clip
 
-    # numbers and tally are those of the fake images now.
-    captions = captions_of(fake, numbers, tally)
+    def vectors_of(data: Dataset, tally: Tally) -> Tensor:
+        numbers = spread(min(len(data), args.n), len(data))
+        return clip_vectors(net, read_images(data, numbers, args.workers, device, tally))
+
+    tally = Tally((0, 0))
+    vectors = vectors_of(fake, tally)
+    figures = {"cmmd": cmmd(vectors_of(real, Tally((0, 0))), vectors)}
+
+    captions = captions_of(fake, spread(min(len(fake), args.n), len(fake)), tally)
     if captions is None:
         print("--clip: not all fake images have captions, so there is no clip_score")
     else:
-        figures["clip_score"] = clip_score(net, tokenizer, vectors[1], captions)
+        figures["clip_score"] = clip_score(net, tokenizer, vectors, captions)
     return figures
 
 

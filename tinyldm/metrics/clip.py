@@ -8,6 +8,7 @@ Symbols: x (B, C, H, W) in [-1, 1]; S the side of the images that CLIP takes; N 
 CLIP's weights are not bundled: `--clip` takes a folder as they are published, with
 model.safetensors, and vocab.json and merges.txt or tokenizer.json.
 """
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from tinyldm.engine.released_names import CLIP_RULES, renamed
 from tinyldm.engine.weights import read_state
 from tinyldm.errors import require, trying
 
-D_HEAD = 64                 # of all CLIP models with patches
+D_HEAD = 64                 # of all of OpenAI's CLIP models with patches
 MEAN = (0.48145466, 0.4578275, 0.40821073)      # of CLIP's training images, in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -127,12 +128,34 @@ def open_clip(folder: Path, device: torch.device | str = "cpu") -> tuple[CLIP, T
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
     file = next((file for file in files if file.exists()), files[0])
     require(file.exists(), f"{file}: no such file; CLIP's folder has it")
+    check_config(folder / "config.json")
     state = read_state(file)
     with trying(f"{file}: not a CLIP of images and texts"):
         net = built_for(state)
         net.load_state_dict({key: state[name].float() for key, name in names(net).items()})
     tokenizer = open_vocab(folder, net.text.cfg.n_vocab, net.text.cfg.n_token)
     return net.to(device).eval().requires_grad_(False), tokenizer
+
+
+def check_config(path: Path) -> None:
+    """Raise BadInput for a CLIP of another kind than OpenAI's, if the folder says so.
+
+    Others have heads of another width, or GELU in place of its approximation.
+    """
+    if not path.exists():
+        return
+    with trying(f"{path}: cannot be read"):
+        config = json.loads(path.read_bytes())
+        towers = [config.get("vision_config", {}), config.get("text_config", {})]
+        for tower in towers:
+            d_head = tower.get("hidden_size", 64) / tower.get("num_attention_heads", 1)
+            n_head = tower.get("num_attention_heads")
+            activation = tower.get("hidden_act", "quick_gelu")
+            require(
+                activation == "quick_gelu" and (n_head is None or d_head == D_HEAD),
+                f"{path}: heads of {d_head:g} and {activation}; only CLIP models like OpenAI's are "
+                f"read, which have heads of {D_HEAD} and quick_gelu",
+            )
 
 
 def built_for(state: dict[str, Tensor]) -> CLIP:
@@ -190,7 +213,7 @@ def clip_score(
 ) -> float:
     """Return the mean of 100 max(cos(image, caption), 0), Hessel et al., as it is reported.
 
-    vectors: of the images (n, d), one per caption. NB: Hessel et al. have 2.5 for 100.
+    vectors: of the images (n, d), one per caption. NB: the factor is 2.5 in Hessel et al.
     """
     device = net.mean.device
     cosines = []
@@ -208,8 +231,11 @@ def cmmd(a: Tensor, b: Tensor, sigma: float = 10.0) -> float:
     figures are of CLIP ViT-L/14 at 336 pixels, and of 30,000 images.
     """
     def mean_kernel(u: Tensor, v: Tensor) -> Tensor:
-        rows = [torch.cdist(part, v) ** 2 for part in u.double().split(1024)]
-        return torch.cat(rows).div(-2 * sigma ** 2).exp().mean()
+        total = 0
+        for part in u.split(1024):                              # not all pairs at once
+            squares = torch.cdist(part, v) ** 2
+            total = total + (-squares / (2 * sigma ** 2)).exp().sum()
+        return total / (len(u) * len(v))
 
     a = a.double()
     b = b.double()

@@ -53,7 +53,7 @@ def attention_maps(
     # changes from call to call: else each call would be compiled anew.
     def add_map(attention: Attention, inputs: tuple, output: Tensor) -> None:
         x, ctx = inputs
-        weights = mean_weights(attention, x, ctx, n)
+        weights = mean_weights(attention, x.detach(), ctx.detach(), n).detach()
         of_this_call.append(on_grid(weights, h, w))
 
     # This one runs after unet.forward.
