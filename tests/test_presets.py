@@ -24,7 +24,7 @@ CONFIGS = json.loads(PARAMS.read_text())["configs"]
 OPTIONAL = {
     "micro_batch", "vgg_weights", "inception", "n_head", "d_head", "z_std", "d_ctx",
     "n_classes", "n_codes", "vocab_size", "channels",
-    "degrade", "small", "init", "vocab", "lora",
+    "degrade", "small", "init", "vocab", "lora", "distill",
     "prior", "prior_weight",
 }
 ROWS = [(train_ae, presets.AE, name) for name in presets.AE]

@@ -176,7 +176,7 @@ def test_sigterm_saves_before_leaving(tmp_path):
 def test_a_prompt_alone_samples_from_the_bundled_emoji_model(tmp_path, cli):
     """It needs no flag; a folder as --out gets one file per image."""
     output = cli("sample.py", "a mushroom", "--n", 2, "--steps", 5, "--out", tmp_path)
-    assert "emoji.pt: emoji, text" in output
+    assert "emoji.pt: emoji-long, text" in output
     assert pixels(tmp_path / "000001.png").shape == (64, 64, 3)
     assert pixels(tmp_path / "000001.png").std() > 5
 
