@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from tinyldm.beyond.classifier import Classifier, accuracy_by_noise, classifier_loss, fits_class
+from tinyldm.data.shapes import CLASSES
 from tinyldm.diffusion import cumulative, q_sample, sqrt_linear_betas
+from tinyldm.engine.open import open_model
 from tinyldm.unet import UNetConfig
 
 ABAR = cumulative(sqrt_linear_betas())
@@ -75,6 +77,13 @@ def both(trained, tmp_path_factory, cli):
     cli(*start, "--task", "class", "--classifier", "--steps", 2, "--eval-every", 1,
         "--out", out / "classifier")
     return out, start
+
+
+def test_it_has_a_class_for_each_of_the_data_set(both):
+    out, _ = both
+    model = open_model(out / "classifier/model.pt")
+    assert isinstance(model.unet, Classifier)
+    assert model.unet.out.out_features == len(CLASSES)
 
 
 def test_training_logs_how_often_it_is_right(both):

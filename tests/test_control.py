@@ -125,6 +125,15 @@ def test_a_branch_that_has_learned_heeds_the_edges():
     assert (call(model, 0.0) - call(model, 1.0)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("i", [0, 3, -1])
+def test_each_output_that_is_kept_and_the_middle_is_corrected(i):
+    """One of the convolutions behind the branch is enough to change what the model says."""
+    model = with_control(open_model(BUNDLED["toy"]))
+    before = call(model, 1.0)
+    torch.nn.init.ones_(model.unet.zero[i].bias)
+    assert (call(model, 1.0) - before).abs().max() > 1e-3
+
+
 def test_a_model_has_one_branch_at_most(controlled):
     with pytest.raises(BadInput, match="it has a branch already"):
         with_control(controlled)

@@ -11,7 +11,9 @@ from torch.testing import assert_close
 
 from tinyldm.beyond.distill import Teacher
 from tinyldm.diffusion import q_sample
+from tinyldm.engine.open import BUNDLED, open_model
 from tinyldm.errors import BadInput
+from tinyldm.guidance import guided
 from tinyldm.samplers import ddim, ddim_step, timesteps
 
 
@@ -53,6 +55,26 @@ def test_the_targets_add_up_to_the_z_t_that_they_are_of():
     t_m = torch.full((len(z_m),), int(middle))
     z_end = ddim_step(z_m, gaussian.eps_theta(z_m, t_m), ABAR[middle], torch.ones(()))
     assert_close(z_0[last], z_end, rtol=1e-3, atol=1e-3)
+
+
+def test_a_teacher_that_can_be_guided_is():
+    """At its task's scale: the last step of a student of the toy ends where two guided ones do."""
+    model = open_model(BUNDLED["toy"])
+    one = Teacher(model, 4)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 4, 8, 8, generator=generator)
+    eps = torch.randn(2, 4, 8, 8, generator=generator)
+    t = one.starts[[-1, -1]]
+    y = model.task.encode({"caption": ["a red circle", "a blue square"]})
+    z_0, _ = one.targets(z, t, eps, y)
+
+    ctx = model.task.context(y, model.tau, model.ae)
+    ctx_null = model.task.context(model.task.null(), model.tau, model.ae)
+    assert model.default_scale() == 2
+    eps_theta = guided(model.eps_theta(), ctx_null, 2.0)
+    ts = [int(one.starts[-1]), int(one.middles[-1]), -1]
+    wanted = ddim(eps_theta, q_sample(z, t, eps, model.abar), ctx, model.abar, ts)
+    assert_close(z_0, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_t_is_drawn_evenly_from_the_students_timesteps():

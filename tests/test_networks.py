@@ -401,8 +401,8 @@ def test_places_tell_rows_and_columns_apart():
     features = places(3, 5, 16, torch.zeros(()))
     assert features.shape == (15, 16)
     assert len(features.unique(dim=0)) == 15
-    assert_close(features[7, :8], timestep_embedding(torch.tensor([1]), 8)[0])      # row 1
-    assert_close(features[7, 8:], timestep_embedding(torch.tensor([2]), 8)[0])      # column 2
+    assert_close(features[8, :8], timestep_embedding(torch.tensor([1]), 8)[0])      # row 1
+    assert_close(features[8, 8:], timestep_embedding(torch.tensor([3]), 8)[0])      # column 3
 
 
 @pytest.mark.parametrize("name,params", [("S", 33e6), ("B", 130e6), ("L", 458e6), ("XL", 675e6)])
