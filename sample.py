@@ -44,6 +44,7 @@ from tinyldm.engine.open import (
 )
 from tinyldm.engine.output import (
     WRITTEN,
+    digest_of_model,
     image_paths,
     is_image_file,
     metadata_of,
@@ -67,6 +68,14 @@ from tinyldm.unet import BACKBONES
 DEFAULT_STRENGTH = 0.5
 DEFAULT_GUIDE_SCALE = 5.0
 DEFAULT_CLASSIFIER_SCALE = 2.0
+
+# Flags that mean nothing without another one.
+NEEDED = {
+    "strength": "init",
+    "guide_mask": "guide",
+    "guide_scale": "guide",
+    "classifier_scale": "classifier",
+}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -208,20 +217,17 @@ def check_condition_flags(args: Namespace, model: LatentDiffusion) -> None:
 
 def check_combinations(args: Namespace) -> None:
     """Raise BadInput for flags that need another one, and for odd names of files to write."""
-    require(args.init or args.strength is None, "--strength: only with --init")
-    for name in ("guide_mask", "guide_scale"):
-        flag = flag_of(name)
-        require(args.guide or getattr(args, name) is None, f"{flag}: only with --guide")
+    for name, needed in NEEDED.items():
+        require(
+            getattr(args, needed) or getattr(args, name) is None,
+            f"{flag_of(name)}: only with {flag_of(needed)}",
+        )
     require(args.attention or args.trajectory or not args.at, "--at: for --attention, --trajectory")
     for name in ("score", "attention"):
         require(
             args.to_prompt is None or not getattr(args, name),
             f"--{name}: not with --to-prompt, as no caption is true between two prompts",
         )
-    require(
-        args.classifier or args.classifier_scale is None,
-        "--classifier-scale: only with --classifier",
-    )
     check_lora_flags(args)
     with naming("--out"):
         is_grid = is_image_file(args.out)
@@ -344,14 +350,9 @@ def guidance_scale(args: Namespace, model: LatentDiffusion) -> float:
     return model.default_scale(prompt_condition("--negative", args.negative, model))
 
 
-def guide_scale(args: Namespace) -> float:
-    """Return --guide-scale, or its default."""
-    return DEFAULT_GUIDE_SCALE if args.guide_scale is None else args.guide_scale
-
-
-def classifier_scale(args: Namespace) -> float:
-    """Return --classifier-scale, or its default."""
-    return DEFAULT_CLASSIFIER_SCALE if args.classifier_scale is None else args.classifier_scale
+def given_or(value: float | None, default: float) -> float:
+    """Return the value of a flag, which may be 0, or its default if it is not given."""
+    return default if value is None else value
 
 
 def open_classifier(
@@ -463,7 +464,12 @@ def plan_steps(args: Namespace, model: LatentDiffusion) -> Steps:
 
 
 def settings(
-    args: Namespace, model: LatentDiffusion, request: Request, steps: Steps, machine: Machine
+    args: Namespace,
+    model: LatentDiffusion,
+    classifier: LatentDiffusion | None,
+    request: Request,
+    steps: Steps,
+    machine: Machine,
 ) -> dict:
     """Return all that decides the images, for the folder that they are written to.
 
@@ -471,6 +477,8 @@ def settings(
     """
     data = args.data or model.run.get("data")
     strength = args.strength or DEFAULT_STRENGTH
+    guide_scale = given_or(args.guide_scale, DEFAULT_GUIDE_SCALE)
+    classifier_scale = given_or(args.classifier_scale, DEFAULT_CLASSIFIER_SCALE)
     return settings_of(
         model,
         request,
@@ -483,8 +491,9 @@ def settings(
         negative=args.negative,
         interval=args.interval,
         rescale=args.rescale,
-        guide_scale=guide_scale(args) if args.guide else None,
-        classifier_scale=classifier_scale(args) if args.classifier else None,
+        guide_scale=guide_scale if args.guide else None,
+        classifier=digest_of_model(classifier) if classifier else None,
+        classifier_scale=classifier_scale if classifier else None,
         pull=args.pull if model.sees_mask else None,
         strength=strength if args.init else None,
         lora=[(path.name, scale) for path, scale in loras_of(args)] or None,
@@ -590,7 +599,7 @@ def main(args: Namespace) -> None:
             save_model(model, args.merge)
     if not is_grid:
         with naming("--out"):
-            made_with = settings(args, model, request, steps, machine)
+            made_with = settings(args, model, classifier, request, steps, machine)
             # Between two prompts no caption is true.
             has_captions = machine.main and toward is None
             metadata = metadata_of(model, request) if has_captions else []
@@ -620,12 +629,14 @@ def main(args: Namespace) -> None:
             shared = request.shared
             image = shared["guide"].to(machine.device)
             visible = shared["visible"].to(machine.device) if args.guide_mask else None
+            scale = given_or(args.guide_scale, DEFAULT_GUIDE_SCALE)
             log_p = fits_image(model.ae.decode, model.abar, image, visible)
-            eps_theta = gradient_guided(eps_theta, model.abar, log_p, guide_scale(args))
+            eps_theta = gradient_guided(eps_theta, model.abar, log_p, scale)
         if classifier is not None:
             label = torch.tensor([item["label"] for item in batch], device=machine.device)
+            scale = given_or(args.classifier_scale, DEFAULT_CLASSIFIER_SCALE)
             log_p = fits_class(classifier.unet, label)
-            eps_theta = gradient_guided(eps_theta, model.abar, log_p, classifier_scale(args))
+            eps_theta = gradient_guided(eps_theta, model.abar, log_p, scale)
         if args.trajectory and not z_0s:
             eps_theta = record_z_0(eps_theta, model.abar, z_0s)
         return eps_theta

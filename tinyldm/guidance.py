@@ -36,6 +36,17 @@ def drop_condition(
     return dropped
 
 
+def null_of(y: dict[str, Tensor], y_null: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the condition that says nothing, (1, ...), with the names and shapes of y.
+
+    What y_null does not name stays as it is in y.
+    """
+    null = dict(y)
+    for name, v in y_null.items():
+        null[name] = v.to(y[name].device).expand(1, *y[name].shape[1:])
+    return null
+
+
 def guided(eps_theta: Callable, ctx_null: Context, s: float) -> Callable:
     """Return an eps_theta that is guided with scale s, Ho and Salimans Eq. (6):
 

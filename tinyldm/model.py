@@ -19,7 +19,7 @@ from tinyldm.conditioning import Context
 from tinyldm.data.images import both_sides
 from tinyldm.diffusion import DiffusionConfig, as_eps_theta, q_sample
 from tinyldm.errors import NotFinite, require
-from tinyldm.guidance import guided
+from tinyldm.guidance import guided, null_of
 from tinyldm.samplers import SAMPLERS, TIMESTEPS, each, later, masked
 from tinyldm.seeds import generator
 from tinyldm.tasks import TASKS, Task
@@ -301,12 +301,8 @@ class LatentDiffusion:
         null = self.task.null()
         if negative is not None:
             null = self.task.encode({name: [value] for name, value in negative.items()})
-        y_null = dict(y)
-        for name, v in null.items():
-            y_null[name] = v.to(device).expand(1, *y[name].shape[1:])
-
         ctx = self.task.context(y, self.tau, self.ae)
-        ctx_null = self.task.context(y_null, self.tau, self.ae)
+        ctx_null = self.task.context(null_of(y, null), self.tau, self.ae)
         for tokens, beside in (ctx, ctx_null):
             if tokens is not None:
                 finite(tokens, "tau, the condition's network,")

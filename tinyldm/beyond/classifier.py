@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyldm.beyond.control import time_features, way_down
+from tinyldm.beyond.control import time_features, way_down, without_way_up
 from tinyldm.diffusion import q_sample
 from tinyldm.layers import zero_
 from tinyldm.model import ModelConfig
-from tinyldm.unet import UNet, UNetConfig
+from tinyldm.unet import UNetConfig
 
 
 class Classifier(nn.Module):
@@ -37,9 +37,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.ckpt_grad = False
-        self.unet = UNet(cfg)
-        for part in ("up", "norm_out", "conv_out"):
-            delattr(self.unet, part)
+        self.unet = without_way_up(cfg)
         c = cfg.ch * cfg.ch_mult[-1]
         self.norm = nn.GroupNorm(cfg.groups, c, 1e-5)
         self.out = zero_(nn.Linear(c, cfg.c_out))
@@ -60,7 +58,7 @@ def classifier_config(config: ModelConfig) -> ModelConfig:
         c_out=config.tau["n_classes"] - 1,      # the last one is the null class
         d_ctx=None,
     )
-    return dataclasses.replace(config, unet=shape, backbone="classifier", p_drop=0.0)
+    return dataclasses.replace(config, unet=shape, backbone="classifier")
 
 
 def classifier_loss(

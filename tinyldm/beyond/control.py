@@ -131,9 +131,7 @@ class ControlNet(nn.Module):
         self.cfg = cfg
         self.ckpt_grad = False
         self.base = UNet(dataclasses.replace(cfg, c_in=cfg.c_out))
-        self.copy = UNet(dataclasses.replace(cfg, c_in=cfg.c_out))
-        for part in ("up", "norm_out", "conv_out"):
-            delattr(self.copy, part)
+        self.copy = without_way_up(self.base.cfg)
 
         n_hint = cfg.c_in - cfg.c_out
         self.hint = None
@@ -175,6 +173,14 @@ class ControlNet(nn.Module):
             h = torch.cat([h, kept.pop()], dim=1)
             h = self.base._run(stage, h, emb, tokens)
         return self.base.conv_out(F.silu(self.base.norm_out(h)))
+
+
+def without_way_up(cfg: UNetConfig) -> UNet:
+    """Return a U-Net that has only what way_down needs."""
+    net = UNet(cfg)
+    for part in ("up", "norm_out", "conv_out"):
+        delattr(net, part)
+    return net
 
 
 def way_down(

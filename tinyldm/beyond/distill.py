@@ -10,8 +10,9 @@ added, but the (z_0, eps) from which one DDIM step leads where two steps of the 
 The two always add up to z_t, so Eq. (2) is as before, with other z and eps.
 
 Each run halves the number of steps. The next one begins with its result: 16, 8, 4, 2, 1.
-A teacher that can be guided is, at its task's scale, in the first run. So the student
-needs one call of its network for a step, and not two. It cannot be guided any more.
+A teacher that can be guided is, at its task's scale, in the first run. The student says
+by itself what guidance makes of two answers, so its step is half the work; and it cannot be
+guided any more.
 """
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tinyldm.diffusion import at, draw_timesteps, q_sample
-from tinyldm.guidance import guided
+from tinyldm.guidance import guided, null_of
 from tinyldm.model import LatentDiffusion
 from tinyldm.samplers import ddim_step, timesteps
 
@@ -74,9 +75,7 @@ class Teacher:
     def _eps_theta(self, y: dict[str, Tensor]) -> tuple:
         """Return the teacher's eps_theta, guided if it can be, and its ctx of y."""
         model = self.model
-        y_null = dict(y)
-        for name, v in model.task.null().items():
-            y_null[name] = v.to(y[name]).expand(1, *y[name].shape[1:])
+        y_null = null_of(y, model.task.null())
         ctx = model.task.context(y, model.tau, model.ae)
         ctx_null = model.task.context(y_null, model.tau, model.ae)
         has_condition = ctx.tokens is not None or ctx.beside is not None

@@ -133,6 +133,11 @@ def open_set(path: str, size: tuple[int, int], n: int) -> Dataset:
     return Shapes(min(n, MOST_BUILT_IN), h, split=path)
 
 
+def compared(data: Dataset, n: int) -> list[int]:
+    """Return the numbers of at most n images, evenly spread over a set."""
+    return spread(min(len(data), n), len(data))
+
+
 def statistics_of(
     name: str,
     data: Dataset,
@@ -145,11 +150,11 @@ def statistics_of(
 
     Prints what became of its images; name is the set's flag and its value.
     """
-    n = min(len(data), args.n)
     require(args.n >= 4, f"--n {args.n}: must be at least 4")
-    stride = -(-n // MOST_FEATURES)
+    numbers = compared(data, args.n)
+    stride = -(-len(numbers) // MOST_FEATURES)
     tally = Tally(size)
-    images = read_images(data, spread(n, len(data)), args.workers, device, tally)
+    images = read_images(data, numbers, args.workers, device, tally)
     statistics = Statistics(net, images, stride)
 
     n_read = statistics.moments.n
@@ -217,14 +222,14 @@ def compare_by_clip(
     net, tokenizer = clip
 
     def vectors_of(data: Dataset, tally: Tally) -> Tensor:
-        numbers = spread(min(len(data), args.n), len(data))
+        numbers = compared(data, args.n)
         return clip_vectors(net, read_images(data, numbers, args.workers, device, tally))
 
     tally = Tally((0, 0))
     vectors = vectors_of(fake, tally)
     figures = {"cmmd": cmmd(vectors_of(real, Tally((0, 0))), vectors)}
 
-    captions = captions_of(fake, spread(min(len(fake), args.n), len(fake)), tally)
+    captions = captions_of(fake, compared(fake, args.n), tally)
     if captions is None:
         print("--clip: not all fake images have captions, so there is no clip_score")
     else:
