@@ -16,7 +16,7 @@ those of the model in its file.
 """
 import copy
 import math
-from argparse import BooleanOptionalAction, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -182,6 +182,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
             "--classifier: it has the U-Net's way down and begins from nothing: leave out --init "
             "and --backbone",
         )
+    check_backbone_flags(parser, args)
     if args.distill or args.classifier:
         args.p_drop = 0.0               # neither of them has a use for the null condition
     require(args.lora or not args.lora_tau, "--lora-tau: only with --lora")
@@ -191,6 +192,21 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         args.prior_weight = args.prior_weight or DEFAULT_WEIGHT
     args.ae = args.ae or args.init or DEFAULT_AE
     return args
+
+
+def check_backbone_flags(parser: ArgumentParser, args: Namespace) -> None:
+    """Raise BadInput for a flag of another network than --backbone, which would do nothing."""
+    own = {field.name for field in flags.option_fields(BACKBONES[args.backbone].config)}
+    for backbone in BACKBONES.values():
+        for field in flags.option_fields(backbone.config):
+            name = flags.destination(field)
+            value = getattr(args, name)
+            value = tuple(value) if isinstance(value, list) else value
+            require(
+                field.name in own or value == parser.get_default(name),
+                f"{flags.flag_name(field)}: --backbone {args.backbone} has no such part; "
+                "leave it out",
+            )
 
 
 def check_loss(args: Namespace) -> None:

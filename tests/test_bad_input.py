@@ -41,6 +41,8 @@ BAD_INPUT = [
     ([*LDM, "--out", "{new}", "--ae", "{ae}/ckpt.pt", "--size", 18], "not a multiple of 4"),
     ([*LDM, "--out", "{new}", "--ae", "{ae}/ckpt.pt", "--fsdp"], "--fsdp: "),
     ([*LDM, "--out", "{new}", "--loss-of", "output"], "--loss-of output: --snr-clamp 0.1 1"),
+    ([*LDM, "--out", "{new}", "--blocks", 3], "--blocks: --backbone unet has no such part"),
+    ([*LDM, "--out", "{new}", "--backbone", "dit"], "--groups: --backbone dit has no such part"),
     ([*LDM, "--out", "{new}", "--beta-range", 0.1], "beta_range has 1 numbers"),
     (
         ["train_ldm.py", "--init", "{ldm}/model.pt", "--distill", 4, "--snr-clamp", 0, 1],
