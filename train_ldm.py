@@ -465,7 +465,6 @@ def prepare_networks(
     trained = choose_trained(args, model)
     model.unet.ckpt_grad = args.ckpt_grad
     model.unet.to(machine.device, memory_format=torch.channels_last)
-    model.abar = model.abar.to(machine.device)
     if model.tau is not None:
         model.tau.to(machine.device)
     ema = EMA(trained, args.ema)
@@ -595,7 +594,7 @@ def held_out_loss(
 
     Within each chunk of 64 latents, t is spread evenly over the quarter.
     """
-    device = model.abar.device
+    device = model.device
     T = len(model.abar)
     eps_theta = model.eps_theta()
     rng = generator(0, 0)
@@ -609,7 +608,7 @@ def held_out_loss(
         z = part.sample(noise)
         ctx = model.task.context(y_i, model.tau, model.ae)
 
-        position = (torch.arange(len(z), device=device) + 0.5) / len(z) / 4
+        position = (torch.arange(len(z)) + 0.5) / len(z) / 4
         of_quarters = []
         for quarter in range(4):
             t = ((position + quarter / 4) * T).long()
@@ -711,10 +710,10 @@ def averaged_model(model: LatentDiffusion, ema: EMA, fsdp: bool) -> LatentDiffus
             nets[name] = with_other_pairs(net, ema.source["lora"], ema.nets["lora"])
     else:
         nets = ema.nets
-    averaged.unet = nets["unet"].to(model.abar.device)
+    averaged.unet = nets["unet"].to(model.device)
     averaged.tau = nets.get("tau")
     if averaged.tau is not None:
-        averaged.tau.to(model.abar.device)
+        averaged.tau.to(model.device)
     return averaged
 
 
@@ -924,7 +923,8 @@ def main(args: Namespace) -> None:
         else:
             t = teacher.draw(args.batch, rng)
         drop = torch.rand(args.batch, generator=rng) < args.p_drop
-        noise, eps, t, drop = machine.shard(noise, eps, t, drop)
+        noise, eps, drop = machine.shard(noise, eps, drop)
+        t = machine.part(t)                         # it stays on the CPU, as the schedule does
 
         z = posterior.to(device).sample(noise)
         y = {name: v.to(device) for name, v in y.items()}
@@ -944,7 +944,7 @@ def main(args: Namespace) -> None:
                 else:
                     ctx = model.task.context(y_i, run_nets.get("tau"), model.ae)
                     losses = ldm_loss(eps_theta, z_i, t_i, eps_i, model.abar, ctx, args.loss)
-                    losses = losses * loss_weights(args, t_i, model.abar)               # (B,)
+                    losses = losses * loss_weights(args, t_i, model.abar).to(device)    # (B,)
                 loss = losses.mean()
                 (loss / n_micro).backward()
             total_loss = total_loss + loss.detach() * (1 / n_micro)

@@ -14,8 +14,15 @@ from tinyldm.attention import (
     SpatialTransformer,
     TransformerBlock,
 )
+from tinyldm.autoencoder import AEConfig, build_autoencoder
 from tinyldm.beyond.dit import DiTBlock, DiTConfig, places
-from tinyldm.conditioning import Context, SpatialRescaler, TextConfig, TextTransformer
+from tinyldm.conditioning import (
+    ClassEmbedder,
+    Context,
+    SpatialRescaler,
+    TextConfig,
+    TextTransformer,
+)
 from tinyldm.layers import Downsample, ResBlock, Upsample, timestep_embedding
 from tinyldm.unet import BACKBONES, UNet, UNetConfig
 
@@ -253,6 +260,31 @@ def test_a_backbone_refuses_tokens_if_it_does_not_attend(backbone):
     z_t, t, tokens = inputs()
     with pytest.raises(ValueError, match="cannot attend"):
         build(backbone, d_ctx=None)(z_t, t, *Context(tokens=tokens))
+
+
+@every_backbone
+def test_a_backbone_compiles_to_one_graph(backbone):
+    """`--compile` meets nothing that it must leave to Python."""
+    compiled = torch.compile(build(backbone), fullgraph=True, backend="eager")
+    assert compiled(*inputs()).shape == inputs()[0].shape
+
+
+@pytest.mark.parametrize("codes", [{}, {"n_codes": 16}], ids=["kl", "vq"])
+def test_stage_one_compiles_to_one_graph(codes):
+    cfg = AEConfig(ch=8, ch_mult=(1, 2), groups=4, c_z=4, side=16, attn_res=(8,), **codes)
+    compiled = torch.compile(build_autoencoder(cfg), fullgraph=True, backend="eager")
+    x_rec, _ = compiled(torch.randn(1, 3, 16, 16), torch.randn(1, 4, 8, 8))
+    assert x_rec.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("tau, y", [
+    (TextTransformer(TextConfig(50, 12, 64, 2, 4, 16)), torch.ones(2, 12).long()),
+    (ClassEmbedder(5, 8), torch.tensor([1, 2])),
+    (SpatialRescaler(3, 2, 1), torch.zeros(2, 8, 8).long()),
+], ids=["text", "class", "semantic"])
+def test_tau_compiles_to_one_graph(tau, y):
+    compiled = torch.compile(tau, fullgraph=True, backend="eager")
+    assert_close(compiled(y), tau(y))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ Symbols: beta_t is the variance of the noise that step t adds; alpha_t = 1 - bet
          abar_t = alpha_0 alpha_1 ... alpha_t, the share of the signal in z_t's
          variance; eps ~ N(0, 1); SNR = abar / (1 - abar). t runs from 0 to T - 1.
 Shapes:  betas and abar (T,) float64; z, z_t, z_0, eps (B, c, h, w); t (B,).
+Devices: abar and t stay on the CPU, whatever the device of z is. Why: not every device has
+         float64, and no step has to wait for a device to read t.
 
 NB: alpha always has DDPM's meaning. The paper's App. B writes alpha_t for sqrt(abar_t),
 and sigma_t for sqrt(1 - abar_t).
@@ -76,8 +78,9 @@ SCHEDULES = {
 # ---- the process, DDPM Eq. (4) and (7)
 
 def at(abar: Tensor, t: Tensor, z: Tensor) -> Tensor:
-    """Return abar_t of each sample, (B, 1, 1, 1), in z's dtype."""
-    return abar[t].to(z.dtype).view(-1, 1, 1, 1)
+    """Return abar_t of each sample, (B, 1, 1, 1), in z's dtype and on its device."""
+    abar_t = abar[t].to(z.dtype)
+    return abar_t.to(z.device).view(-1, 1, 1, 1)
 
 
 def q_sample(z: Tensor, t: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
@@ -186,7 +189,7 @@ def as_eps_theta(net: Callable, abar: Tensor, predict: str) -> Callable:
     prediction = PREDICTIONS[predict]
 
     def eps_theta(z_t: Tensor, t: Tensor, ctx: tuple) -> Tensor:
-        output = net(z_t, t, *ctx).float()              # (B, c, h, w)
+        output = net(z_t, t.to(z_t.device), *ctx).float()   # (B, c, h, w)
         return prediction.eps(output, z_t, at(abar, t, z_t))
 
     return eps_theta

@@ -119,7 +119,7 @@ class LatentDiffusion:
     unet: nn.Module                     # eps_theta: a U-Net, or another of BACKBONES
     tau: nn.Module | None
     task: Task
-    abar: Tensor                        # (T,) float64
+    abar: Tensor                        # (T,) float64, on the CPU
     run: dict = field(default_factory=dict)     # the flags of its training run, or a preset's row
 
     @property
@@ -127,6 +127,11 @@ class LatentDiffusion:
         """What stage two trains, by the names in checkpoints: the U-Net and, if any, tau."""
         networks = {"unet": self.unet, "tau": self.tau}
         return {name: net for name, net in networks.items() if net is not None}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.unet.parameters()).device
 
     @property
     def z_std(self) -> Tensor:
@@ -171,7 +176,6 @@ class LatentDiffusion:
         """Move the model to a device, frozen and in eval mode; dtype None keeps each weight's."""
         for net in (self.ae, *self.networks.values()):
             net.to(device, dtype).eval().requires_grad_(False)
-        self.abar = self.abar.to(device)
         return self
 
     @torch.no_grad()
@@ -220,7 +224,7 @@ class LatentDiffusion:
         put back at each step of a sampler that builds on its past steps; NotFinite, which names
         the network, where one gives values that are not numbers.
         """
-        device = self.abar.device
+        device = self.device
         H, W = size or self.config.size
         f = self.ae.cfg.f
         shape = (self.ae.cfg.c_z, H // f, W // f)
@@ -288,7 +292,7 @@ class LatentDiffusion:
 
         A port of the second one has batch size 1 where all of it is the same for all conditions.
         """
-        device = self.abar.device
+        device = self.device
         batch = {}
         for name in self.task.fields:
             batch[name] = [condition[name] for condition in conditions]
@@ -320,7 +324,7 @@ class LatentDiffusion:
 
     def _stack(self, conditions: Sequence[dict], name: str) -> Tensor:
         """One field of all conditions, as a batch on the model's device."""
-        return torch.stack([condition[name] for condition in conditions]).to(self.abar.device)
+        return torch.stack([condition[name] for condition in conditions]).to(self.device)
 
     def _encode(self, x: Tensor) -> Tensor:
         return finite(self.ae.encode(x).mean, "stage one's encoder")

@@ -6,7 +6,8 @@ Paper:   Sec. 4.1, App. B; DDPM (Ho et al. 2020), Alg. 2; DDIM (Song et al. 2021
 Symbols: ts are the timesteps to visit, falling, and then where to end: -1 is z_0
          itself. A step goes from t to s, the next of ts. sigma is the noise of a DDIM
          step, eta its share.
-Shapes:  z_T, z, z_0 (B, c, h, w); abar (T,) float64. ctx goes to eps_theta as it is.
+Shapes:  z_T, z, z_0 (B, c, h, w); abar (T,) float64, on the CPU. ctx goes to eps_theta as
+         it is.
 
 All samplers have the arguments (eps_theta, z_T, ctx, abar, ts, randn) and return z_0.
 randn() returns fresh noise in z's shape. A sampler calls it at most once per step, and
@@ -90,8 +91,8 @@ def steps(ts: list[int], abar: Tensor) -> list[tuple[int, int, Tensor, Tensor]]:
 
 
 def each(t: int, z: Tensor) -> Tensor:
-    """Return t for each of z's samples, (B,)."""
-    return torch.full((len(z),), t, device=z.device)
+    """Return t for each of z's samples, (B,), on the CPU."""
+    return torch.full((len(z),), t)
 
 
 def ddim_step(

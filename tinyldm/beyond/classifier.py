@@ -65,7 +65,7 @@ def classifier_loss(
     net: Callable, z: Tensor, t: Tensor, eps: Tensor, abar: Tensor, label: Tensor
 ) -> Tensor:
     """Return -log p(label | z_t) of each sample, (B,)."""
-    logits = net(q_sample(z, t, eps, abar), t).float()
+    logits = net(q_sample(z, t, eps, abar), t.to(z.device)).float()
     return F.cross_entropy(logits, label.long(), reduction="none")
 
 
@@ -77,8 +77,8 @@ def accuracy_by_noise(
     T = len(abar)
     figures = {}
     for quarter in range(4):
-        t = torch.full((len(z),), (2 * quarter + 1) * T // 8, device=z.device)
-        logits = net(q_sample(z, t, eps, abar), t)
+        t = torch.full((len(z),), (2 * quarter + 1) * T // 8)
+        logits = net(q_sample(z, t, eps, abar), t.to(z.device))
         right = logits.argmax(1) == label
         figures[f"accuracy_at_{int(t[0])}"] = float(right.float().mean())
     return figures
@@ -88,6 +88,7 @@ def fits_class(net: nn.Module, label: Tensor) -> Callable:
     """Return log p(y | z_t) of labels (B,), for gradient_guided."""
 
     def log_p(z_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        return F.log_softmax(net(z_t, t).float(), dim=1).gather(1, label[:, None])[:, 0]
+        logits = net(z_t, t.to(z_t.device)).float()
+        return F.log_softmax(logits, dim=1).gather(1, label[:, None])[:, 0]
 
     return log_p

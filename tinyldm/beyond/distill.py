@@ -34,16 +34,15 @@ class Teacher:
 
     def __post_init__(self) -> None:
         """Raises BadInput unless 2 S timesteps are to be had."""
-        device = self.model.abar.device
         visited = timesteps(self.model.abar, 2 * self.S)
         # Two rows per step of the student: where it begins, and its middle.
-        self.starts = torch.tensor(visited[:-1:2], device=device)           # (S,)
-        self.middles = torch.tensor(visited[1:-1:2], device=device)         # (S,)
-        self.ends = torch.tensor(visited[2::2], device=device)              # (S,), -1 at last
+        self.starts = torch.tensor(visited[:-1:2])          # (S,)
+        self.middles = torch.tensor(visited[1:-1:2])        # (S,)
+        self.ends = torch.tensor(visited[2::2])             # (S,), -1 at last
 
     def draw(self, B: int, generator: torch.Generator) -> Tensor:
         """Draw t (B,) from those that the student visits, evenly."""
-        return self.starts.cpu()[draw_timesteps(B, self.S, generator)]
+        return self.starts[draw_timesteps(B, self.S, generator)]
 
     @torch.no_grad()
     def targets(

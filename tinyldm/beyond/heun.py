@@ -91,7 +91,6 @@ def karras_timesteps(abar: Tensor, S: int, rho: float = 7.0) -> list[int]:
     """
     T = len(abar)
     require(1 <= S <= T, f"steps {S}: must be 1..{T}")
-    abar = abar.cpu()
     powers = ((1 - abar) / abar) ** (0.5 / rho)         # sigma^(1 / rho) of each t, rising
     wanted = torch.linspace(float(powers[-1]), float(powers[0]), S, dtype=powers.dtype)
 

@@ -245,7 +245,7 @@ def our_sampling(
     s: float,
 ) -> Tensor:
     """Sample with guidance and DDIM: what another's `sampling` is compared with."""
-    abar = cumulative(betas).to(z_T.device)
+    abar = cumulative(betas)
 
     def eps_theta(z_t: Tensor, t: Tensor, ctx: Context) -> Tensor:
         return net(z_t, t, *ports_of(ctx))

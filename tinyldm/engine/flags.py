@@ -242,7 +242,7 @@ def add_system_flags(parser: ArgumentParser) -> None:
     """Add the flags that say on what the networks run, and how."""
     g = parser.add_argument_group("system")
     g.add_argument("--device", type=str, default="auto",
-                   help="auto (CUDA if there is any), cpu or cuda")
+                   help="auto (CUDA if there is any, then Apple's mps), cpu, cuda or mps")
     g.add_argument("--dtype", type=str, choices=["auto", "fp32", "bf16"], default="auto",
                    help="precision of the networks; auto is bf16 on CUDA and fp32 elsewhere")
     g.add_argument("--compile", action="store_true",

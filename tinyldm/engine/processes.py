@@ -37,25 +37,38 @@ class Machine:
         """Compute in bfloat16 inside this context, if the run asks for it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
+    def part(self, x: Tensor) -> Tensor:
+        """Return this process's rows of a whole-batch tensor."""
+        return x.chunk(self.world)[self.rank]
+
     def shard(self, *tensors: Tensor) -> list[Tensor]:
         """Return this process's rows of each whole-batch tensor, on its device."""
-        return [v.chunk(self.world)[self.rank].to(self.device) for v in tensors]
+        return [self.part(x).to(self.device) for x in tensors]
+
+
+def fastest_device() -> str:
+    """Return the name of the first that is there: CUDA, Apple's GPU, the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
 
 
 def setup(device: str, dtype: str) -> Machine:
     """Find the device, and join torchrun's process group if there is one.
 
-    device is auto, cpu, cuda, or a torch device such as cuda:1; dtype is auto (bfloat16 on
-    CUDA), fp32 or bf16. Raises BadInput for a device that is not there.
+    device is auto, cpu, cuda, mps, or a torch device such as cuda:1; dtype is auto (bfloat16
+    on CUDA), fp32 or bf16. Raises BadInput for a device that is not there.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
 
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = fastest_device()
     with naming("--device"):
-        with trying(f"{device}: no such device; use auto, cpu or cuda"):
+        with trying(f"{device}: no such device; use auto, cpu, cuda or mps"):
             found = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
         if found.type == "cuda":
             require(
@@ -69,7 +82,7 @@ def setup(device: str, dtype: str) -> Machine:
             )
             torch.cuda.set_device(found)
             torch.set_float32_matmul_precision("high")
-        with trying(f"{device}: it cannot compute here; use auto, cpu or cuda"):
+        with trying(f"{device}: it cannot compute here; use auto or cpu"):
             torch.ones((), device=found).item()
 
     if world > 1 and not dist.is_initialized():

@@ -68,8 +68,8 @@ def median_seconds(work: Sequence[Callable], runs: int, device: torch.device) ->
 
     def finish(piece: Callable) -> None:
         piece()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
     times = []
     for _ in range(runs):

@@ -22,9 +22,11 @@ def ssim(x: Tensor, x_rec: Tensor) -> Tensor:
     Means, variances and the covariance are weighted by a Gaussian window of 11 x 11
     pixels and std 1.5, at each place where it fits in. The result is the mean over
     places and channels. Pixels are shifted to 0..2; x_rec is clamped to that range.
+    It is computed on the CPU. Why: in float64, which not every device has.
     """
-    x = x.double() + 1
-    y = x_rec.double().clamp(-1, 1) + 1
+    device = x.device
+    x = x.cpu().double() + 1
+    y = x_rec.cpu().double().clamp(-1, 1) + 1
     window = gaussian_window(x)
 
     mean_x = window_mean(x, window)                 # (B, C, H - n + 1, W - n + 1)
@@ -38,7 +40,7 @@ def ssim(x: Tensor, x_rec: Tensor) -> Tensor:
     c_2 = (0.03 * 2) ** 2
     numerator = (2 * mean_x * mean_y + c_1) * (2 * cov + c_2)
     denominator = (mean_x ** 2 + mean_y ** 2 + c_1) * (var_x + var_y + c_2)
-    return (numerator / denominator).flatten(1).mean(1).float()
+    return (numerator / denominator).flatten(1).mean(1).float().to(device)
 
 
 def gaussian_window(x: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def share_in_balls(f: Tensor, centres: Tensor, k: int) -> float:
     for part in f.split(1024):
         distances = torch.cdist(part, centres)
         are_inside.append((distances <= radius).any(1))
-    return float(torch.cat(are_inside).double().mean())
+    return float(torch.cat(are_inside).float().mean())
 
 
 # ---- inception score
@@ -137,7 +137,7 @@ class InceptionScore:
         belongs. Why not the number's last digit: samples may show the classes in turn,
         and then each tenth would miss most classes.
         """
-        p = p.double().cpu()
+        p = p.cpu().double()
         tenth = (index.double() * (math.sqrt(5) - 1) / 2 % 1 * self.N_PARTS).long()
         belongs = torch.eye(self.N_PARTS, dtype=p.dtype)[:, tenth]  # (10, n), 0 or 1
         p_log_p = torch.xlogy(p, p).sum(1, keepdim=True)            # (n, 1)
