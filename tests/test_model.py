@@ -63,6 +63,7 @@ class Blocks(nn.Module):
     """A stage one with f = 4 and no weights: a latent is the mean of 4 x 4 pixels."""
 
     cfg = SimpleNamespace(f=4, c_z=3)
+    z_std = torch.ones(())
 
     def encode(self, x):
         z = F.avg_pool2d(x, 4)

@@ -130,8 +130,8 @@ class LatentDiffusion:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
-        return next(self.unet.parameters()).device
+        """Where the networks are, stage one's too."""
+        return self.z_std.device
 
     @property
     def z_std(self) -> Tensor:
