@@ -242,18 +242,18 @@ class UNet(nn.Module):
         # The way down, the lowest resolution, and the way up.
         kept = []
         for stage in self.down:
-            h = self._run(stage, h, emb, tokens)
+            h = self.run(stage, h, emb, tokens)
             kept.append(h)
 
-        h = self._run(self.middle, h, emb, tokens)
+        h = self.run(self.middle, h, emb, tokens)
 
         for stage in self.up:
             h = torch.cat([h, kept.pop()], dim=1)
-            h = self._run(stage, h, emb, tokens)
+            h = self.run(stage, h, emb, tokens)
 
         return self.conv_out(F.silu(self.norm_out(h)))      # (B, c_out, h, w)
 
-    def _run(
+    def run(
         self, stage: nn.ModuleList, h: Tensor, emb: Tensor, tokens: Tensor | None
     ) -> Tensor:
         """Apply a stage; if ckpt_grad is set, without keeping its activations."""

@@ -171,7 +171,7 @@ class ControlNet(nn.Module):
         # The way up, as in the U-Net.
         for stage in self.base.up:
             h = torch.cat([h, kept.pop()], dim=1)
-            h = self.base._run(stage, h, emb, tokens)
+            h = self.base.run(stage, h, emb, tokens)
         return self.base.conv_out(F.silu(self.base.norm_out(h)))
 
 
@@ -194,11 +194,11 @@ def way_down(
     kept = []
     h = z_t
     for stage in net.down:
-        h = net._run(stage, h, emb, tokens)
+        h = net.run(stage, h, emb, tokens)
         if hint is not None and not kept:
             h = h + hint
         kept.append(h)
-    return kept, net._run(net.middle, h, emb, tokens)
+    return kept, net.run(net.middle, h, emb, tokens)
 
 
 def time_features(net: UNet, z_t: Tensor, t: Tensor) -> Tensor:
