@@ -17,6 +17,7 @@ number of processes; in batches of another size it differs by 1e-5 or so.
 """
 import math
 import sys
+import warnings
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     g.add_argument("--steps", type=int,
                    help="sampling steps, 1..T; default: 50, or what a distilled model has learned")
     g.add_argument("--timesteps", type=str, choices=TIMESTEPS, default="even",
-                   help="even: from T-1 to z_0 in --steps; official: the released code's rule")
+                   help="even: from T-1 to z_0 in --steps; official: the released code's rule; "
+                        "karras: EDM's, which takes short steps at the end")
     g.add_argument("--eta", type=float, default=0.0,
                    help="DDIM's share of noise: 0 is none, 1 is as much as DDPM's")
     g.add_argument("--scale", type=float,
@@ -181,8 +183,9 @@ def add_condition_flags(parser: ArgumentParser) -> None:
     g.add_argument("--guide-mask", type=Path, help="its white part of --guide does not count")
     g.add_argument("--guide-scale", type=float, help="how strongly --guide guides; default: 5")
     g.add_argument("--classifier", type=Path, metavar="FILE",
-                   help="guide an unconditional model to --label by this classifier, which "
-                        "train_ldm.py --classifier has trained for its latents")
+                   help="guide a model that is unconditional, or one of classes, to --label by "
+                        "this classifier, which train_ldm.py --classifier has trained for its "
+                        "latents")
     g.add_argument("--classifier-scale", type=float,
                    help="how strongly --classifier guides; default: 2")
     g.add_argument("--data", type=str,
@@ -365,16 +368,38 @@ def open_classifier(
         not BACKBONES[classifier.config.backbone].is_eps_theta,
         f"--classifier {args.classifier}: not a classifier of train_ldm.py --classifier",
     )
+    of_labels = classifier.task.fields
     require(
-        not model.task.fields,
-        f"--classifier: the model's task is {model.config.task}, and it is for unconditional ones",
+        model.task.fields in ((), of_labels),
+        f"--classifier: the model's task is {model.config.task}; it is for models that are "
+        "unconditional, or of classes",
     )
+    require(
+        not model.task.fields or model.config.class_names == classifier.config.class_names,
+        "--classifier: it has other classes than the model",
+    )
+    for name in ("negative", "to_prompt", "scale", "interval", "rescale"):
+        require(
+            model.task.fields or not getattr(args, name),
+            f"{flag_of(name)}: the model has no condition that it could be about; with "
+            "--classifier, give --classifier-scale",
+        )
     require(
         has_latents_of(classifier, model) and torch.equal(classifier.abar, model.abar),
         f"--classifier {args.classifier}: it was trained on another stage one or schedule than "
         "the model",
     )
     return classifier
+
+
+def check_labels(classifier: LatentDiffusion, request: Request) -> None:
+    """Raise BadInput for a class that the classifier does not know, which is the null class."""
+    n_classes = classifier.config.unet.c_out
+    for item in request.batch(0, len(request)):
+        require(
+            item["label"] < n_classes,
+            f"--label {item['label']}: the classifier's classes are 0..{n_classes - 1}",
+        )
 
 
 def has_latents_of(a: LatentDiffusion, b: LatentDiffusion) -> bool:
@@ -446,10 +471,20 @@ class Steps:
 
 
 def plan_steps(args: Namespace, model: LatentDiffusion) -> Steps:
-    """Count the steps that the flags ask for. Raises BadInput."""
+    """Count the steps that the flags ask for. Raises BadInput.
+
+    Warns if a distilled model is to take other steps than those that it has learned.
+    """
     T = len(model.abar)
-    default = model.run.get("distill") or 50
-    asked_for = min(default, T) if args.steps is None else args.steps
+    learned = model.run.get("distill")
+    asked_for = min(learned or 50, T) if args.steps is None else args.steps
+    asked = (asked_for, args.sampler, args.timesteps, args.eta)
+    if learned and asked != (learned, "ddim", "even", 0):
+        warnings.warn(
+            f"the model has learned to sample in {learned} even steps of ddim without noise, and "
+            "nothing else",
+            stacklevel=2,
+        )
     with naming("--steps"):
         ts = TIMESTEPS[args.timesteps](model.abar, asked_for)
     if args.init:
@@ -571,7 +606,7 @@ def main(args: Namespace) -> None:
     merge_loras(args, model)
     # What is asked for is a condition of the model or, if it is guided by a classifier, of that.
     classifier = open_classifier(args, model, machine) if args.classifier else None
-    asked = classifier or model
+    asked = model if model.task.fields or classifier is None else classifier
 
     # What to sample, in how many steps; whether the images must stay in memory.
     check_condition_flags(args, asked)
@@ -583,6 +618,8 @@ def main(args: Namespace) -> None:
     n_images = 8 if is_strip and args.n is None else args.n
     request = read_request(asked, given_conditions(args), size, n=n_images, data=args.data)
     check_request(args, asked, request)
+    if classifier is not None:
+        check_labels(classifier, request)
     if request.is_held_out:
         flags.print_found(request.conditions.dataset)
     steps = plan_steps(args, model)
@@ -602,7 +639,7 @@ def main(args: Namespace) -> None:
             made_with = settings(args, model, classifier, request, steps, machine)
             # Between two prompts no caption is true.
             has_captions = machine.main and toward is None
-            metadata = metadata_of(model, request) if has_captions else []
+            metadata = metadata_of(asked, request) if has_captions else []
             prepare_folder(
                 args.out, made_with, metadata, replace=args.replace, main=machine.main
             )
@@ -636,7 +673,7 @@ def main(args: Namespace) -> None:
             label = torch.tensor([item["label"] for item in batch], device=machine.device)
             scale = given_or(args.classifier_scale, DEFAULT_CLASSIFIER_SCALE)
             log_p = fits_class(classifier.unet, label)
-            eps_theta = gradient_guided(eps_theta, model.abar, log_p, scale)
+            eps_theta = gradient_guided(eps_theta, model.abar, log_p, scale, through=False)
         if args.trajectory and not z_0s:
             eps_theta = record_z_0(eps_theta, model.abar, z_0s)
         return eps_theta

@@ -16,6 +16,7 @@ those of the model in its file.
 """
 import copy
 import math
+import warnings
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ from tinyldm.data.loader import batch_order, load_batches
 from tinyldm.data.prior import DEFAULT_WEIGHT, WithPrior
 from tinyldm.diffusion import (
     DRAWS,
+    SCHEDULES,
     DiffusionConfig,
     as_eps_theta,
     ldm_loss,
@@ -66,6 +68,7 @@ from tinyldm.engine.processes import (
     shard_weights,
     wrap_ddp,
 )
+from tinyldm.engine.ranges import flag_of
 from tinyldm.engine.weights import write_state
 from tinyldm.errors import NotFinite, naming, require
 from tinyldm.guidance import drop_condition
@@ -182,7 +185,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
             "--classifier: it has the U-Net's way down and begins from nothing: leave out --init "
             "and --backbone",
         )
+        require(not args.fsdp, "--classifier: it is small, and not sharded; leave out --fsdp")
     check_backbone_flags(parser, args)
+    check_flags_of_loss(parser, args)
     if args.distill or args.classifier:
         args.p_drop = 0.0               # neither of them has a use for the null condition
     require(args.lora or not args.lora_tau, "--lora-tau: only with --lora")
@@ -194,23 +199,41 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     return args
 
 
+def is_given(parser: ArgumentParser, args: Namespace, name: str) -> bool:
+    """Return whether a flag has another value than its row's."""
+    value = getattr(args, name)
+    value = tuple(value) if isinstance(value, list) else value
+    return value != parser.get_default(name)
+
+
+def check_flags_of_loss(parser: ArgumentParser, args: Namespace) -> None:
+    """Raise BadInput for flags about a loss that a classifier or a student does not have."""
+    ignored = {
+        "classifier": ("loss", "loss_of", "snr_clamp", "predict", "p_drop"),
+        "distill": ("draw_t", "p_drop"),
+    }
+    for way, names in ignored.items():
+        for name in names:
+            require(
+                not getattr(args, way) or not is_given(parser, args, name),
+                f"{flag_of(name)}: it has no effect with --{way}; leave it out",
+            )
+
+
 def check_backbone_flags(parser: ArgumentParser, args: Namespace) -> None:
     """Raise BadInput for a flag of another network than --backbone, which would do nothing."""
     own = {field.name for field in flags.option_fields(BACKBONES[args.backbone].config)}
     for backbone in BACKBONES.values():
         for field in flags.option_fields(backbone.config):
-            name = flags.destination(field)
-            value = getattr(args, name)
-            value = tuple(value) if isinstance(value, list) else value
             require(
-                field.name in own or value == parser.get_default(name),
+                field.name in own or not is_given(parser, args, flags.destination(field)),
                 f"{flags.flag_name(field)}: --backbone {args.backbone} has no such part; "
                 "leave it out",
             )
 
 
 def check_loss(args: Namespace) -> None:
-    """Raise BadInput for choices of the loss that contradict one another."""
+    """Raise BadInput for choices of the loss that contradict one another, or warn of them."""
     is_of_eps = args.loss_of == "eps"
     low, high = args.snr_clamp
     require(is_of_eps or args.loss == "l2", "--loss-of output: with --loss l2 only")
@@ -219,6 +242,13 @@ def check_loss(args: Namespace) -> None:
         f"--loss-of output: --snr-clamp {low:g} {high:g} would weigh it again; give "
         "--snr-clamp 0 inf",
     )
+    is_eq_2 = is_of_eps and low == 0 and not args.classifier
+    if is_eq_2 and SCHEDULES[args.schedule].ends_in_noise:
+        warnings.warn(
+            f"--schedule {args.schedule}: Eq. (2) gives its end, which is pure noise, no weight, "
+            "though sampling begins there; --snr-clamp 0.1 1 does, and so does --loss-of output",
+            stacklevel=2,
+        )
     require(
         not args.distill or low > 0 or not is_of_eps,
         "--distill: Eq. (2) weighs the first step, of almost pure noise, next to nothing; give "
@@ -336,6 +366,14 @@ def open_start(args: Namespace) -> LatentDiffusion:
     require(args.vocab is None or not is_ours(args.init), "--vocab: only with a released model")
     with naming("--init"):
         model = open_model(args.init, preset=args.preset, vocab=args.vocab)
+    require(
+        BACKBONES[model.config.backbone].is_eps_theta,
+        f"--init {args.init}: a classifier, from which no training starts",
+    )
+    require(
+        not args.distill or not frozen_parts(model),
+        f"--distill: most of the model in {args.init} is frozen, and so cannot learn",
+    )
     start.check_flags(vars(args), model.config, args.init)
     require(args.ae == args.init, f"--ae {args.ae}: {args.init} has a stage one; leave it out")
     require(
@@ -630,9 +668,10 @@ def prepare_evaluation(
     """Return evaluate(step), which evaluates the averaged weights.
 
     It writes to the log: Eq. (2) on up to 256 held-out pairs (of the training set, if none are
-    held out), the scores of --eval-n samples, and their distance to 2,048 images of the set; and,
-    if each of these has a caption of its own, whether the image of a sample's caption is the
-    nearest to it. It saves 16 samples, and the curves. Only the main process evaluates.
+    held out; not of a student, whose loss is another one), the scores of --eval-n samples, and
+    their distance to 2,048 images of the set; and, if each of these has a caption of its own,
+    whether the image of a sample's caption is the nearest to it. It saves 16 samples, and the
+    curves. Only the main process evaluates.
     """
     device = machine.device
 
@@ -669,7 +708,8 @@ def prepare_evaluation(
             load_averaged(averaged, gathered_states(ema.nets))
         try:
             with machine.autocast():
-                losses = held_out_loss(averaged, posterior, y)
+                # A student knows only the timesteps that it visits.
+                losses = {} if args.distill else held_out_loss(averaged, posterior, y)
                 images = sample_all(averaged, items, args.distill or 25)
             fake = Statistics(features, (part.to(device) for part in images.split(64)))
         except NotFinite as error:

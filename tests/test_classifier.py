@@ -1,6 +1,7 @@
 """beyond/classifier.py: a classifier of noisy latents, and an unconditional model led by it."""
 import json
 
+import gaussian
 import pytest
 import torch
 from conftest import TINY_LDM
@@ -9,9 +10,11 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from tinyldm.beyond.classifier import Classifier, accuracy_by_noise, classifier_loss, fits_class
+from tinyldm.beyond.gradient_guidance import gradient_guided
 from tinyldm.data.shapes import CLASSES
 from tinyldm.diffusion import cumulative, q_sample, sqrt_linear_betas
 from tinyldm.engine.open import open_model
+from tinyldm.samplers import ddim, timesteps
 from tinyldm.unet import UNetConfig
 
 ABAR = cumulative(sqrt_linear_betas())
@@ -63,7 +66,20 @@ def test_it_learns_and_knows_less_where_there_is_more_noise():
     figures = accuracy_by_noise(net, z, eps, ABAR, label)
     assert list(figures) == [f"accuracy_at_{t}" for t in (125, 375, 625, 875)]
     assert figures["accuracy_at_125"] > 0.9
-    assert figures["accuracy_at_875"] <= figures["accuracy_at_125"]
+    assert figures["accuracy_at_875"] < figures["accuracy_at_125"]
+
+
+def test_each_sample_is_led_to_a_class_of_its_own():
+    """By a classifier that finds class k likely if channel k is bright."""
+    def net(z_t, t):
+        return 20 * z_t.mean((2, 3))
+
+    label = torch.tensor([0, 1, 2, 1])
+    log_p = fits_class(net, label)
+    eps_theta = gradient_guided(gaussian.eps_theta, ABAR, log_p, 3.0, through=False)
+    z_T = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    z_0 = ddim(eps_theta, z_T, (), ABAR, timesteps(ABAR, 50))
+    assert_close(z_0.mean((2, 3)).argmax(1), label)
 
 
 # ---- the whole road
@@ -90,7 +106,7 @@ def test_training_logs_how_often_it_is_right(both):
     out, _ = both
     rows = [row for row in log_rows(out / "classifier") if "accuracy_at_125" in row]
     assert [row["step"] for row in rows] == [1, 2]
-    assert all(0 <= row["accuracy_at_875"] <= 1 for row in rows)
+    assert rows[0]["accuracy_at_125"] < 0.2             # after a step it knows next to nothing
 
 
 def test_it_goes_on_bit_for_bit(both, tmp_path, cli):
@@ -112,6 +128,8 @@ def test_an_unconditional_model_is_led_to_classes(both, tmp_path, cli):
             "--n", 1, "--steps", 4, "--out", folder)
         pictures[scale] = (folder / "000000.png").read_bytes()
     assert pictures[0] != pictures[30]
+    labels = [json.loads(line)["label"] for line in (folder / "metadata.jsonl").open()]
+    assert labels == [CLASSES[0], CLASSES[2]]
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["classifier_scale"] == 30
     assert len(settings["conditions"]["label"]) == 2
@@ -132,7 +150,19 @@ def test_what_does_not_fit_is_one_line(trained, both, tmp_path, cli):
         ([*uncond, "--classifier", classifier, "--label", "99"], "'99' is no class"),
         (["sample.py", "--ckpt", classifier, "--out", tmp_path / "x.png"], "samples nothing"),
         (["sample.py", "--ckpt", trained / "ldm/model.pt", "--classifier", classifier, "a cross"],
-         "it is for unconditional ones"),
+         "it is for models that are unconditional, or of classes"),
+        ([*uncond, "--classifier", classifier, "--label", "2", "--scale", 3],
+         "--scale: the model has no condition"),
+        ([*uncond, "--classifier", classifier, "--label", "2", "--negative", "3"],
+         "--negative: the model has no condition"),
+        ([*uncond, "--classifier", classifier, "--label", len(CLASSES)],
+         f"--label {len(CLASSES)}: the classifier's classes are 0..{len(CLASSES) - 1}"),
+        (["train_ldm.py", "--init", classifier, "--out", tmp_path / "x"],
+         "a classifier, from which no training starts"),
+        ([*start, "--classifier", "--task", "class", "--fsdp", "--out", tmp_path / "x"],
+         "leave out --fsdp"),
+        ([*start, "--classifier", "--task", "class", "--loss", "l1", "--out", tmp_path / "x"],
+         "--loss: it has no effect with --classifier"),
         ([*start, "--classifier", "--out", tmp_path / "x"], "--classifier: needs --task class"),
         ([*start, "--classifier", "--task", "class", "--backbone", "dit", "--out", tmp_path / "x"],
          "leave out --init and --backbone"),

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from PIL import Image
-from runs import trained_state
+from runs import assert_same_state
 from torch.testing import assert_close
 
 from tinyldm.beyond.control import (
@@ -168,13 +168,21 @@ def test_it_goes_on_where_it_stopped(trained, trained_control, tmp_path, cli):
     cli(*start, "--steps", 1)
     output = cli(*start, "--steps", 2)
     assert "1 of 2 steps are done" in output
-    assert trained_state(tmp_path / "ldm")
+    cli(*start[:-1], tmp_path / "whole", "--steps", 2)
+    assert_same_state(tmp_path / "ldm", tmp_path / "whole")
 
 
 def test_it_samples_with_the_edges_of_an_image(trained_control, tmp_path, cli):
-    Image.new("RGB", (16, 16), "white").save(tmp_path / "edges.png")
+    empty = Image.new("RGB", (16, 16), "white")
+    empty.save(tmp_path / "empty.png")
+    empty.paste("black", (4, 4, 12, 12))
+    empty.save(tmp_path / "edges.png")
     start = ["sample.py", "--ckpt", trained_control / "model.pt", "--steps", 2]
-    cli(*start, "--image", tmp_path / "edges.png", "--n", 2, "--out", tmp_path / "x.png", "a cross")
+    for name in ("empty", "edges"):
+        cli(*start, "--image", tmp_path / f"{name}.png", "--n", 2, "--out", tmp_path / name,
+            "a cross")
+    without, with_edges = (tmp_path / name / "000000.png" for name in ("empty", "edges"))
+    assert without.read_bytes() != with_edges.read_bytes()
     cli(*start, "--n", 4, "--score", "--out", tmp_path / "y.png")           # held-out items
     output = cli(*start, "a cross", "--out", tmp_path / "z.png", code=2)
     assert "give an image, too" in output

@@ -5,7 +5,7 @@ import gaussian
 import pytest
 import torch
 from gaussian import ABAR
-from runs import assert_same_state
+from runs import assert_same_state, log_rows
 from test_model import model_of, of_gaussian_data
 from torch.testing import assert_close
 
@@ -107,6 +107,12 @@ def test_a_distilled_model_needs_no_guidance_and_few_steps(distilled, tmp_path, 
     settings = json.loads((tmp_path / "x/settings.json").read_text())
     assert settings["steps"] == 4
     assert settings["scale"] == 1
+    for flags in (["--steps", 8], ["--sampler", "dpm++"], ["--eta", 1], ["--timesteps", "karras"]):
+        output = cli("sample.py", "--ckpt", out / "model.pt", "--n", 1, *flags,
+                     "--out", tmp_path / "x.png", "a circle")
+        assert "has learned to sample in 4 even steps" in output
+    rows = [row for row in log_rows(out) if "well_formed" in row or "prompts_followed" in row]
+    assert rows and not any("held_out_loss_at_0" in row for row in rows)
 
 
 def test_the_student_is_the_next_teacher(distilled, tmp_path, cli):
@@ -129,8 +135,9 @@ def test_it_goes_on_bit_for_bit_with_the_same_teacher_only(distilled, tmp_path, 
     for steps in (1, 2):
         cli(*command, "--steps", steps, "--eval-n", 0, "--out", tmp_path / "ldm")
     assert_same_state(out, tmp_path / "ldm")
-    command[command.index("--distill") + 1] = 8
-    output = cli(*command, "--steps", 2, "--eval-n", 0, "--out", out, code=2)
+    other = list(command)
+    other[other.index("--distill") + 1] = 8
+    output = cli(*other, "--steps", 2, "--eval-n", 0, "--out", out, code=2)
     assert "distill = 4, now it is 8" in output
 
 
@@ -140,6 +147,9 @@ def test_distillation_needs_a_model_and_does_nothing_else(trained, tmp_path, cli
     output = cli("train_ldm.py", "--init", trained / "ldm/model.pt", "--distill", 4, "--lora", 2,
                  "--out", tmp_path / "x", code=2)
     assert "only one of them" in output
+    output = cli("train_ldm.py", "--init", trained / "ldm/model.pt", "--distill", 4, "--draw-t",
+                 "logit-normal", "--out", tmp_path / "x", code=2)
+    assert "--draw-t: it has no effect with --distill" in output
     output = cli("train_ldm.py", "--init", trained / "ldm/model.pt", "--distill", 900,
                  "--out", tmp_path / "x", code=2)
     assert "--distill: steps 1800: must be 1..1000" in output

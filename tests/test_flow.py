@@ -126,8 +126,10 @@ def test_training_takes_the_loss_and_the_draw_of_the_flags(trained, tmp_path, cl
     """
     def first_loss(*flags):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
-        cli("train_ldm.py", *TINY_LDM, "--preset", "toy-flow", "--ae", trained / "ae/ckpt.pt",
-            "--size", 16, "--batch", 128, "--steps", 1, "--eval-n", 0, "--out", out, *flags)
+        output = cli("train_ldm.py", *TINY_LDM, "--preset", "toy-flow", "--ae",
+                     trained / "ae/ckpt.pt", "--size", 16, "--batch", 128, "--steps", 1,
+                     "--eval-n", 0, "--out", out, *flags)
+        assert ("gives its end, which is pure noise, no weight" in output) == ("eps" in flags)
         return log_rows(out)[0]["loss"]
 
     of_output = first_loss()

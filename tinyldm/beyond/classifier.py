@@ -1,6 +1,6 @@
-"""Classifier guidance: an unconditional model, led to a class by a network that sees noise.
+"""Classifier guidance: a model, led to a class by a network that sees noise.
 
-Papers:  Dhariwal and Nichol 2021, Sec. 4, Alg. 1 and 2; LDM Table 10 (LDM-8-G).
+Papers:  Dhariwal and Nichol 2021, Sec. 4, Alg. 2; LDM Table 10 (LDM-8-G).
 Symbols: p(y | z_t) the classifier; z_t (B, c_z, h, w) at any timestep t (B,); y labels
          (B,); w the scale of the guidance.
 
@@ -8,9 +8,10 @@ The classifier is trained beside the model, on latents with noise of every level
 
     python train_ldm.py --task class --classifier --out out/classifier
 
-Its gradient then takes the place of the condition (gradient_guidance.py). What changed
-against classifier-free guidance: the model needs no labels, and none are dropped, but a
-second network is trained, and its gradient costs as much as a step of it.
+Its gradient then leads an unconditional model to a class (gradient_guidance.py), or a model
+of classes further to the one that it is asked for, as LDM-8-G. What changed against
+classifier-free guidance: the model may know no labels, and none are dropped, but a second
+network is trained, and its gradient costs as much as a step of it.
 """
 import dataclasses
 from collections.abc import Callable

@@ -28,7 +28,7 @@ from tinyldm.model import LatentDiffusion
 from tinyldm.tasks import Task, Text
 from tinyldm.unet import UNet, UNetConfig, check_tokens
 
-STRONG = 0.3            # from pixel to pixel, in [-1, 1]: so large a change is an edge
+STRONG = 0.3            # change per pixel, in [-1, 1], that is an edge: a step of 0.6
 CELLS = 4               # each place of the latent grid has 4 x 4 cells of edges
 HINT = CELLS ** 2       # so many channels lie beside z_t
 

@@ -13,6 +13,8 @@ Each run halves the number of steps. The next one begins with its result: 16, 8,
 A teacher that can be guided is, at its task's scale, in the first run. The student says
 by itself what guidance makes of two answers, so its step is half the work; and it cannot be
 guided any more.
+NB: Meng et al. distill guidance first, for any scale that the student is told, and halve
+afterwards. Here the scale is the task's, and the first run does both.
 """
 from dataclasses import dataclass
 

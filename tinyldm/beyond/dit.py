@@ -9,6 +9,10 @@ Symbols: z_t (B, c_out, h, w); t (B,); tokens (B, M, d_ctx) and beside (B, c_in 
 What changed against the U-Net: there are no levels, no convolutions and no skips. All
 blocks see all patches at one resolution, which costs N^2. The timestep does not add to
 features but scales and shifts them, and opens each branch by a gate that begins at zero.
+
+NB: the DiT paper's queries, keys and values have biases, its timestep becomes 256 features
+first, and it also predicts a variance; here it is as in unet.py. PixArt's cross-attention has
+no LayerNorm before it, and its text is not also pooled into emb.
 """
 from dataclasses import dataclass
 

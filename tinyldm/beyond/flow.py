@@ -8,15 +8,16 @@ Symbols: r in 0..1 is the time of the flow: x_r = (1 - r) z_0 + r eps, so x_0 is
 A network learns u with the plain loss |u - u_theta|^2. To sample, begin at x_1 = eps and
 follow u_theta down to r = 0.
 
-What changed against the paper is a few choices, and three of them are here:
+What changed against the paper is four choices. Three of them are here:
 
 - the schedule, STRAIGHT: abar_t such that z_t is x_r, scaled to variance 1,
 - what the network predicts, VELOCITY,
-- the loss, which is the error of the output itself (`--loss-of output`),
 - how t is drawn in training, draw_logit_normal.
 
-All else stays as it is. A flow is a diffusion whose noise is added at another pace: x_r and z_t
-with the same ratio of signal to noise differ by a factor, x_r = z_t / (a + b) with
+The fourth is the loss, which is the error of the output itself (`--loss-of output`).
+
+All else stays as it is. A flow is a diffusion whose noise is added at another pace: x_r and
+z_t with the same ratio of signal to noise differ by a factor, x_r = z_t / (a + b) with
 a = sqrt(abar_t) and b = sqrt(1 - abar_t), and r = b / (a + b). The network is given z_t,
 whose variance is 1 at every t. And Euler's method for the flow, x_s = x_r + (s - r) u, is
 DDIM, so that all samplers, img2img, inpainting and guidance are as before.
@@ -79,7 +80,8 @@ def draw_logit_normal(B: int, T: int, generator: torch.Generator) -> Tensor:
     all latents; at r = 0, than the mean of all noise, which is 0, minus the latent. The
     middle, where the content of an image is decided, gets more of the batch.
     NB: as in Stable Diffusion 3, the loss is not divided by the density, so the middle
-    also weighs more in it. The very ends are all but never drawn.
+    also weighs more in it. The very ends are all but never drawn: one t in 600 is above
+    0.95 T, where sampling begins. `--draw-t uniform` draws all alike.
     """
     u = draw_evenly(B, generator)
     r = torch.special.ndtri(u).sigmoid()                    # ndtri is the normal quantile

@@ -1,7 +1,7 @@
 """Guide a model by a gradient: to an image, or to a class, that it knows nothing of.
 
 Papers:  LDM App. C (image guiding, Fig. 14); Dhariwal and Nichol 2021, Alg. 2 (a
-         classifier, which is Table 10's LDM-8-G).
+         classifier).
 Symbols: p(y | z_t) is how well y fits to z_t, up to a factor; w the scale; z_0 what
          eps_theta predicts of the latent; D the decoder.
 
@@ -9,6 +9,8 @@ eps is the gradient of the noisy latents' log density, times -sqrt(1 - abar_t). 
 rule, what is to be fitted adds its own gradient:
 
     eps <- eps_theta(z_t, t) - w sqrt(1 - abar_t) grad_{z_t} log p(y | z_t)
+
+NB: App. C prints a plus. With it, samples go away from y.
 
 Nothing is trained for it: p(y | z_t) may be any function that can be differentiated.
 """
@@ -22,18 +24,20 @@ from tinyldm.diffusion import at, predict_z_0
 
 
 def gradient_guided(
-    eps_theta: Callable, abar: Tensor, log_p: Callable, scale: float
+    eps_theta: Callable, abar: Tensor, log_p: Callable, scale: float, through: bool = True
 ) -> Callable:
     """Return an eps_theta that is guided by the gradient of log_p, with scale w.
 
     log_p(z_t, t, eps) returns one number per sample, (B,). Why eps is given: log_p may
-    look at z_0, and so the gradient goes through the network, too.
+    look at z_0, and then the gradient goes through eps_theta, too.
+    through: whether it does. If not, the activations of eps_theta are not kept.
     """
 
     def guided_eps_theta(z_t: Tensor, t: Tensor, ctx: tuple) -> Tensor:
         with torch.enable_grad():
             z_t = z_t.detach().requires_grad_()
-            eps = eps_theta(z_t, t, ctx)
+            with torch.set_grad_enabled(through):
+                eps = eps_theta(z_t, t, ctx)
             total = log_p(z_t, t, eps).sum()                # samples do not see each other
             gradient, = torch.autograd.grad(total, z_t)
         return eps.detach() - scale * (1 - at(abar, t, z_t)).sqrt() * gradient

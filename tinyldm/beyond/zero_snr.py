@@ -7,8 +7,8 @@ image is still in z_T, its mean colour above all. Training shows the network tha
 and sampling begins without it: so the mean brightness of samples is always medium.
 
 A network that predicts eps cannot be trained on it: where z_t is eps, it has nothing to
-learn. Take v or flow, and a loss that weighs the end: Eq. (2) does not, --loss-of output
-and a --snr-clamp whose lower end is above 0, as the toy's, do.
+learn. Take v or flow, and a loss that weighs the end. Eq. (2) does not. Either of these
+does: --loss-of output, or a --snr-clamp whose lower end is above 0, as the toy's.
 """
 import torch
 from torch import Tensor
