@@ -201,9 +201,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 def is_given(parser: ArgumentParser, args: Namespace, name: str) -> bool:
     """Return whether a flag has another value than its row's."""
-    value = getattr(args, name)
-    value = tuple(value) if isinstance(value, list) else value
-    return value != parser.get_default(name)
+    given, default = getattr(args, name), parser.get_default(name)
+    if isinstance(default, list | tuple):
+        return tuple(given) != tuple(default)
+    return given != default
 
 
 def check_flags_of_loss(parser: ArgumentParser, args: Namespace) -> None:

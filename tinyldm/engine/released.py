@@ -538,6 +538,12 @@ def export_diffusers(path: Path, folder: Path) -> None:
                 "convolutions; export the checkpoint of its stage one",
             )
             nets.append(("unet", UNet, unet, checkpoint["ema"]["unet"]))
+            diffusion = config["schedule"]
+            warnings.warn(
+                f"these files do not say what the U-Net predicts, {diffusion['predict']}, nor its "
+                f"schedule, {diffusion['name']}; whoever samples with them must know",
+                stacklevel=2,
+            )
 
         for name, build, cfg, state in nets:
             with torch.device("meta"):
