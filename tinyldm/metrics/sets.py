@@ -111,7 +111,7 @@ def share_in_balls(f: Tensor, centres: Tensor, k: int) -> float:
     for part in f.split(1024):
         distances = torch.cdist(part, centres)
         are_inside.append((distances <= radius).any(1))
-    return float(torch.cat(are_inside).float().mean())
+    return float(torch.cat(are_inside).cpu().double().mean())
 
 
 # ---- inception score
