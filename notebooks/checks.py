@@ -16,6 +16,7 @@ from tinyldm.beyond.flow import eps_from_velocity
 from tinyldm.beyond.heun import heun
 from tinyldm.conditioning import Context
 from tinyldm.diffusion import (
+    at,
     cumulative,
     eps_from_v,
     ldm_loss,
@@ -26,6 +27,7 @@ from tinyldm.diffusion import (
 from tinyldm.guidance import drop_condition, guided
 from tinyldm.layers import timestep_embedding
 from tinyldm.patchgan import adaptive_weight
+from tinyldm.quantize import Quantised
 from tinyldm.samplers import ddim_step, each, steps, timesteps
 from tinyldm.tasks import Inpainting
 
@@ -76,39 +78,32 @@ def problem_of(exercise: Exercise, answer: Callable) -> str | None:
     except Exception as error:      # an answer may fail in any way, and is told how
         return f"it stops with {type(error).__name__}: {error}"
 
-    if agree(found, wanted):
+    problem = difference(found, wanted)
+    if problem is None:
         return None
     for message, mistake in exercise.mistakes.items():
-        if agree(found, exercise.outcome(mistake)):
+        if difference(found, exercise.outcome(mistake)) is None:
             return message
-    return difference(found, wanted)
+    return problem
 
 
-def agree(found: tuple, wanted: tuple) -> bool:
-    """Return whether two outcomes are the same, but for rounding."""
-    return all(
-        isinstance(a, Tensor)
-        and a.shape == b.shape
-        and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5)
-        for a, b in zip(found, wanted, strict=True)
-    )
-
-
-def difference(found: tuple, wanted: tuple) -> str:
-    """Return how the first result that differs from the wanted one differs from it."""
-    for a, b in zip(found, wanted, strict=True):
+def difference(found: tuple, wanted: tuple) -> str | None:
+    """Return how an outcome differs from the wanted one; None if it does not, but for rounding."""
+    if len(found) != len(wanted):
+        return f"it returns {len(found)} results, where {len(wanted)} are wanted"
+    for a, b in zip(found, wanted):
         if not isinstance(a, Tensor):
             return f"it returns {type(a).__name__}, where a tensor is wanted"
         if a.shape != b.shape:
             return f"it has the shape {tuple(a.shape)}, where {tuple(b.shape)} is wanted"
-        error = (a.double() - b.double()).abs().flatten()
         if not torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5):
+            error = (a.double() - b.double()).abs().flatten()
             i = int(error.nan_to_num(torch.inf).argmax())
             return (
                 f"the shape {tuple(a.shape)} is right, the values are not: one is "
                 f"{a.flatten()[i]:.4f}, where {b.flatten()[i]:.4f} is wanted"
             )
-    return "it returns too few results"
+    return None
 
 
 # ---- the exercises: what an answer is tried on, and mistakes that are often made
@@ -120,17 +115,12 @@ def outcome_of_q_sample(answer: Callable) -> tuple[Tensor, ...]:
 
 Q_SAMPLE = Exercise(q_sample, outcome_of_q_sample, {
     "you weigh with abar and 1 - abar, which are variances; take their square roots":
-        lambda z, t, eps, abar: at(abar, t) * z + (1 - at(abar, t)) * eps,
+        lambda z, t, eps, abar: at(abar, t, z) * z + (1 - at(abar, t, z)) * eps,
     "the two weights are exchanged: at t = 0, z must be left almost as it is":
-        lambda z, t, eps, abar: (1 - at(abar, t)).sqrt() * z + at(abar, t).sqrt() * eps,
+        lambda z, t, eps, abar: (1 - at(abar, t, z)).sqrt() * z + at(abar, t, z).sqrt() * eps,
     "you take abar of the step before; abar_t already has the noise of step t":
         lambda z, t, eps, abar: q_sample(z, (t - 1).clamp(min=0), eps, abar),
 })
-
-
-def at(abar: Tensor, t: Tensor) -> Tensor:
-    """abar_t as (B, 1, 1, 1), in float32."""
-    return abar[t].float().view(-1, 1, 1, 1)
 
 
 def outcome_of_posterior(answer: Callable) -> tuple[Tensor, ...]:
@@ -292,8 +282,8 @@ KL = Exercise(kl, outcome_of_kl, {
 
 def straight_through(z: Tensor, codes: Tensor) -> Tensor:
     """The nearest of the codes (K, c) to each row of z (n, c); its gradient is z's."""
-    zq = codes[torch.cdist(z, codes).argmin(1)]
-    return z + (zq - z).detach()
+    k = torch.cdist(z, codes).argmin(1)
+    return Quantised(z, codes[k], k).straight_through()
 
 
 def outcome_of_straight_through(answer: Callable) -> tuple[Tensor, ...]:
@@ -345,7 +335,7 @@ def gradient_norm(loss: Tensor, last: Tensor) -> Tensor:
 def outcome_of_sampler(answer: Callable) -> tuple[Tensor, ...]:
     """Of Gaussian data N(1, 1/4), whose best eps_theta is a formula."""
     def eps_theta(z_t: Tensor, t: Tensor, ctx: tuple) -> Tensor:
-        abar_t = at(ABAR, t)
+        abar_t = at(ABAR, t, z_t)
         variance = abar_t / 4 + 1 - abar_t
         return (1 - abar_t).sqrt() / variance * (z_t - abar_t.sqrt())
 

@@ -94,6 +94,14 @@ def trained(tmp_path_factory, cli):
     return out
 
 
+@pytest.fixture(scope="module")
+def few_are_held_out():
+    """To evaluate all 256 held-out images of the built-in world takes longer than such a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tinyldm.data.open.N_HELD_OUT_SHAPES", 16)
+        yield
+
+
 def write_images(path, n, **fields):
     """Make a folder of n random 40x48 images, with metadata.jsonl; each has the same fields."""
     path.mkdir()

@@ -23,13 +23,7 @@ SMALL = [*TINY_LDM, "--size", 16, "--T", 8, "--text-heads", 2, "--attn-res", 4]
 # What a new folder's images can be without; the other fields are made of the image.
 GIVEN_FIELDS = {"caption", "label", "boxes", "segmentation"}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_are_held_out():
-    """To evaluate all 256 held-out images of the built-in world takes longer than such a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinyldm.data.open.N_HELD_OUT_SHAPES", 16)
-        yield
+pytestmark = pytest.mark.usefixtures("few_are_held_out")
 
 
 @pytest.fixture(scope="module")

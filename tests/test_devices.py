@@ -23,13 +23,7 @@ AE = [*TINY_AE, "--size", 16, "--steps", 2, "--disc-start", 1, "--eval-n", 4]
 LDM = [*TINY_LDM, *ONE_LEVEL, "--size", 16, "--T", 4, "--steps", 1, "--eval-n", 0]
 ELSEWHERE = ["--device", DEVICE.type]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_are_held_out():
-    """To evaluate all 256 held-out images of the built-in world takes longer than such a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinyldm.data.open.N_HELD_OUT_SHAPES", 8)
-        yield
+pytestmark = pytest.mark.usefixtures("few_are_held_out")
 
 
 @pytest.fixture

@@ -36,7 +36,10 @@ def test_an_answer_that_is_no_answer_is_told(name, capsys):
     def fails(*args):
         return args[0].no_such_thing
 
-    assert checks.problem_of(checks.EXERCISES[name], empty) == "it is still empty"
+    exercise = checks.EXERCISES[name]
+    results = exercise.outcome(exercise.solution)
+    assert "results, where" in checks.difference((*results, results[0]), results)
+    assert checks.problem_of(exercise, empty) == "it is still empty"
     assert "it stops with AttributeError" in checks.problem_of(checks.EXERCISES[name], fails)
     assert not checks.check(name, empty)
     assert "not yet" in capsys.readouterr().out

@@ -184,8 +184,8 @@ def is_usable(path: Path) -> bool:
 
 def write_shard(path: Path, q: Posterior, y: Conditions) -> None:
     """Write one shard."""
-    mean = q.mean.cpu().double()
-    variance = q.logvar.cpu().double().exp()
+    mean = q.mean.double()
+    variance = q.logvar.double().exp()
     n = torch.tensor(mean.numel())
     shard = {
         "mean": mean.half(),
