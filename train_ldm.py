@@ -29,6 +29,7 @@ from tinyldm.beyond.classifier import accuracy_by_noise, classifier_config, clas
 from tinyldm.beyond.control import frozen_parts, with_control
 from tinyldm.beyond.distill import Teacher
 from tinyldm.beyond.dit import DiTConfig
+from tinyldm.beyond.muon import Muon
 from tinyldm.conditioning import TextConfig
 from tinyldm.data.dataset import ImageDataset, spread
 from tinyldm.data.images import size_text
@@ -160,6 +161,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                        help="how the timesteps of training are drawn")
     group.add_argument("--snr-clamp", type=float, nargs=2,
                        help="clamp the SNR weight of z_0's error to this range; Eq. (2): 0 inf")
+    group.add_argument("--muon", type=float, default=0.0, metavar="LR",
+                       help="let Muon update the weights of linear layers and convolutions, with "
+                            "this learning rate, which rises and falls as --lr; 0: AdamW does")
     group.add_argument("--p-drop", type=float, default=0.1,
                        help="share of conditions dropped, for guidance")
     group.add_argument("--ema", type=float, help="decay of the averaged weights")
@@ -850,6 +854,10 @@ def main(args: Namespace) -> None:
         "--fsdp: it shares the weights among several processes; start them with torchrun",
     )
     require(not (args.fsdp and args.lora), "--fsdp: not with --lora, which trains few weights")
+    require(
+        not (args.fsdp and args.muon),
+        "--fsdp: not with --muon, which needs whole matrices; give --muon 0",
+    )
     check_small(args)
     init = None
     teacher = None
@@ -889,7 +897,10 @@ def main(args: Namespace) -> None:
     nets, run_nets, ema = prepare_networks(args, model, machine)
     eps_theta = as_eps_theta(run_nets["unet"], model.abar, args.predict)
     params = [p for net in nets.values() for p in net.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, betas=args.betas, fused=True)
+    if args.muon:
+        opt = Muon(params, nets.values(), args.lr, args.muon, args.betas)
+    else:
+        opt = torch.optim.AdamW(params, betas=args.betas, fused=True)
     # The keys of `parts` are those of the checkpoint, and a resumed run fills all of it; stage
     # one gets its z_std, unless it belongs to the model that a LoRA is for.
     parts = {"nets": nets, "ema": ema.nets, "opt": opt}

@@ -63,6 +63,7 @@ RANGES: dict[str, Range | tuple[Range, ...]] = {
     "batch": COUNT,
     "micro_batch": COUNT,
     "lr": POSITIVE,
+    "muon": WEIGHT,
     "betas": DECAY,
     "clip": Range(0, low_open=True),
     "warmup": COUNT_OR_ZERO,
