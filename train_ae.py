@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyldm.autoencoder import AEConfig, Autoencoder
+from tinyldm.beyond.muon import Muon
 from tinyldm.data import scorer
 from tinyldm.data.dataset import ImageDataset, spread
 from tinyldm.data.images import size_text
@@ -284,7 +285,10 @@ def main(args: Namespace) -> None:
         perceptual = open_perceptual(loss_cfg.perceptual, args.vgg_weights, device)
 
     # The optimisers; then everything as an earlier run left it, if there was one.
-    opt_ae = torch.optim.Adam(ae.parameters(), betas=args.betas, fused=True)
+    if args.muon:
+        opt_ae = Muon(ae.parameters(), [ae], args.lr, args.muon, args.betas)
+    else:
+        opt_ae = torch.optim.Adam(ae.parameters(), betas=args.betas, fused=True)
     opt_disc = torch.optim.Adam(disc.parameters(), betas=args.betas, fused=True)
     nets = {"ae": ae, "disc": disc}
     parts = {"nets": nets, "opts": {"ae": opt_ae, "disc": opt_disc}}

@@ -161,9 +161,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
                        help="how the timesteps of training are drawn")
     group.add_argument("--snr-clamp", type=float, nargs=2,
                        help="clamp the SNR weight of z_0's error to this range; Eq. (2): 0 inf")
-    group.add_argument("--muon", type=float, default=0.0, metavar="LR",
-                       help="let Muon update the weights of linear layers and convolutions, with "
-                            "this learning rate, which rises and falls as --lr; 0: AdamW does")
     group.add_argument("--p-drop", type=float, default=0.1,
                        help="share of conditions dropped, for guidance")
     group.add_argument("--ema", type=float, help="decay of the averaged weights")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import train_ae
 import train_ldm
 from tinyldm.beyond import muon
 from tinyldm.beyond.muon import Muon, matrices, orthogonal
@@ -126,6 +127,17 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
     for net in ends[0]:
         for key, value in ends[0][net].items():
             assert torch.equal(value, ends[1][net][key])
+
+
+@pytest.mark.parametrize("lr", ["0", "0.02"])
+def test_stage_one_can_be_trained_by_it_too(tmp_path, lr):
+    args = train_ae.parse_args([
+        "--n-shapes", "40", "--batch", "4", "--steps", "2", "--eval-n", "0", "--muon", lr,
+        "--out", str(tmp_path),
+    ])
+    train_ae.main(args)
+    states = load_checkpoint(tmp_path / "ckpt.pt")["opts"]["ae"]["state"].values()
+    assert any("momentum" in state for state in states) == (lr == "0.02")
 
 
 def test_fsdp_refuses_muon(monkeypatch):

@@ -279,6 +279,9 @@ def add_training_flags(parser: ArgumentParser, *, out: str, every: int, eval_n: 
     g.add_argument("--micro-batch", type=int,
                    help="images at a time in each process; gradients add up; default: all")
     g.add_argument("--lr", type=float, help="learning rate; it is not multiplied by the batch")
+    g.add_argument("--muon", type=float, default=0.0, metavar="LR",
+                   help="let Muon update the weights of linear layers and convolutions, with this "
+                        "learning rate, which rises and falls as --lr; 0: Adam does")
     g.add_argument("--betas", type=float, nargs=2, help="Adam's two decay rates")
     g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     g.add_argument("--cosine", action=BooleanOptionalAction,
