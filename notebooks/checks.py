@@ -393,7 +393,6 @@ FLOW = Exercise(eps_from_velocity, outcome_of_prediction, {
 })
 
 
-
 def inpainting(image: Tensor, mask: Tensor, encode: Callable) -> Tensor:
     """What lies beside z_t for the task inpaint, by the package; encode returns latents."""
     ae = SimpleNamespace(encode=lambda x: Posterior(encode(x), None))
