@@ -104,7 +104,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     g.add_argument("--sampler", type=str, choices=SAMPLERS, default="ddim",
                    help="the sampling method")
     g.add_argument("--steps", type=int,
-                   help="sampling steps, 1..T; default: 50, or what a distilled model has learned")
+                   help="sampling steps, 1..T; default: 25, or what a distilled model has learned")
     g.add_argument("--timesteps", type=str, choices=TIMESTEPS, default="even",
                    help="even: from T-1 to z_0 in --steps; official: the released code's rule; "
                         "karras: EDM's, which takes short steps at the end")
@@ -477,7 +477,7 @@ def plan_steps(args: Namespace, model: LatentDiffusion) -> Steps:
     """
     T = len(model.abar)
     learned = model.run.get("distill")
-    asked_for = min(learned or 50, T) if args.steps is None else args.steps
+    asked_for = min(learned or 25, T) if args.steps is None else args.steps
     asked = (asked_for, args.sampler, args.timesteps, args.eta)
     if learned and asked != (learned, "ddim", "even", 0):
         warnings.warn(

@@ -185,7 +185,7 @@ class LatentDiffusion:
         *,
         seeds: Sequence[tuple[int, int]],
         size: tuple[int, int] | None = None,
-        steps: int = 50,
+        steps: int = 25,
         timesteps: str = "even",
         sampler: str = "ddim",
         eta: float = 0.0,
