@@ -236,8 +236,15 @@ def test_alone_on_a_cpu_this_is_the_main_process_in_fp32_unless_bf16_is_asked_fo
     a = torch.ones(2, 2)
     with machine.autocast():
         assert (a @ a).dtype == torch.float32
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     with setup("cpu", "bf16").autocast():
         assert (a @ a).dtype == torch.bfloat16
+
+
+def test_a_processor_without_bf16_is_told_of(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with pytest.warns(UserWarning, match="--dtype bf16: this processor has no arithmetic for it"):
+        setup("cpu", "bf16")
 
 
 def test_processes_take_their_rows_of_every_tensor():

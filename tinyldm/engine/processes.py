@@ -4,6 +4,7 @@ torchrun starts N processes; each takes its rows of every batch. All random numb
 for the whole batch first, so that the numbers of a step do not depend on N.
 """
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -89,6 +90,11 @@ def setup(device: str, dtype: str) -> Machine:
         dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
 
     bf16 = dtype == "bf16" or (dtype == "auto" and found.type == "cuda")
+    if bf16 and found.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        warnings.warn(
+            "--dtype bf16: this processor has no arithmetic for it, so it is slower than fp32",
+            stacklevel=2,
+        )
     return Machine(found, bf16, rank, world)
 
 
