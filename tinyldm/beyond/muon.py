@@ -84,5 +84,6 @@ def orthogonal(m: Tensor) -> Tensor:
     x = x / (x.norm() + 1e-7)                                   # singular values of at most 1
     for _ in range(N_STEPS):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        factor = torch.addmm(square, square, square, beta=b, alpha=c)   # b square + c square^2
+        x = torch.addmm(x, factor, x, beta=a)                           # a x + factor x
     return x.mT if is_tall else x

@@ -26,8 +26,9 @@ def row_of_file(path: Path, preset: str | None, vocab: Path | None) -> dict:
     """Return the defaults of all flags for a training that starts from the model in a file.
 
     The optimiser's are those that the model was trained with: of its own run or, for a released
-    model, of its preset; but without a warmup. Why: that is for random weights, and as long as
-    many a fine-tuning. preset and vocab are as in open_model. Raises BadInput.
+    model, of its preset; but without a warmup and without Muon. Why: the first is for random
+    weights, and as long as many a fine-tuning; and the toy's rate of Muon would undo what a trained
+    model knows. preset and vocab are as in open_model. Raises BadInput.
     """
     config, run = read_config(path, preset, vocab)
     name = run.get("preset")
@@ -41,7 +42,7 @@ def row_of_file(path: Path, preset: str | None, vocab: Path | None) -> dict:
     for column in ("ae", "out", "hold_out"):        # they are about the other run's files
         row.pop(column, None)
     row |= fixed_values(config) | {"size": config.size, "p_drop": config.p_drop}
-    return row | {"preset": name, "z_std": None, "warmup": 0}
+    return row | {"preset": name, "z_std": None, "warmup": 0, "muon": 0.0}
 
 
 def fixed_values(config: ModelConfig) -> dict:
