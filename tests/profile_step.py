@@ -3,8 +3,8 @@
     python tests/profile_step.py                    # the toy's row
     python tests/profile_step.py --muon 0           # the same with AdamW
 
-All flags of train_ldm.py can be given. It trains a few steps in a folder that is removed, and prints
-the share of each operator in the processor's time; on CUDA, in the device's.
+All flags of train_ldm.py can be given. It trains a few steps in a folder that is removed, and
+prints the share of each operator in the processor's time; on CUDA, in the device's.
 """
 import contextlib
 import io
@@ -37,7 +37,8 @@ def main() -> None:
     rows = profile.key_averages()
     total = sum(own_time(row) for row in rows)
     for row in sorted(rows, key=own_time, reverse=True)[:N_SHOWN]:
-        print(f"{own_time(row) / total:6.1%}  {row.count / args.steps:7.1f} calls a step  {row.key}")
+        calls = row.count / args.steps
+        print(f"{own_time(row) / total:6.1%}  {calls:7.1f} calls a step  {row.key}")
     print(f"{total / args.steps / 1000:.0f} ms a step in all")
 
 
