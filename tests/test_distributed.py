@@ -25,7 +25,8 @@ STAGE_ONE = ["train_ae.py", *TINY_AE, *RUN, "--eval-n", 0, "--disc-start", 2]
 # Without D_psi, whose BatchNorm sees one process only.
 VQ = ["train_ae.py", *TINY_VQ, *RUN, "--eval-n", 0, "--disc-weight", 0, "--batch", 4]
 
-# Without Muon, which FSDP refuses (stage one has it). With one level, few timesteps and few held-out images, as FSDP and evaluations are slow here.
+# Without Muon, which FSDP refuses (stage one has it). With one level, few timesteps and few
+# held-out images, as FSDP and evaluations are slow here.
 STAGE_TWO = ["train_ldm.py", *TINY_LDM, *ONE_LEVEL, *RUN, "--T", 8, "--muon", 0]
 
 PROMPTS = "a red circle\na blue square\na big green cross above a small cyan circle\n"
