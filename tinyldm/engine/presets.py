@@ -44,12 +44,12 @@ EMOJI_AE = TOY_AE | {
     "data": "emoji", "size": 64,
     "ch_mult": (1, 2, 4, 4), "c_z": 16,
     "perceptual": "none", "kl_weight": 1e-6, "disc_weight": 0.0,
-    "batch": 8, "lr": 3e-3, "steps": 3000,
+    "batch": 8, "lr": 3e-3, "steps": 1500,
     "out": Path("out/emoji-ae"),
 }
 
-# The bundled model's, of about two hours in both stages.
-EMOJI_LONG_AE = EMOJI_AE | {"steps": 5500, "out": Path("out/emoji-long-ae")}
+# The bundled model's, of about two hours in both stages, without Muon.
+EMOJI_LONG_AE = EMOJI_AE | {"muon": 0.0, "steps": 5500, "out": Path("out/emoji-long-ae")}
 
 # Not measured: it is for a GPU. `python -m tinyldm.data.emoji out/emoji128.zip --size 128` draws
 # the set.
@@ -153,11 +153,11 @@ TOY_LDM = {
 EMOJI_LDM = TOY_LDM | {
     "data": "emoji", "ae_preset": "emoji", "size": 64, "hold_out": False,
     "n_token": 20,
-    "ae": Path("out/emoji-ae/ckpt.pt"), "out": Path("out/emoji"), "steps": 4000,
+    "ae": Path("out/emoji-ae/ckpt.pt"), "out": Path("out/emoji"), "steps": 2500,
 }
 
 EMOJI_LONG_LDM = EMOJI_LDM | {
-    "ae_preset": "emoji-long", "steps": 6000,
+    "ae_preset": "emoji-long", "muon": 0.0, "steps": 6000,
     "ae": Path("out/emoji-long-ae/ckpt.pt"), "out": Path("out/emoji-long"),
 }
 
