@@ -143,10 +143,10 @@ def test_a_model_has_one_branch_at_most(controlled):
 
 @pytest.fixture(scope="module")
 def trained_control(trained, tmp_path_factory, cli):
-    """The folder of a tiny model with a branch, trained for two steps. Only read it."""
+    """The folder of a tiny model with a branch, trained for two long steps. Only read it."""
     out = tmp_path_factory.mktemp("control") / "ldm"
     cli("train_ldm.py", "--init", trained / "ldm/model.pt", "--control", "--steps", 2, "--batch", 4,
-        "--n-shapes", 40, "--eval-n", 4, "--out", out)
+        "--lr", 0.05, "--n-shapes", 40, "--eval-n", 4, "--out", out)
     return out
 
 
