@@ -91,16 +91,17 @@ def difference(found: tuple, wanted: tuple) -> str | None:
     """Return how an outcome differs from the wanted one; None if it does not, but for rounding."""
     if len(found) != len(wanted):
         return f"it returns {len(found)} results, where {len(wanted)} are wanted"
-    for a, b in zip(found, wanted):
+    for number, (a, b) in enumerate(zip(found, wanted), 1):
+        which = f"result {number} of {len(wanted)}: " if len(wanted) > 1 else ""
         if not isinstance(a, Tensor):
-            return f"it returns {type(a).__name__}, where a tensor is wanted"
+            return f"{which}it returns {type(a).__name__}, where a tensor is wanted"
         if a.shape != b.shape:
-            return f"it has the shape {tuple(a.shape)}, where {tuple(b.shape)} is wanted"
+            return f"{which}it has the shape {tuple(a.shape)}, where {tuple(b.shape)} is wanted"
         if not torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5):
             error = (a.double() - b.double()).abs().flatten()
             i = int(error.nan_to_num(torch.inf).argmax())
             return (
-                f"the shape {tuple(a.shape)} is right, the values are not: one is "
+                f"{which}the shape {tuple(a.shape)} is right, the values are not: one is "
                 f"{a.flatten()[i]:.4f}, where {b.flatten()[i]:.4f} is wanted"
             )
     return None
@@ -247,8 +248,17 @@ GUIDANCE = Exercise(guided, outcome_of_guidance, {
 def outcome_of_drop(answer: Callable) -> tuple[Tensor, ...]:
     y = {"caption": torch.arange(12).view(3, 4), "label": torch.tensor([5, 6, 7])}
     y_null = {"caption": torch.zeros(1, 4).long()}
-    dropped = answer(y, y_null, torch.tensor([True, False, True]))
-    return dropped["caption"], dropped["label"]
+    dropped = answer(dict(y), y_null, torch.tensor([True, False, True]))
+    if "label" not in dropped:
+        raise ValueError("'label' is missing: what y_null does not name stays as it is in y")
+    return dropped["caption"], dropped["label"], y["caption"]
+
+
+def written_into(y: dict, y_null: dict, drop: Tensor) -> dict:
+    """Drop conditions in place, which is a mistake."""
+    for name, null in y_null.items():
+        y[name][drop] = null
+    return y
 
 
 DROP_CONDITION = Exercise(drop_condition, outcome_of_drop, {
@@ -258,6 +268,8 @@ DROP_CONDITION = Exercise(drop_condition, outcome_of_drop, {
         lambda y, y_null, drop: drop_condition(y, y_null, torch.ones_like(drop)),
     "nothing is dropped: return the new tensors, and leave those of y alone":
         lambda y, y_null, drop: y,
+    "you write into the tensors of y, which others still need; make new ones":
+        lambda y, y_null, drop: written_into(y, y_null, drop),
 })
 
 
@@ -297,11 +309,19 @@ def outcome_of_straight_through(answer: Callable) -> tuple[Tensor, ...]:
     return zq.detach(), gradient
 
 
+def quantised_wrong_way(z: Tensor, codes: Tensor) -> Tensor:
+    """The value of z, and no gradient for it, which is a mistake."""
+    zq = codes[torch.cdist(z, codes).argmin(1)]
+    return zq + (z - zq).detach()
+
+
 STRAIGHT_THROUGH = Exercise(straight_through, outcome_of_straight_through, {
     "the codes are right, but no gradient reaches z, so E would never learn":
         lambda z, codes: codes[torch.cdist(z, codes).argmin(1)],
     "z itself is returned: the gradient is right, but nothing is quantised":
         lambda z, codes: z + 0 * z,
+    "z and the code are exchanged: this has the value of z, and the gradient goes to the code":
+        lambda z, codes: quantised_wrong_way(z, codes),
     "these are the farthest codes":
         lambda z, codes: z + (codes[torch.cdist(z, codes).argmax(1)] - z).detach(),
 })
@@ -408,7 +428,7 @@ def eighths(x: Tensor) -> Tensor:
 
 def outcome_of_inpainting(answer: Callable) -> tuple[Tensor, ...]:
     mask = torch.zeros(2, 1, 32, 32)
-    mask[:, :, 8:24, 8:16] = 1
+    mask[:, :, 6:21, 9:18] = 1
     return (answer(noise(2, 3, 32, 32), mask, eighths),)
 
 
