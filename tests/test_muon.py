@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from runs import assert_same_state
 from torch import nn
 
 import train_ae
@@ -25,9 +26,9 @@ def network():
     )
 
 
-def with_gradients(net):
-    """Give every weight the same random gradient, whenever it is called."""
-    rng = torch.Generator().manual_seed(1)
+def with_gradients(net, seed=1):
+    """Give every weight a random gradient, which the seed determines."""
+    rng = torch.Generator().manual_seed(seed)
     for p in net.parameters():
         p.grad = torch.randn(p.shape, generator=rng)
     return net
@@ -59,9 +60,9 @@ def test_a_step_of_a_matrix_is_the_formula_and_the_rest_is_adamw():
     before = [p.detach().clone() for p in matrices(net)]
     momenta = [torch.zeros_like(p) for p in before]
 
-    for _ in range(2):
-        with_gradients(net)
-        with_gradients(reference)
+    for step in range(2):
+        with_gradients(net, step)
+        with_gradients(reference, step)
         for group in (opt.param_groups[0], adamw.param_groups[0]):
             group["lr"] = 5e-4                              # half of it: so has the matrices' rate
         expected = []
@@ -123,10 +124,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
     assert load_checkpoint(tmp_path / "parts" / "ckpt.pt")["step"] == 2
     train_ldm.main(train_ldm.parse_args(parts))
 
-    ends = [load_checkpoint(tmp_path / name / "ckpt.pt")["nets"] for name in ("whole", "parts")]
-    for net in ends[0]:
-        for key, value in ends[0][net].items():
-            assert torch.equal(value, ends[1][net][key])
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize("lr", ["0", "0.02"])
